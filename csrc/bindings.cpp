@@ -1,0 +1,24 @@
+// Schemas of the compiled operations. Outputs are allocated by the caller, so no operation needs a shape function.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
+  m.def(
+      "attention_forward(Tensor[] students, Tensor[] teachers, float exponent, Tensor(a!) losses, "
+      "Tensor(b!)? student_coefficients, Tensor(c!)? teacher_coefficients, Tensor(d!)? workspace) -> ()");
+  m.def(
+      "attention_backward(Tensor grad, float scale, Tensor[] features, Tensor coefficients, float exponent, "
+      "Tensor(a!)[] gradients) -> ()");
+  m.def("attention_map(Tensor feature, float exponent, Tensor(a!) map, Tensor(b!) norm) -> ()");
+  m.def(
+      "logits_forward(Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
+      "float label_smoothing, int ignore_index, float temperature, Tensor(a!) losses, Tensor(b!) statistics, "
+      "Tensor(c!) inverse_valid) -> ()");
+  m.def(
+      "logits_backward(Tensor[] grads, int grad_head_stride, int grad_row_stride, float[] scales, "
+      "Tensor? inverse_valid, Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
+      "float label_smoothing, int ignore_index, float temperature, Tensor statistics, Tensor losses, "
+      "bool kd_to_teacher, Tensor(a!)[] student_gradients, Tensor(b!)[] teacher_gradients) -> ()");
+  m.def(
+      "combine(Tensor attention_losses, Tensor logits_losses, float alpha, float beta, bool has_targets, "
+      "Tensor(a!) parts) -> ()");
+}

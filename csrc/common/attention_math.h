@@ -1,0 +1,33 @@
+// Scalar arithmetic of the attention-transfer loss, shared by the host and device kernels.
+// A is the accumulate type: float, or double for float64 inputs.
+#pragma once
+
+#include "config.h"
+
+namespace frskd {
+
+// torch.nn.functional.normalize divides by max(norm, 1e-12).
+constexpr double kNormFloor = 1e-12;
+
+template <typename A>
+FRSKD_HOST_DEVICE A inverse_clamped_norm(A norm) {
+  // Written so that a NaN norm stays NaN.
+  return A(1) / (norm < A(kNormFloor) ? A(kNormFloor) : norm);
+}
+
+// c = (p / C) * d loss / d a for one pixel, where loss = mean over pixels of (q_own - q_other)^2 and
+// q_own = a / max(||a||, floor). `projection` is <q_own, q_own - q_other> over the sample's pixels.
+template <typename A>
+FRSKD_HOST_DEVICE A attention_coefficient(
+    A own,         // q_own at the pixel
+    A other,       // q_other at the pixel
+    A projection,  // <q_own, q_own - q_other>
+    A norm,        // ||a_own|| before the clamp
+    A scale        // p / C * 2 / (H * W)
+) {
+  // Below the floor the clamp passes no gradient through the norm.
+  const A radial = norm < A(kNormFloor) ? A(0) : own * projection;
+  return scale * ((own - other) - radial) * inverse_clamped_norm(norm);
+}
+
+}  // namespace frskd

@@ -1,0 +1,505 @@
+// Attention transfer on the CPU. One sample of one level: both power means a, then norm, loss and coefficients.
+#pragma once
+
+#include "../common/attention_math.h"
+#include "simd.h"
+#include "views.h"
+
+namespace frskd {
+namespace {
+
+constexpr int64 kPixelTile = 1024;  // accumulators of a tile stay in the first-level cache
+constexpr int64 kChannelBlock =
+    32;  // channels summed before they join the total: keeps the rounding of long sums small
+
+// Whether to run along the pixels of a channel; a single pixel with contiguous channels runs along the channels
+// instead.
+inline bool pixels_are_contiguous(const Map& map) {
+  if (map.stride_c == 1 && map.channels > 1) return false;
+  return (map.stride_w == 1 || map.width == 1) && (map.stride_h == map.width || map.height == 1);
+}
+
+enum class Exponent { kOne, kTwo, kThree, kFour, kAny };
+
+inline Exponent classify(double exponent) {
+  return exponent == 1.0   ? Exponent::kOne
+         : exponent == 2.0 ? Exponent::kTwo
+         : exponent == 3.0 ? Exponent::kThree
+         : exponent == 4.0 ? Exponent::kFour
+                           : Exponent::kAny;
+}
+
+template <typename V>
+inline __attribute__((always_inline)) V absolute(V value) {
+  return value < V{} ? -value : value;
+}
+
+inline float power(float base, double exponent) { return __builtin_powf(base, static_cast<float>(exponent)); }
+inline double power(double base, double exponent) { return __builtin_pow(base, exponent); }
+
+template <typename V>
+inline V lanes_power(V base, double exponent) {
+  V result = {};
+  for (unsigned lane = 0; lane < sizeof(V) / sizeof(base[0]); ++lane) result[lane] = power(base[lane], exponent);
+  return result;
+}
+
+// |f|^p
+template <Exponent E, typename V>
+inline __attribute__((always_inline)) V raised(V value, double exponent) {
+  if constexpr (E == Exponent::kOne) return absolute(value);
+  if constexpr (E == Exponent::kTwo) return value * value;
+  if constexpr (E == Exponent::kThree) return absolute(value) * (value * value);
+  if constexpr (E == Exponent::kFour) return (value * value) * (value * value);
+  return lanes_power(absolute(value), exponent);
+}
+
+// sign(f) * |f|^(p - 1)
+template <Exponent E, typename V>
+inline __attribute__((always_inline)) V derivative(V value, double exponent) {
+  if constexpr (E == Exponent::kTwo) return value;
+  if constexpr (E == Exponent::kThree) return absolute(value) * value;
+  if constexpr (E == Exponent::kFour) return (value * value) * value;
+  const V zero = {};
+  const V one = zero + 1;
+  // A NaN is neither above nor below zero and passes through as itself.
+  const V sign = value > zero ? one : (value < zero ? -one : value);
+  if constexpr (E == Exponent::kOne) return sign;
+  return sign * lanes_power(absolute(value), exponent - 1.0);
+}
+
+// out[pixel] = sum_c |f|^p for the pixels [begin, end) of one sample.
+template <Exponent E, typename T, typename A>
+void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exponent, A* out) {
+  using L = Lanes<A>;
+  using V = typename L::Vector;
+  constexpr int64 width = L::kWidth;
+  const T* base = static_cast<const T*>(map.data) + sample * map.stride_n;
+  if (pixels_are_contiguous(map)) {
+    A block[kPixelTile];
+    for (int64 tile = begin; tile < end; tile += kPixelTile) {
+      const int64 count = end - tile < kPixelTile ? end - tile : kPixelTile;
+      const int64 whole = count - count % width;
+      for (int64 pixel = 0; pixel < count; ++pixel) out[tile - begin + pixel] = 0;
+      for (int64 first = 0; first < map.channels; first += kChannelBlock) {
+        const int64 last = first + kChannelBlock < map.channels ? first + kChannelBlock : map.channels;
+        A* total = out + (tile - begin);
+        const bool direct = map.channels <= kChannelBlock;
+        A* sums = direct ? total : block;
+        if (!direct) {
+          for (int64 pixel = 0; pixel < count; ++pixel) sums[pixel] = 0;
+        }
+        int64 channel = first;
+        for (; channel + 4 <= last; channel += 4) {
+          const T* row = base + channel * map.stride_c + tile;
+          const int64 next = map.stride_c;
+          for (int64 pixel = 0; pixel < whole; pixel += width) {
+            const V sum01 = raised<E>(load(row + pixel), exponent) + raised<E>(load(row + next + pixel), exponent);
+            const V sum23 =
+                raised<E>(load(row + 2 * next + pixel), exponent) + raised<E>(load(row + 3 * next + pixel), exponent);
+            store(load(sums + pixel) + (sum01 + sum23), sums + pixel);
+          }
+          if (whole < count) {
+            const int64 rest = count - whole;
+            const V sum01 = raised<E>(load_first(row + whole, rest), exponent) +
+                            raised<E>(load_first(row + next + whole, rest), exponent);
+            const V sum23 = raised<E>(load_first(row + 2 * next + whole, rest), exponent) +
+                            raised<E>(load_first(row + 3 * next + whole, rest), exponent);
+            store_first(load_first(sums + whole, rest) + (sum01 + sum23), sums + whole, rest);
+          }
+        }
+        for (; channel < last; ++channel) {
+          const T* row = base + channel * map.stride_c + tile;
+          for (int64 pixel = 0; pixel < whole; pixel += width) {
+            store(load(sums + pixel) + raised<E>(load(row + pixel), exponent), sums + pixel);
+          }
+          if (whole < count) {
+            const int64 rest = count - whole;
+            const V value = raised<E>(load_first(row + whole, rest), exponent);
+            store_first(load_first(sums + whole, rest) + value, sums + whole, rest);
+          }
+        }
+        if (!direct) {
+          for (int64 pixel = 0; pixel < count; ++pixel) total[pixel] += sums[pixel];
+        }
+      }
+    }
+    return;
+  }
+  for (int64 pixel = begin; pixel < end; ++pixel) {
+    const T* point = base + (pixel / map.width) * map.stride_h + (pixel % map.width) * map.stride_w;
+    if (map.stride_c == 1) {
+      V sums[4] = {};
+      int64 channel = 0;
+      for (; channel + 4 * width <= map.channels; channel += 4 * width) {
+        for (int part = 0; part < 4; ++part) sums[part] += raised<E>(load(point + channel + part * width), exponent);
+      }
+      for (; channel + width <= map.channels; channel += width) sums[0] += raised<E>(load(point + channel), exponent);
+      if (channel < map.channels) {
+        sums[1] += raised<E>(load_first(point + channel, map.channels - channel), exponent);
+      }
+      out[pixel - begin] = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    } else {
+      A total = 0;
+      for (int64 first = 0; first < map.channels; first += width) {
+        V gathered = {};
+        for (int64 lane = 0; lane < width && first + lane < map.channels; ++lane) {
+          gathered[lane] = to_scalar(point[(first + lane) * map.stride_c]);
+        }
+        total += horizontal_sum(raised<E>(gathered, exponent));
+      }
+      out[pixel - begin] = total;
+    }
+  }
+}
+
+template <typename T, typename A>
+void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exponent, A* out) {
+  switch (classify(exponent)) {
+    case Exponent::kOne:
+      return power_sums<Exponent::kOne, T>(map, sample, begin, end, exponent, out);
+    case Exponent::kTwo:
+      return power_sums<Exponent::kTwo, T>(map, sample, begin, end, exponent, out);
+    case Exponent::kThree:
+      return power_sums<Exponent::kThree, T>(map, sample, begin, end, exponent, out);
+    case Exponent::kFour:
+      return power_sums<Exponent::kFour, T>(map, sample, begin, end, exponent, out);
+    case Exponent::kAny:
+      return power_sums<Exponent::kAny, T>(map, sample, begin, end, exponent, out);
+  }
+}
+
+// Turns channel sums into q = a / max(||a||, floor) in place and returns ||a||. The squares are added in double: those
+// of a float map can pass the float range.
+template <typename A>
+A normalise(A* map, int64 pixels, int64 channels) {
+  double squares = 0;
+  const A inverse_channels = A(1) / static_cast<A>(channels);
+  for (int64 pixel = 0; pixel < pixels; ++pixel) {
+    map[pixel] *= inverse_channels;
+    squares += static_cast<double>(map[pixel]) * static_cast<double>(map[pixel]);
+  }
+  const double norm = __builtin_sqrt(squares);
+  const A inverse = static_cast<A>(inverse_clamped_norm(norm));
+  for (int64 pixel = 0; pixel < pixels; ++pixel) map[pixel] *= inverse;
+  return static_cast<A>(norm);
+}
+
+// Loss and coefficients of one (level, sample) from the channel sums of both sides, which become q in place.
+template <typename A>
+void finish_sample(
+    const AttentionForward& call, int64 level, int64 sample, int64 level_offset, A* student, A* teacher) {
+  const Map& map = call.students[level];
+  const int64 pixels = map.height * map.width;
+  const A student_norm = normalise(student, pixels, map.channels);
+  const A teacher_norm = normalise(teacher, pixels, call.teachers[level].channels);
+  double squares = 0, student_projection = 0, teacher_projection = 0;
+  for (int64 pixel = 0; pixel < pixels; ++pixel) {
+    const double difference = static_cast<double>(student[pixel]) - static_cast<double>(teacher[pixel]);
+    squares += difference * difference;
+    student_projection += student[pixel] * difference;
+    teacher_projection -= teacher[pixel] * difference;
+  }
+  static_cast<A*>(call.losses)[level * call.batch + sample] = static_cast<A>(squares / static_cast<double>(pixels));
+  const int64 offset = call.batch * level_offset + sample * pixels;
+  if (call.student_coefficients != nullptr) {
+    A* out = static_cast<A*>(call.student_coefficients) + offset;
+    const A scale = static_cast<A>(call.exponent / map.channels * 2.0 / pixels);
+    const A projection = static_cast<A>(student_projection);
+    for (int64 pixel = 0; pixel < pixels; ++pixel) {
+      out[pixel] = attention_coefficient(student[pixel], teacher[pixel], projection, student_norm, scale);
+    }
+  }
+  if (call.teacher_coefficients != nullptr) {
+    A* out = static_cast<A*>(call.teacher_coefficients) + offset;
+    const A scale = static_cast<A>(call.exponent / call.teachers[level].channels * 2.0 / pixels);
+    const A projection = static_cast<A>(teacher_projection);
+    for (int64 pixel = 0; pixel < pixels; ++pixel) {
+      out[pixel] = attention_coefficient(teacher[pixel], student[pixel], projection, teacher_norm, scale);
+    }
+  }
+}
+
+template <typename A>
+struct Scratch {
+  explicit Scratch(int64 count) : data(static_cast<A*>(__builtin_malloc(sizeof(A) * (count > 0 ? count : 1)))) {
+    if (data == nullptr) __builtin_trap();
+  }
+  ~Scratch() { __builtin_free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* data;
+};
+
+template <typename Body>
+void parallel(ParallelFor run, int64 count, int64 grain, const Body& body) {
+  run(
+      count, grain, [](int64 begin, int64 end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+inline int64 pixels_of(const Map& map) { return map.height * map.width; }
+
+// Elements of one sample over all levels and both sides: the work of one step of the sample loop.
+inline int64 sample_elements(const Map* maps, int64 levels) {
+  int64 total = 0;
+  for (int64 level = 0; level < levels; ++level) total += maps[level].channels * pixels_of(maps[level]);
+  return total;
+}
+
+inline int64 grain_for(int64 elements_per_step) {
+  constexpr int64 worthwhile = 32768;  // elements below which waking a thread costs more than it saves
+  const int64 grain = worthwhile / (elements_per_step > 0 ? elements_per_step : 1);
+  return grain > 0 ? grain : 1;
+}
+
+template <typename T, typename A>
+void attention_forward_typed(const AttentionForward& call, ParallelFor run, int threads) {
+  int64 largest = 0, total = 0;
+  for (int64 level = 0; level < call.levels; ++level) {
+    const int64 pixels = pixels_of(call.students[level]);
+    largest = pixels > largest ? pixels : largest;
+    total += pixels;
+  }
+  if (call.batch >= threads) {
+    const int64 work = sample_elements(call.students, call.levels) + sample_elements(call.teachers, call.levels);
+    parallel(run, call.batch, grain_for(work), [&](int64 begin, int64 end) {
+      Scratch<A> student(largest), teacher(largest);
+      for (int64 sample = begin; sample < end; ++sample) {
+        int64 offset = 0;
+        for (int64 level = 0; level < call.levels; ++level) {
+          const int64 pixels = pixels_of(call.students[level]);
+          power_sums<T>(call.students[level], sample, 0, pixels, call.exponent, student.data);
+          power_sums<T>(call.teachers[level], sample, 0, pixels, call.exponent, teacher.data);
+          finish_sample(call, level, sample, offset, student.data, teacher.data);
+          offset += pixels;
+        }
+      }
+    });
+    return;
+  }
+  // Few large samples: split the pixels instead. A pixel's sum does not depend on the split, so neither do the bits.
+  Scratch<A> sums(2 * call.batch * total);
+  const int64 tiles_per_sample = (total + kPixelTile - 1) / kPixelTile + call.levels;
+  parallel(run, call.batch * tiles_per_sample, 1, [&](int64 begin, int64 end) {
+    for (int64 step = begin; step < end; ++step) {
+      const int64 sample = step / tiles_per_sample;
+      int64 tile = step % tiles_per_sample;
+      int64 offset = 0;
+      for (int64 level = 0; level < call.levels; ++level) {
+        const int64 pixels = pixels_of(call.students[level]);
+        const int64 tiles = (pixels + kPixelTile - 1) / kPixelTile;
+        if (tile < tiles) {
+          const int64 first = tile * kPixelTile;
+          const int64 last = first + kPixelTile < pixels ? first + kPixelTile : pixels;
+          A* student = sums.data + (sample * total + offset) + first;
+          A* teacher = student + call.batch * total;
+          power_sums<T>(call.students[level], sample, first, last, call.exponent, student);
+          power_sums<T>(call.teachers[level], sample, first, last, call.exponent, teacher);
+          break;
+        }
+        tile -= tiles;
+        offset += pixels;
+      }
+    }
+  });
+  for (int64 sample = 0; sample < call.batch; ++sample) {
+    int64 offset = 0;
+    for (int64 level = 0; level < call.levels; ++level) {
+      A* student = sums.data + (sample * total + offset);
+      finish_sample(call, level, sample, offset, student, student + call.batch * total);
+      offset += pixels_of(call.students[level]);
+    }
+  }
+}
+
+template <typename T>
+inline bool aligned_for_streaming(const T* pointer, int64 count, int64 width) {
+  const std::uintptr_t bytes = static_cast<std::uintptr_t>(width) * sizeof(T);
+  return count % width == 0 && reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
+}
+
+// gradient = weight[pixel] * sign(f) |f|^(p-1) for the channels [begin, end) of one sample.
+template <Exponent E, typename T, typename A>
+void scale_sample(
+    const Map& feature,
+    const Map& gradient,
+    int64 sample,
+    int64 begin,
+    int64 end,
+    double exponent,
+    A grad,
+    const A* coefficients,
+    A* weights,
+    bool streaming) {
+  using L = Lanes<A>;
+  using V = typename L::Vector;
+  constexpr int64 width = L::kWidth;
+  const int64 pixels = pixels_of(feature);
+  const T* in = static_cast<const T*>(feature.data) + sample * feature.stride_n;
+  T* out = static_cast<T*>(gradient.data) + sample * gradient.stride_n;
+  for (int64 pixel = 0; pixel < pixels; ++pixel) weights[pixel] = grad * coefficients[pixel];
+  if (pixels_are_contiguous(feature) && pixels_are_contiguous(gradient)) {
+    const int64 whole = pixels - pixels % width;
+    for (int64 channel = begin; channel < end; ++channel) {
+      const T* source = in + channel * feature.stride_c;
+      T* target = out + channel * gradient.stride_c;
+      if (streaming && aligned_for_streaming(target, pixels, width)) {
+        for (int64 pixel = 0; pixel < whole; pixel += width) {
+          stream(load(weights + pixel) * derivative<E>(load(source + pixel), exponent), target + pixel);
+        }
+        continue;
+      }
+      for (int64 pixel = 0; pixel < whole; pixel += width) {
+        store(load(weights + pixel) * derivative<E>(load(source + pixel), exponent), target + pixel);
+      }
+      if (whole < pixels) {
+        const int64 rest = pixels - whole;
+        const V value = load_first(weights + whole, rest) * derivative<E>(load_first(source + whole, rest), exponent);
+        store_first(value, target + whole, rest);
+      }
+    }
+    return;
+  }
+  const int64 channels = end - begin;
+  const bool channels_contiguous = feature.stride_c == 1 && gradient.stride_c == 1;
+  for (int64 pixel = 0; pixel < pixels; ++pixel) {
+    const int64 y = pixel / feature.width, x = pixel % feature.width;
+    const T* source = in + begin * feature.stride_c + y * feature.stride_h + x * feature.stride_w;
+    T* target = out + begin * gradient.stride_c + y * gradient.stride_h + x * gradient.stride_w;
+    const V weight = L::splat(weights[pixel]);
+    if (!channels_contiguous) {
+      for (int64 first = 0; first < channels; first += width) {
+        const int64 count = channels - first < width ? channels - first : width;
+        V gathered = {};
+        for (int64 lane = 0; lane < count; ++lane) {
+          gathered[lane] = to_scalar(source[(first + lane) * feature.stride_c]);
+        }
+        const V value = weight * derivative<E>(gathered, exponent);
+        for (int64 lane = 0; lane < count; ++lane) {
+          from_scalar(value[lane], target + (first + lane) * gradient.stride_c);
+        }
+      }
+      continue;
+    }
+    if (streaming && aligned_for_streaming(target, channels, width)) {
+      for (int64 channel = 0; channel < channels; channel += width) {
+        stream(weight * derivative<E>(load(source + channel), exponent), target + channel);
+      }
+      continue;
+    }
+    int64 channel = 0;
+    for (; channel + width <= channels; channel += width) {
+      store(weight * derivative<E>(load(source + channel), exponent), target + channel);
+    }
+    if (channel < channels) {
+      const int64 rest = channels - channel;
+      store_first(weight * derivative<E>(load_first(source + channel, rest), exponent), target + channel, rest);
+    }
+  }
+}
+
+template <typename T, typename A>
+void attention_backward_typed(const AttentionBackward& call, ParallelFor run, int threads) {
+  int64 largest = 0;
+  for (int64 level = 0; level < call.levels; ++level) {
+    const int64 pixels = pixels_of(call.features[level]);
+    largest = pixels > largest ? pixels : largest;
+  }
+  // Few samples: split the channels as well.
+  const int64 splits = call.batch >= threads || call.batch == 0 ? 1 : (threads + call.batch - 1) / call.batch * 4;
+  const int64 work = sample_elements(call.features, call.levels) / splits;
+  parallel(run, call.batch * splits, grain_for(work), [&](int64 begin, int64 end) {
+    Scratch<A> weights(largest);
+    for (int64 step = begin; step < end; ++step) {
+      const int64 sample = step / splits, split = step % splits;
+      int64 offset = 0;
+      for (int64 level = 0; level < call.levels; ++level) {
+        const Map& feature = call.features[level];
+        const Map& gradient = call.gradients[level];
+        const int64 pixels = pixels_of(feature);
+        const A upstream =
+            static_cast<const A*>(call.grad)[level * call.grad_stride_level + sample * call.grad_stride_sample];
+        const A grad = upstream * static_cast<A>(call.scale);
+        const A* coefficients = static_cast<const A*>(call.coefficients) + call.batch * offset + sample * pixels;
+        const int64 first = feature.channels * split / splits, last = feature.channels * (split + 1) / splits;
+        const auto apply = [&](auto kernel) {
+          kernel(feature, gradient, sample, first, last, call.exponent, grad, coefficients, weights.data, call.stream);
+        };
+        switch (classify(call.exponent)) {
+          case Exponent::kOne:
+            apply(scale_sample<Exponent::kOne, T, A>);
+            break;
+          case Exponent::kTwo:
+            apply(scale_sample<Exponent::kTwo, T, A>);
+            break;
+          case Exponent::kThree:
+            apply(scale_sample<Exponent::kThree, T, A>);
+            break;
+          case Exponent::kFour:
+            apply(scale_sample<Exponent::kFour, T, A>);
+            break;
+          case Exponent::kAny:
+            apply(scale_sample<Exponent::kAny, T, A>);
+            break;
+        }
+        offset += pixels;
+      }
+    }
+    if (call.stream) finish_streaming();
+  });
+}
+
+template <typename T, typename A>
+void attention_map_typed(const AttentionMap& call, ParallelFor run, int) {
+  const int64 pixels = pixels_of(call.feature);
+  parallel(run, call.batch, grain_for(call.feature.channels * pixels), [&](int64 begin, int64 end) {
+    for (int64 sample = begin; sample < end; ++sample) {
+      A* map = static_cast<A*>(call.map) + sample * pixels;
+      power_sums<T>(call.feature, sample, 0, pixels, call.exponent, map);
+      static_cast<A*>(call.norm)[sample] = normalise(map, pixels, call.feature.channels);
+    }
+  });
+}
+
+void attention_forward(const AttentionForward& call, Element element, ParallelFor run, int threads) {
+  switch (element) {
+    case Element::kFloat32:
+      return attention_forward_typed<float, float>(call, run, threads);
+    case Element::kFloat64:
+      return attention_forward_typed<double, double>(call, run, threads);
+    case Element::kBFloat16:
+      return attention_forward_typed<BFloat16, float>(call, run, threads);
+    case Element::kFloat16:
+      return attention_forward_typed<Half, float>(call, run, threads);
+  }
+}
+
+void attention_backward(const AttentionBackward& call, Element element, ParallelFor run, int threads) {
+  switch (element) {
+    case Element::kFloat32:
+      return attention_backward_typed<float, float>(call, run, threads);
+    case Element::kFloat64:
+      return attention_backward_typed<double, double>(call, run, threads);
+    case Element::kBFloat16:
+      return attention_backward_typed<BFloat16, float>(call, run, threads);
+    case Element::kFloat16:
+      return attention_backward_typed<Half, float>(call, run, threads);
+  }
+}
+
+void attention_map(const AttentionMap& call, Element element, ParallelFor run, int threads) {
+  switch (element) {
+    case Element::kFloat32:
+      return attention_map_typed<float, float>(call, run, threads);
+    case Element::kFloat64:
+      return attention_map_typed<double, double>(call, run, threads);
+    case Element::kBFloat16:
+      return attention_map_typed<BFloat16, float>(call, run, threads);
+    case Element::kFloat16:
+      return attention_map_typed<Half, float>(call, run, threads);
+  }
+}
+
+}  // namespace
+}  // namespace frskd

@@ -1,0 +1,67 @@
+// The FRSKD objective from its unreduced parts on the CPU: one pass over a few thousand numbers, in order, in double.
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+
+namespace frskd {
+namespace {
+
+template <typename A>
+void combine_typed(
+    const A* attention,
+    std::int64_t levels,
+    std::int64_t batch,
+    const A* logits,
+    std::int64_t rows,
+    double alpha,
+    double beta,
+    bool has_targets,
+    A* parts) {
+  double sums[4] = {0, 0, 0, 0};
+  for (int part = 0; part < 4; ++part) {
+    for (std::int64_t row = 0; row < rows; ++row) sums[part] += logits[part * rows + row];
+  }
+  double feature = 0;
+  for (std::int64_t index = 0; index < levels * batch; ++index) feature += attention[index];
+  if (batch > 0) feature /= static_cast<double>(batch);
+  const double inverse_valid = !has_targets || sums[3] == 0 ? 0 : 1 / sums[3];
+  const double ce_student = has_targets ? sums[0] * inverse_valid : 0,
+               ce_teacher = has_targets ? sums[1] * inverse_valid : 0;
+  const double kd = rows > 0 ? sums[2] / static_cast<double>(rows) : 0;
+  const double attention_term = levels > 0 ? beta * feature : 0;
+  parts[0] = static_cast<A>(ce_student + ce_teacher + alpha * kd + attention_term);
+  parts[1] = static_cast<A>(ce_student);
+  parts[2] = static_cast<A>(ce_teacher);
+  parts[3] = static_cast<A>(kd);
+  parts[4] = static_cast<A>(feature);
+  parts[5] = static_cast<A>(inverse_valid);
+}
+
+void combine(Tensor attention_losses, Tensor logits_losses, double alpha, double beta, bool has_targets, Tensor parts) {
+  STD_TORCH_CHECK(
+      attention_losses.dim() == 2 && logits_losses.dim() == 2 && logits_losses.sizes()[0] == 4,
+      "attention_losses must be (levels, batch) and logits_losses (4, rows), but they have shapes ",
+      shape_text(attention_losses), " and ", shape_text(logits_losses), ".");
+  const Element element = element_of(logits_losses, "logits_losses");
+  STD_TORCH_CHECK(
+      element == Element::kFloat32 || element == Element::kFloat64, "logits_losses must be float32 or float64.");
+  const std::int64_t levels = attention_losses.sizes()[0], batch = attention_losses.sizes()[1];
+  const std::int64_t rows = logits_losses.sizes()[1];
+  const void* attention = working_tensor(attention_losses, element, levels * batch, "attention_losses");
+  const void* logits = working_tensor(logits_losses, element, 4 * rows, "logits_losses");
+  void* out = working_tensor(parts, element, 6, "parts");
+  if (element == Element::kFloat64) {
+    combine_typed(
+        static_cast<const double*>(attention), levels, batch, static_cast<const double*>(logits), rows, alpha, beta,
+        has_targets, static_cast<double*>(out));
+  } else {
+    combine_typed(
+        static_cast<const float*>(attention), levels, batch, static_cast<const float*>(logits), rows, alpha, beta,
+        has_targets, static_cast<float*>(out));
+  }
+}
+
+}  // namespace
+}  // namespace frskd
+
+STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CPU, m) { m.impl("combine", TORCH_BOX(&frskd::combine)); }

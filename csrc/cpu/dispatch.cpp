@@ -1,0 +1,40 @@
+// Chooses the kernels by what the processor has, once, and lends them PyTorch's threads.
+#include <cstdlib>
+#include <cstring>
+
+#include "checks.h"
+
+namespace frskd {
+namespace {
+
+const Kernels& chosen_kernels() {
+#if defined(__x86_64__)
+  const char* forced = std::getenv("FRSKD_FAST_CPU");
+  const bool baseline = forced != nullptr && std::strcmp(forced, "baseline") == 0;
+  if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return kAvx2Kernels;
+  }
+#endif
+  return kBaselineKernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = chosen_kernels();
+  return chosen;
+}
+
+int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void run_parallel(std::int64_t count, std::int64_t grain, ParallelBody body, void* context) {
+  if (count <= 0) return;
+  if (count <= grain) {
+    body(0, count, context);
+    return;
+  }
+  torch::stable::parallel_for(
+      0, count, grain, [body, context](std::int64_t begin, std::int64_t end) { body(begin, end, context); });
+}
+
+}  // namespace frskd

@@ -1,0 +1,30 @@
+// The same kernels for AVX2, FMA and F16C; the entry points choose at run time by what the processor has.
+#if defined(__x86_64__)
+
+// These must come before the instruction set changes: what they define inline may be shared with other files.
+#include <cstdint>
+
+#include "views.h"
+
+#define FRSKD_AVX2 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "attention_kernel.h"
+#include "logits_kernel.h"
+
+namespace frskd {
+const Kernels kAvx2Kernels = {attention_forward, attention_backward, attention_map, logits_forward, logits_backward};
+}  // namespace frskd
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,248 @@
+// Vectors of float or double by the compiler's vector extension: one source serves SSE2, AVX2 and NEON. Included only
+// by kernel files that are compiled once per instruction set, so everything has internal linkage and no standard header
+// is used.
+#pragma once
+
+#include <cstdint>
+
+#if defined(FRSKD_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace frskd {
+namespace {
+
+using int64 = std::int64_t;
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Half {
+  std::uint16_t bits;
+};
+
+typedef float Float8 __attribute__((vector_size(32)));
+typedef std::int32_t Int8 __attribute__((vector_size(32)));
+typedef std::uint32_t UInt8 __attribute__((vector_size(32)));
+typedef std::uint16_t UShort8 __attribute__((vector_size(16)));
+typedef double Double4 __attribute__((vector_size(32)));
+typedef std::int64_t Long4 __attribute__((vector_size(32)));
+
+template <typename To, typename From>
+inline __attribute__((always_inline)) To bits_of(const From& value) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To result;
+  __builtin_memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+inline float half_to_float(std::uint16_t half) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
+  const std::uint32_t exponent_and_mantissa = static_cast<std::uint32_t>(half & 0x7fffu) << 13;
+  if ((half & 0x7c00u) == 0x7c00u) {
+    return bits_of<float>(sign | 0x7f800000u | exponent_and_mantissa);  // infinity or NaN
+  }
+  // 2^112 moves the exponent bias from 15 to 127; subnormals become normal on the way.
+  return bits_of<float>(sign | bits_of<std::uint32_t>(bits_of<float>(exponent_and_mantissa) * 0x1p112f));
+}
+
+inline std::uint16_t float_to_half(float value) {
+  const std::uint32_t bits = bits_of<std::uint32_t>(value);
+  const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
+  std::uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds past 65504
+  if (magnitude < 0x38800000u) {
+    // Subnormal halves are multiples of 2^-24: adding 0.5 leaves that multiple, rounded to even, in the low bits.
+    const float shifted = bits_of<float>(magnitude) + 0.5f;
+    return static_cast<std::uint16_t>(sign | (bits_of<std::uint32_t>(shifted) - 0x3f000000u));
+  }
+  magnitude += 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u) >> 13));
+}
+
+inline float to_scalar(BFloat16 value) { return bits_of<float>(static_cast<std::uint32_t>(value.bits) << 16); }
+inline float to_scalar(Half value) { return half_to_float(value.bits); }
+inline float to_scalar(float value) { return value; }
+inline double to_scalar(double value) { return value; }
+
+inline std::uint16_t float_to_bfloat16(float value) {
+  const std::uint32_t bits = bits_of<std::uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline void from_scalar(float value, float* out) { *out = value; }
+inline void from_scalar(double value, double* out) { *out = value; }
+inline void from_scalar(float value, BFloat16* out) { out->bits = float_to_bfloat16(value); }
+inline void from_scalar(float value, Half* out) { out->bits = float_to_half(value); }
+
+// The vector type of an accumulate type, and how to load element type T into it.
+template <typename A>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Vector = Float8;
+  using Mask = Int8;
+  static constexpr int kWidth = 8;
+  static inline __attribute__((always_inline)) Vector splat(float value) {
+    return Vector{value, value, value, value, value, value, value, value};
+  }
+  static inline __attribute__((always_inline)) Mask first(int64 count) {
+    const Mask index = {0, 1, 2, 3, 4, 5, 6, 7};
+    const std::int32_t n = static_cast<std::int32_t>(count);
+    return index < Mask{n, n, n, n, n, n, n, n};
+  }
+};
+
+template <>
+struct Lanes<double> {
+  using Vector = Double4;
+  using Mask = Long4;
+  static constexpr int kWidth = 4;
+  static inline __attribute__((always_inline)) Vector splat(double value) { return Vector{value, value, value, value}; }
+  static inline __attribute__((always_inline)) Mask first(int64 count) {
+    const Mask index = {0, 1, 2, 3};
+    return index < Mask{count, count, count, count};
+  }
+};
+
+inline __attribute__((always_inline)) Float8 load(const float* pointer) {
+  Float8 value;
+  __builtin_memcpy(&value, pointer, 32);
+  return value;
+}
+inline __attribute__((always_inline)) Double4 load(const double* pointer) {
+  Double4 value;
+  __builtin_memcpy(&value, pointer, 32);
+  return value;
+}
+inline __attribute__((always_inline)) Float8 load(const BFloat16* pointer) {
+  UShort8 half;
+  __builtin_memcpy(&half, pointer, 16);
+  const UInt8 wide = __builtin_convertvector(half, UInt8) << 16;
+  return bits_of<Float8>(wide);
+}
+inline __attribute__((always_inline)) Float8 load(const Half* pointer) {
+#ifdef FRSKD_AVX2
+  __m128i half;
+  __builtin_memcpy(&half, pointer, 16);
+  return bits_of<Float8>(_mm256_cvtph_ps(half));
+#else
+  Float8 value;
+  for (int lane = 0; lane < 8; ++lane) value[lane] = half_to_float(pointer[lane].bits);
+  return value;
+#endif
+}
+
+inline __attribute__((always_inline)) UShort8 to_bfloat16(Float8 value) {
+  const UInt8 bits = bits_of<UInt8>(value);
+  const UInt8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Int8 is_nan = value != value;
+  const UInt8 quiet = UInt8{} + 0x7fc0u;
+  return __builtin_convertvector(is_nan ? quiet : rounded, UShort8);
+}
+
+inline __attribute__((always_inline)) void store(Float8 value, float* pointer) {
+  __builtin_memcpy(pointer, &value, 32);
+}
+inline __attribute__((always_inline)) void store(Double4 value, double* pointer) {
+  __builtin_memcpy(pointer, &value, 32);
+}
+inline __attribute__((always_inline)) void store(Float8 value, BFloat16* pointer) {
+  const UShort8 half = to_bfloat16(value);
+  __builtin_memcpy(pointer, &half, 16);
+}
+inline __attribute__((always_inline)) void store(Float8 value, Half* pointer) {
+#ifdef FRSKD_AVX2
+  const __m128i half = _mm256_cvtps_ph(bits_of<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(pointer, &half, 16);
+#else
+  for (int lane = 0; lane < 8; ++lane) pointer[lane].bits = float_to_half(value[lane]);
+#endif
+}
+
+// Stores that bypass the cache: a gradient larger than the cache is then written without being read first.
+// The pointer must be aligned to the vector's bytes in memory.
+#ifdef FRSKD_AVX2
+constexpr bool kHasStreamingStores = true;
+inline __attribute__((always_inline)) void stream(Float8 value, float* pointer) {
+  _mm256_stream_ps(pointer, bits_of<__m256>(value));
+}
+inline __attribute__((always_inline)) void stream(Double4 value, double* pointer) {
+  _mm256_stream_pd(pointer, bits_of<__m256d>(value));
+}
+inline __attribute__((always_inline)) void stream(Float8 value, BFloat16* pointer) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(pointer), bits_of<__m128i>(to_bfloat16(value)));
+}
+inline __attribute__((always_inline)) void stream(Float8 value, Half* pointer) {
+  _mm_stream_si128(
+      reinterpret_cast<__m128i*>(pointer), _mm256_cvtps_ph(bits_of<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+}
+inline void finish_streaming() { _mm_sfence(); }
+#else
+constexpr bool kHasStreamingStores = false;
+template <typename V, typename T>
+inline void stream(V value, T* pointer) {
+  store(value, pointer);
+}
+inline void finish_streaming() {}
+#endif
+
+template <typename T>
+inline auto load_first(const T* pointer, int64 count) -> decltype(load(pointer)) {
+  T padded[8] = {};
+  for (int64 lane = 0; lane < count; ++lane) padded[lane] = pointer[lane];
+  return load(padded);
+}
+template <typename V, typename T>
+inline void store_first(V value, T* pointer, int64 count) {
+  T padded[8];
+  store(value, padded);
+  for (int64 lane = 0; lane < count; ++lane) pointer[lane] = padded[lane];
+}
+
+template <typename V>
+inline __attribute__((always_inline)) auto horizontal_sum(V value) {
+  constexpr int width = sizeof(V) / sizeof(value[0]);
+  if constexpr (width == 8) {
+    return ((value[0] + value[4]) + (value[1] + value[5])) + ((value[2] + value[6]) + (value[3] + value[7]));
+  } else {
+    return (value[0] + value[2]) + (value[1] + value[3]);
+  }
+}
+
+// NaN wins: a maximum that dropped a NaN would hide it.
+template <typename V>
+inline __attribute__((always_inline)) V maximum(V first, V second) {
+  return (first > second) | (first != first) ? first : second;
+}
+
+// exp(x) for x <= 88, relative error about 1e-7; 0 below -87.3 (where the true value is under 1.2e-38), NaN stays NaN.
+inline __attribute__((always_inline)) Float8 exponential(Float8 x) {
+  const Float8 zero = {};
+  const Int8 underflow = x < zero - 87.33654f;
+  const Float8 clamped = underflow ? zero - 87.33654f : x;
+  const Float8 magic = zero + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the rounded integer
+  const Float8 shifted = clamped * 1.44269504f + magic;
+  const Float8 integer = shifted - magic;
+  Float8 rest = clamped - integer * 0.693359375f;
+  rest = rest - integer * -2.12194440e-4f;
+  Float8 polynomial = zero + 1.9875691500e-4f;
+  polynomial = polynomial * rest + 1.3981999507e-3f;
+  polynomial = polynomial * rest + 8.3334519073e-3f;
+  polynomial = polynomial * rest + 4.1665795894e-2f;
+  polynomial = polynomial * rest + 1.6666665459e-1f;
+  polynomial = polynomial * rest + 5.0000001201e-1f;
+  polynomial = polynomial * rest * rest + rest + 1.0f;
+  const Int8 scale = (bits_of<Int8>(shifted) - bits_of<Int8>(magic) + 127) << 23;
+  const Float8 result = polynomial * bits_of<Float8>(scale);
+  return underflow ? zero : result;
+}
+inline Double4 exponential(Double4 x) {
+  return Double4{__builtin_exp(x[0]), __builtin_exp(x[1]), __builtin_exp(x[2]), __builtin_exp(x[3])};
+}
+
+}  // namespace
+}  // namespace frskd

@@ -1,0 +1,179 @@
+"""The stateless public functions. Student first, teacher second; raw logits in; float32 arithmetic whatever the dtype."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from frskd_fast.ops import attention as _attention
+from frskd_fast.ops import logits as _logits
+
+__all__ = ["CrossEntropyKD", "attention_map", "attention_transfer", "cross_entropy_kd", "kd_loss"]
+
+
+class CrossEntropyKD(NamedTuple):
+    """What ``cross_entropy_kd`` returns; each part is differentiable and carries no weight."""
+
+    ce_student: Any
+    ce_teacher: Any
+    kd: Any
+
+
+def attention_map(feature: Tensor, exponent: float = 2.0, *, impl: str = "auto") -> Tensor:
+    """q = a / max(||a||_2, 1e-12) per sample, with a = mean_c |f|^exponent.
+
+    Args:
+        feature: (N, C, H, W) float32, bfloat16, float16 or float64, any strides.
+        exponent: p >= 1.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        (N, H * W) float32 (float64 for float64 input); ``.unflatten(1, (H, W))`` makes a picture of it.
+
+    Raises:
+        TypeError, ValueError: wrong rank, dtype or exponent.
+        RuntimeError: when ``impl`` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> attention_map(torch.tensor([[[[3.0, 2.0]], [[-3.0, 2.0]]]])).mul(97**0.5).round()
+        tensor([[9., 4.]])
+
+    Source: Zagoruyko and Komodakis, ICLR 2017, eq. 1, in FRSKD's form (arXiv 2103.08273).
+    """
+    return _attention.attention_map(feature, exponent, impl)
+
+
+def attention_transfer(
+    student_feats: Any,
+    teacher_feats: Any,
+    exponent: float = 2.0,
+    reduction: str = "mean",
+    *,
+    resize: str | None = None,
+    detach_teacher: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """sum_l mean_{n,hw} (q_student - q_teacher)^2 over all pyramid levels l in one call, q = ``attention_map``.
+
+    Args:
+        student_feats: list, tuple or dict of L maps (N, C_l, H_l, W_l), or one map; one dtype, any strides.
+        teacher_feats: L maps (N, D_l, H_l, W_l), same dtype and device; the channels may differ.
+        exponent: p >= 1 of the maps.
+        reduction: ``"mean"`` sums the levels' means over batch and pixels; ``"levels"`` gives those means, (L,); ``"sum"`` sums
+            over levels and samples the mean over pixels; ``"none"`` gives it for each level and sample, (L, N).
+        resize: ``None``, or ``"pool"`` to average-pool the larger of two maps to the smaller one's size.
+        detach_teacher: no gradient to the teacher (as FRSKD); ``False`` differentiates both sides.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        float32 (float64 for float64 inputs), of the shape ``reduction`` says.
+
+    Raises:
+        TypeError, ValueError: levels, batch, pixels, dtype or device do not match; the sentence names the level.
+        RuntimeError: when ``impl`` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.rand(2, 8, 4, 4, requires_grad=True), torch.rand(2, 16, 4, 4)
+        >>> attention_transfer([student], [teacher]).backward()
+        >>> attention_transfer([student, student], [3 * student, teacher], reduction="levels").shape
+        torch.Size([2])
+
+    Source: FRSKD (arXiv 2103.08273) as released: the mean over pixels of the squared difference, not an L2 norm.
+    """
+    return _attention.attention_transfer(
+        student_feats, teacher_feats, exponent, reduction, resize, detach_teacher, impl
+    )
+
+
+def kd_loss(
+    student_logits: Any,
+    teacher_logits: Any,
+    temperature: float = 4.0,
+    reduction: str = "batchmean",
+    *,
+    detach_teacher: bool = True,
+    impl: str = "auto",
+) -> Any:
+    """T^2 * sum_k p_t (log p_t - log p_s) with p = softmax(z / T), averaged over the rows.
+
+    Args:
+        student_logits: (N, K), (N, K, W) or (N, K, H, W) raw logits, classes on axis 1, any strides; or a list of heads.
+        teacher_logits: the same shape, dtype and device; or as many heads.
+        temperature: T > 0.
+        reduction: ``"batchmean"`` divides by the number of rows (N, or N * H * W for maps), ``"sum"``, or ``"none"`` (N, ...).
+        detach_teacher: no gradient to the teacher; ``False`` differentiates both sides.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        float32 (float64) scalar; (heads,) for a list of heads; per row (a list of them for heads) when unreduced.
+
+    Raises:
+        TypeError, ValueError: shapes, classes, dtypes or devices differ, or the temperature is not positive.
+        RuntimeError: when ``impl`` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> z = torch.randn(4, 10)
+        >>> abs(kd_loss(z, z + 3.0).item()) < 1e-5  # a shift of all logits changes no probability
+        True
+
+    Source: Hinton et al., 2015 (arXiv 1503.02531), in FRSKD's and RepDistiller's form.
+    """
+    return _logits.logit_losses(
+        student_logits, teacher_logits, None, temperature, 0.0, -100, reduction, detach_teacher, impl
+    )[2]
+
+
+def cross_entropy_kd(
+    student_logits: Any,
+    teacher_logits: Any,
+    targets: Any = None,
+    *,
+    temperature: float = 4.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "batchmean",
+    detach_teacher: bool = True,
+    impl: str = "auto",
+) -> CrossEntropyKD:
+    """(CE(student), CE(teacher), KD) from one read of each raw logit row; KD as in ``kd_loss``.
+
+    CE = -sum_k t_k log softmax(z)_k with t = (1 - label_smoothing) * target + label_smoothing / K.
+
+    Args:
+        student_logits: (N, K), (N, K, W) or (N, K, H, W) raw logits, classes on axis 1, any strides; or a list of heads.
+        teacher_logits: the same shape, dtype and device, or as many heads; ``None`` leaves CE(teacher) and KD at 0.
+        targets: ``None`` (both CE are 0); class indices (N,), (N, W) or (N, H, W); ``(targets_a, targets_b, lam)`` for
+            lam * CE(., a) + (1 - lam) * CE(., b); probabilities of the logits' shape; or a list with one entry per head.
+        temperature: T > 0 of the KD term; the cross-entropies are at temperature 1.
+        label_smoothing: in [0, 1].
+        ignore_index: class index whose rows count in neither CE; the KD term keeps them, as FRSKD does.
+        reduction: ``"batchmean"`` (CE over the rows that count, KD over all rows), ``"sum"`` or ``"none"``.
+        detach_teacher: no gradient of KD to the teacher; CE(teacher) always has one.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        ``CrossEntropyKD(ce_student, ce_teacher, kd)``, shapes as in ``kd_loss``. With all labels ignored both CE are 0.
+
+    Raises:
+        TypeError, ValueError: shapes, classes, dtypes, devices or labels do not fit. On a GPU a label out of range
+            gives NaN instead of an error, because looking at it would stop the device.
+        RuntimeError: when ``impl`` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> parts = cross_entropy_kd(torch.zeros(4, 10), torch.zeros(4, 10), torch.arange(4))
+        >>> round(parts.ce_student.item(), 4), parts.kd.item()
+        (2.3026, 0.0)
+
+    Source: the terms of FRSKD's objective (arXiv 2103.08273).
+    """
+    return CrossEntropyKD(
+        *_logits.logit_losses(
+            student_logits, teacher_logits, targets, temperature, label_smoothing, ignore_index, reduction,
+            detach_teacher, impl,
+        )  # fmt: skip
+    )

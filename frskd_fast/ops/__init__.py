@@ -1,0 +1,1 @@
+"""One file per operation: checks, choice of implementation, autograd, registration for ``torch.compile``."""

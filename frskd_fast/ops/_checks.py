@@ -1,0 +1,143 @@
+"""Argument checks whose messages name the argument, what came, what was wanted and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def finite_number(value: Any, name: str, wanted: str = "a finite number") -> float:
+    """``value`` as a Python float; tensors on a GPU are refused because reading them would stop the device."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.device.type != "cpu":
+            raise TypeError(
+                f"{name} is a tensor of shape {tuple(value.shape)} on {value.device}, but {wanted} was wanted; "
+                "pass a Python float (reading a tensor from a device would synchronise)."
+            )
+        value = value.item()
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}, but {wanted} was wanted; pass a Python float.") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {number}, but {wanted} was wanted.")
+    return number
+
+
+def positive_number(value: Any, name: str) -> float:
+    """``value`` as a Python float greater than 0."""
+    number = finite_number(value, name, "a finite number greater than 0")
+    if number <= 0.0:
+        raise ValueError(f"{name} is {number}, but a number greater than 0 was wanted.")
+    return number
+
+
+def unit_interval(value: Any, name: str) -> float:
+    """``value`` as a Python float in [0, 1]."""
+    number = finite_number(value, name, "a number between 0 and 1")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} is {number}, but a number between 0 and 1 was wanted.")
+    return number
+
+
+def attention_exponent(value: Any) -> float:
+    """The exponent p of an attention map as a Python float >= 1."""
+    number = finite_number(value, "exponent", "a finite number of at least 1")
+    if number < 1.0:
+        raise ValueError(
+            f"exponent is {number}, but at least 1 was wanted: below 1 the gradient is infinite where a feature is 0."
+        )
+    return number
+
+
+def floating_tensor(value: Any, name: str) -> Tensor:
+    """``value`` if it is a dense floating tensor of a supported dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, but a torch.Tensor was wanted.")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}, but float32, bfloat16, float16 or float64 was wanted; cast it with .float()."
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}, but a dense tensor was wanted; call .to_dense().")
+    return value
+
+
+def same(first: Tensor, first_name: str, second: Tensor, second_name: str) -> None:
+    """Raise unless both tensors have one dtype and one device."""
+    if first.dtype != second.dtype:
+        raise TypeError(
+            f"{second_name} has dtype {second.dtype}, but {first_name} has {first.dtype} and one dtype was wanted; "
+            f"cast one of them with .to({first.dtype})."
+        )
+    if first.device != second.device:
+        raise ValueError(
+            f"{second_name} is on {second.device}, but {first_name} is on {first.device} and one device was wanted; "
+            f"move one of them with .to({str(first.device)!r})."
+        )
+
+
+def feature_list(value: Any, name: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...] | None]:
+    """Feature maps from a tensor, a sequence or a mapping (values in insertion order), and the mapping's keys."""
+    if isinstance(value, Tensor):
+        return (value,), None
+    if isinstance(value, Mapping):
+        return tuple(value.values()), tuple(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value), None
+    raise TypeError(
+        f"{name} is a {type(value).__name__}, but a list, tuple or dict of feature maps of shape (N, C, H, W) was wanted."
+    )
+
+
+def feature_map(value: Any, name: str) -> Tensor:
+    """``value`` if it is a floating (N, C, H, W) tensor with at least one channel and one pixel."""
+    feature = floating_tensor(value, name)
+    if feature.dim() != 4:
+        raise ValueError(
+            f"{name} has shape {tuple(feature.shape)}, but (N, C, H, W) was wanted; "
+            "tokens of shape (N, L, C) become a map by .transpose(1, 2).unflatten(2, (H, W))."
+        )
+    if feature.shape[1] == 0 or feature.shape[2] == 0 or feature.shape[3] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(feature.shape)}, but at least one channel and one pixel were wanted."
+        )
+    return feature
+
+
+def feature_pyramids(student_feats: Any, teacher_feats: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Two pyramids with the same number of levels, batch, dtype and device; sizes are compared by the caller."""
+    students, student_keys = feature_list(student_feats, "student_feats")
+    teachers, teacher_keys = feature_list(teacher_feats, "teacher_feats")
+    if len(students) != len(teachers):
+        raise ValueError(
+            f"teacher_feats has {len(teachers)} levels, but student_feats has {len(students)} and the same number was "
+            "wanted; pass the levels to be compared, in the same order."
+        )
+    if len(students) == 0:
+        raise ValueError("student_feats is empty, but at least one feature map of shape (N, C, H, W) was wanted.")
+    if student_keys is not None and teacher_keys is not None and student_keys != teacher_keys:
+        raise ValueError(
+            f"teacher_feats has the keys {list(teacher_keys)}, but student_feats has {list(student_keys)} and the same "
+            "keys in the same order were wanted."
+        )
+    first = feature_map(students[0], "student_feats[0]")
+    for level, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        if level:
+            feature_map(student, f"student_feats[{level}]")
+            same(first, "student_feats[0]", student, f"student_feats[{level}]")
+        feature_map(teacher, f"teacher_feats[{level}]")
+        same(first, "student_feats[0]", teacher, f"teacher_feats[{level}]")
+        for feature, side in ((student, "student_feats"), (teacher, "teacher_feats")):
+            if feature.shape[0] != first.shape[0]:
+                raise ValueError(
+                    f"{side}[{level}] has batch size {feature.shape[0]}, but student_feats[0] has {first.shape[0]} and "
+                    "one batch size was wanted."
+                )
+    return students, teachers

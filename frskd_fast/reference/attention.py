@@ -1,0 +1,37 @@
+"""Attention transfer, as a formula (FRSKD, CVPR 2021, arXiv 2103.08273; Zagoruyko and Komodakis, ICLR 2017).
+
+a = mean_c |f|^p, q = a / max(||a||_2, 1e-12) per sample, loss[l, n] = mean_hw (q_student - q_teacher)^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NORM_FLOOR = 1e-12
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every other floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_map(feature: Tensor, exponent: float = 2.0) -> Tensor:
+    """q = a / max(||a||_2, 1e-12) with a = mean_c |f|^p; feature (N, C, H, W) -> map (N, H*W)."""
+    values = feature.to(accumulate_dtype(feature.dtype))
+    powers = values * values if exponent == 2.0 else values.abs().pow(exponent)
+    activity = powers.mean(1).flatten(1)
+    # The squares of a float32 map can pass the float32 range although the map itself does not.
+    norm = torch.linalg.vector_norm(activity, dim=1, keepdim=True, dtype=torch.float64)
+    return activity / norm.to(activity.dtype).clamp_min(NORM_FLOOR)
+
+
+def attention_transfer(students: Sequence[Tensor], teachers: Sequence[Tensor], exponent: float = 2.0) -> Tensor:
+    """mean_hw (q_student - q_teacher)^2 for each level and sample; lists of L (N, C, H, W) -> (L, N)."""
+    rows = [
+        (attention_map(student, exponent) - attention_map(teacher, exponent)).square().mean(1)
+        for student, teacher in zip(students, teachers, strict=True)
+    ]
+    return torch.stack(rows)
