@@ -106,7 +106,6 @@ def problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return reason
 
 
-@torch.compiler.assume_constant_result
 def choose(requested: str, device_type: str, dtype: torch.dtype) -> str:
     """The implementation for this call: the requested one, else the forced one, else the first that works.
 
@@ -126,6 +125,11 @@ def choose(requested: str, device_type: str, dtype: torch.dtype) -> str:
         if problem(candidate, device_type, dtype) is None:
             return candidate
     return "reference"
+
+
+# What torch.compiler.assume_constant_result sets: a traced graph takes the choice as a constant. Calling it here would
+# import the whole compiler (and Triton) with the package.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def raw(operation: str, name: str) -> ModuleType:

@@ -10,9 +10,14 @@ namespace frskd {
 constexpr double kNormFloor = 1e-12;
 
 template <typename A>
-FRSKD_HOST_DEVICE A inverse_clamped_norm(A norm) {
+FRSKD_HOST_DEVICE A clamped_norm(A norm) {
   // Written so that a NaN norm stays NaN.
-  return A(1) / (norm < A(kNormFloor) ? A(kNormFloor) : norm);
+  return norm < A(kNormFloor) ? A(kNormFloor) : norm;
+}
+
+template <typename A>
+FRSKD_HOST_DEVICE A inverse_clamped_norm(A norm) {
+  return A(1) / clamped_norm(norm);
 }
 
 // c = (p / C) * d loss / d a for one pixel, where loss = mean over pixels of (q_own - q_other)^2 and

@@ -180,8 +180,9 @@ A normalise(A* map, int64 pixels, int64 channels) {
     squares += static_cast<double>(map[pixel]) * static_cast<double>(map[pixel]);
   }
   const double norm = __builtin_sqrt(squares);
-  const A inverse = static_cast<A>(inverse_clamped_norm(norm));
-  for (int64 pixel = 0; pixel < pixels; ++pixel) map[pixel] *= inverse;
+  // Divided, not multiplied by an inverse: a map of one pixel is then exactly 1.
+  const A divisor = clamped_norm(static_cast<A>(norm));
+  for (int64 pixel = 0; pixel < pixels; ++pixel) map[pixel] /= divisor;
   return static_cast<A>(norm);
 }
 

@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
-        out = F.relu(self.bn1(self.conv1(x)))
+        out: Tensor = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return out + (x if self.downsample is None else self.downsample(x))
 
@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
-        out = F.relu(self.bn1(self.conv1(x)))
+        out: Tensor = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         return out + (x if self.downsample is None else self.downsample(x))

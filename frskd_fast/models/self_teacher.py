@@ -92,7 +92,8 @@ class DepthConvBlock(nn.Module):
         self.conv = nn.Sequential(*separable)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        out: Tensor = self.conv(x)
+        return out
 
 
 class BiFPNLayer(nn.Module):

@@ -25,7 +25,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rectified = F.relu(x)
-        out = self.conv2(F.relu(self.bn2(self.conv1(rectified))))
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(rectified))))
         return out + (x if self.convShortcut is None else self.convShortcut(rectified))
 
 
@@ -40,7 +40,8 @@ class WideGroup(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        out: Tensor = self.layer(x)
+        return out
 
 
 class WideResNet(nn.Module):

@@ -29,10 +29,17 @@ def forward(
     losses = torch.empty((4, rows), dtype=dtype, device=first.device)
     statistics = torch.empty((6, rows), dtype=dtype, device=first.device)
     inverse_valid = torch.empty(len(students), dtype=dtype, device=first.device)
-    _ops.logits_forward.default(
-        students, teachers, targets, targets_b, mix, label_smoothing, ignore_index, temperature,
-        losses, statistics, inverse_valid,
-    )  # fmt: skip
+    try:
+        _ops.logits_forward.default(
+            students, teachers, targets, targets_b, mix, label_smoothing, ignore_index, temperature,
+            losses, statistics, inverse_valid,
+        )  # fmt: skip
+    except RuntimeError as error:
+        # The kernel looks at the labels anyway; checking them here as well would read them twice.
+        _, found, sentence = str(error).partition("targets holds the label")
+        if not found:
+            raise
+        raise ValueError(found + sentence.splitlines()[0]) from None
     return losses, statistics, inverse_valid
 
 

@@ -25,7 +25,7 @@ def finite_number(value: Any, name: str, wanted: str = "a finite number") -> flo
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}, but {wanted} was wanted; pass a Python float.") from None
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name} is {number}, but {wanted} was wanted.")
     return number
 

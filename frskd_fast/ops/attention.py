@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, _library
+from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import attention as reference
 
 REDUCTIONS = ("mean", "sum", "levels", "none")

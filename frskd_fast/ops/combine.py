@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import _library, attention, logits
+from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import attention as attention_reference
 from frskd_fast.reference import combine as reference
 

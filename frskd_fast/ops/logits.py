@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, _library
+from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import logits as reference
 from frskd_fast.reference.attention import accumulate_dtype
 from frskd_fast.reference.combine import weighted_mean

@@ -1,0 +1,80 @@
+# Everything from a bare clone: `make bench` measures, `make test` proves. Both set up their own .venv first.
+#
+#   make bench TORCH=system   use the PyTorch (and GPU) already installed for $(PYTHON) instead of a pinned CPU build
+#   make test PIP_ARGS="..."  pass arguments to every pip install, for example the index your PyTorch builds come from
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+PIP_ARGS ?=
+BENCH_ARGS ?=
+RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+
+.DELETE_ON_ERROR:
+.PHONY: bench test demo lint build sanitize cuda-build gpu-check clean
+
+bench: build
+	$(RUN) bench/run.py $(BENCH_ARGS)
+
+test: build
+	$(RUN) -m pytest
+
+demo: build
+	$(RUN) examples/digits.py
+
+lint: build
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(RUN) bench/report.py --readme README.md --check
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed hostile arguments and odd sizes.
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZER_RUNTIME = $(shell $(or $(CXX),g++) -print-file-name=libasan.so)
+sanitize: build
+	FRSKD_FAST_BUILD=cpu CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" \
+	  $(RUN) setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	cd tests && LD_PRELOAD=$(SANITIZER_RUNTIME) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../build/sanitize/lib FRSKD_FAST_SANITIZED=1 \
+	  ../$(VENV)/bin/pytest -q -p no:cacheprovider test_entry_points.py test_sanitized.py
+
+# Compiles every CUDA source, warnings as errors; needs nvcc, but neither a GPU nor a CUDA build of PyTorch.
+cuda-build: $(VENV)/.packages
+	FRSKD_FAST_BUILD=cuda FRSKD_FAST_WERROR=1 $(RUN) setup.py --quiet build_ext --build-lib build/cuda-check
+
+# For a machine with a GPU and a CUDA build of PyTorch: no network and no .venv. See scripts/gpu_check.py --help.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py
+
+build: $(VENV)/.built
+
+$(VENV)/.torch:
+ifeq ($(TORCH),system)
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(RUN) -c "import torch; print('using the installed PyTorch', torch.__version__)"
+else
+	@echo "Setting up $(VENV) with PyTorch $(TORCH) (once, about two minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "torch==$(TORCH)" numpy
+endif
+	touch $@
+
+# The constraint keeps pip from replacing the PyTorch chosen above while it resolves the other packages.
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml
+	$(RUN) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
+	$(RUN) scripts/requirements.py dev demo > $(VENV)/requirements.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
+ifneq ($(TORCH),system)
+	-$(PIP) --constraint $(VENV)/constraints.txt --no-deps "triton>=3.6,<3.7"
+endif
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages setup.py $(shell find csrc -type f)
+	@echo "Building frskd_fast"
+	$(PIP) --verbose --no-build-isolation --no-deps --editable . 2>&1 | grep -E "frskd_fast: |rror" || true
+	$(RUN) -c "import frskd_fast"
+	touch $@
+
+clean:
+	rm -rf build dist .venv *.egg-info frskd_fast/*.so

@@ -1,0 +1,14 @@
+// Registers the CUDA implementations of the operations whose schemas are in ../bindings.cpp.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "operations.cuh"
+
+STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CUDA, m) {
+  m.impl("attention_forward", TORCH_BOX(&frskd::cuda::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&frskd::cuda::attention_backward));
+  m.impl("attention_map", TORCH_BOX(&frskd::cuda::attention_map));
+  m.impl("logits_forward", TORCH_BOX(&frskd::cuda::logits_forward));
+  m.impl("logits_backward", TORCH_BOX(&frskd::cuda::logits_backward));
+  m.impl("combine", TORCH_BOX(&frskd::cuda::combine));
+}

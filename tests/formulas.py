@@ -1,0 +1,61 @@
+"""Plain PyTorch statements of the formulas, written apart from the package, in the original's order of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_map(feature: Tensor, exponent: float = 2.0) -> Tensor:
+    """normalize(mean_c |f|^p) over the pixels of each sample: (N, C, H, W) -> (N, H*W)."""
+    powers = feature.pow(2) if exponent == 2 else feature.abs().pow(exponent)
+    return F.normalize(powers.mean(1).reshape(feature.shape[0], -1))
+
+
+def attention_rows(students: Sequence[Tensor], teachers: Sequence[Tensor], exponent: float = 2.0) -> Tensor:
+    """mean over pixels of the squared difference of the maps: (L, N)."""
+    pairs = zip(students, teachers, strict=True)
+    return torch.stack([(attention_map(s, exponent) - attention_map(t, exponent)).pow(2).mean(1) for s, t in pairs])
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * sum_k KL of the softmaxes at temperature T, unreduced over rows."""
+    log_student = F.log_softmax(student / temperature, 1)
+    target = F.softmax(teacher / temperature, 1)
+    return F.kl_div(log_student, target, reduction="none").sum(1) * temperature**2
+
+
+def label_distribution(targets: Tensor, classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """One-hot rows (zero where ignored), classes on axis 1."""
+    kept = targets != ignore_index
+    hot = F.one_hot(targets.where(kept, 0), classes).to(dtype) * kept.unsqueeze(-1)
+    return hot.movedim(-1, 1)
+
+
+def cross_entropy(logits: Tensor, distribution: Tensor, mass: Tensor | float, label_smoothing: float) -> Tensor:
+    """-sum_k t_k log softmax(z)_k with the smoothed distribution, unreduced over rows; ``mass`` is what t sums to."""
+    smoothed = (1 - label_smoothing) * distribution + label_smoothing * mass / logits.shape[1]
+    return -(smoothed * F.log_softmax(logits, 1)).sum(1)
+
+
+def frskd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_feats: Sequence[Tensor],
+    teacher_feats: Sequence[Tensor],
+    targets: Tensor | None,
+    alpha: float,
+    beta: float,
+    temperature: float,
+) -> Tensor:
+    """CE + CE + alpha * KD + beta * sum_l AT_l as the original adds them up."""
+    kd = divergence(student_logits, teacher_logits.detach(), temperature).sum() / student_logits.shape[0]
+    loss = alpha * kd
+    for student, teacher in zip(student_feats, teacher_feats, strict=True):
+        loss = loss + beta * (attention_map(student) - attention_map(teacher.detach())).pow(2).mean()
+    if targets is not None:
+        loss = loss + F.cross_entropy(student_logits, targets) + F.cross_entropy(teacher_logits, targets)
+    return loss

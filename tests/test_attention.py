@@ -1,0 +1,384 @@
+"""Operation ``attention``: every implementation that runs on the CPU against float64, layouts, limits, autograd, compile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import formulas
+import pytest
+import torch
+from numerics import assert_close, largest_error
+from torch import Tensor
+
+import frskd_fast
+from frskd_fast import functional
+from frskd_fast.ops import attention as attention_ops
+
+IMPLEMENTATIONS = ["reference", "cpu"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# channels of the student, channels of the teacher, height, width: one pixel, one channel, widths around the vector
+# length 8, channel counts around the blocks of 4 and 32, more pixels than a tile of 1024.
+LEVELS = [(5, 3, 1, 1), (1, 2, 3, 5), (33, 66, 4, 4), (7, 9, 5, 9), (64, 128, 8, 8), (3, 4, 33, 32)]
+
+
+def _channels_last(feature: Tensor) -> Tensor:
+    return feature.contiguous(memory_format=torch.channels_last)
+
+
+def _sliced(feature: Tensor) -> Tensor:
+    n, c, h, w = feature.shape
+    storage = torch.full((n + 1, c + 2, h + 1, 2 * w + 1), 7.0, dtype=feature.dtype)
+    view = storage[1:, 1:-1, 1:, 1::2]
+    view.copy_(feature)
+    return view
+
+
+def _transposed(feature: Tensor) -> Tensor:
+    return feature.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+
+
+def _expanded(feature: Tensor) -> Tensor:
+    return feature[:1].expand(feature.shape)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda feature: feature,
+    "channels_last": _channels_last,
+    "sliced": _sliced,
+    "transposed": _transposed,
+    "expanded": _expanded,
+}
+
+
+def _pyramids(batch: int, dtype: torch.dtype, layout: str) -> tuple[list[Tensor], list[Tensor]]:
+    change = LAYOUTS[layout]
+    students = [change(torch.randn(batch, c, h, w).to(dtype)) for c, _, h, w in LEVELS]
+    teachers = [change(torch.randn(batch, d, h, w).to(dtype)) for _, d, h, w in LEVELS]
+    return students, teachers
+
+
+def _run(
+    function: Callable[[list[Tensor], list[Tensor]], Tensor],
+    students: list[Tensor],
+    teachers: list[Tensor],
+    grad: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[Tensor]]:
+    leaves_s = [x.detach().to(dtype).requires_grad_() for x in students]
+    leaves_t = [x.detach().to(dtype).requires_grad_() for x in teachers]
+    rows = function(leaves_s, leaves_t)
+    rows.backward(grad.to(rows.dtype))
+    gradients = []
+    for leaf in leaves_s + leaves_t:
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    return rows.detach(), gradients
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("exponent", [2.0, 1.0, 1.5, 3.0, 4.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_and_backward(layout: str, dtype: torch.dtype, exponent: float, impl: str) -> None:
+    students, teachers = _pyramids(3, dtype, layout)
+    grad = torch.rand(len(LEVELS), 3, dtype=torch.float64)
+
+    def ours(s: list[Tensor], t: list[Tensor]) -> Tensor:
+        return functional.attention_transfer(s, t, exponent, "none", detach_teacher=False, impl=impl)
+
+    def plain(s: list[Tensor], t: list[Tensor]) -> Tensor:
+        return formulas.attention_rows(s, t, exponent)
+
+    rows, gradients = _run(ours, students, teachers, grad, dtype)
+    plain_rows, plain_gradients = _run(plain, students, teachers, grad, dtype)
+    true_rows, true_gradients = _run(plain, students, teachers, grad, torch.float64)
+    for level in range(len(LEVELS)):
+        assert_close(rows[level], plain_rows[level], true_rows[level], f"loss of level {level}")
+    for index, (mine, other, truth) in enumerate(zip(gradients, plain_gradients, true_gradients, strict=True)):
+        assert mine.dtype == dtype
+        assert_close(mine, other, truth, f"gradient {index}")
+
+
+def test_gradient_keeps_the_memory_format() -> None:
+    feature = _channels_last(torch.randn(2, 6, 4, 4)).requires_grad_()
+    functional.attention_transfer([feature], [torch.randn(2, 3, 4, 4)], impl="cpu").backward()
+    assert feature.grad is not None and feature.grad.stride() == feature.stride()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "levels", "none"])
+def test_reductions(reduction: str, impl: str) -> None:
+    students, teachers = _pyramids(3, torch.float64, "contiguous")
+    rows = formulas.attention_rows(students, teachers)
+    wanted = {"mean": rows.mean(1).sum(), "sum": rows.sum(), "levels": rows.mean(1), "none": rows}[reduction]
+    leaves = [student.requires_grad_() for student in students]
+    value = functional.attention_transfer(leaves, teachers, reduction=reduction, impl=impl)
+    torch.testing.assert_close(value, wanted)
+    grad = torch.rand_like(value)
+    value.backward(grad)
+    again = [student.detach().requires_grad_() for student in students]
+    rows = formulas.attention_rows(again, teachers)
+    again_value = {"mean": rows.mean(1).sum(), "sum": rows.sum(), "levels": rows.mean(1), "none": rows}[reduction]
+    again_value.backward(grad)
+    for mine, truth in zip(leaves, again, strict=True):
+        torch.testing.assert_close(mine.grad, truth.grad)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("exponent", [2.0, 1.0, 2.5])
+def test_gradcheck(exponent: float, impl: str) -> None:
+    students = [torch.randn(2, 3, 2, 3, dtype=torch.float64), torch.randn(2, 1, 1, 2, dtype=torch.float64)]
+    teachers = [torch.randn(2, 2, 2, 3, dtype=torch.float64), torch.randn(2, 4, 1, 2, dtype=torch.float64)]
+    inputs = [x.requires_grad_() for x in students + teachers]
+
+    def function(*features: Tensor) -> Tensor:
+        return functional.attention_transfer(
+            list(features[:2]), list(features[2:]), exponent, "none", detach_teacher=False, impl=impl
+        )
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_map_gradcheck(impl: str) -> None:
+    feature = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f: functional.attention_map(f, 2.0, impl=impl), [feature])
+    assert torch.autograd.gradcheck(lambda f: functional.attention_map(f, 3.0, impl=impl), [feature])
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_map(layout: str, dtype: torch.dtype, impl: str) -> None:
+    for (channels, _, height, width), exponent in itertools.product(LEVELS, (1.0, 2.0, 3.0)):
+        feature = LAYOUTS[layout](torch.randn(3, channels, height, width).to(dtype))
+        ours = functional.attention_map(feature, exponent, impl=impl)
+        truth = formulas.attention_map(feature.double(), exponent)
+        assert_close(ours, formulas.attention_map(feature, exponent), truth, f"map {channels} {height} {width}")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_large_and_zero_features_are_finite_and_right(layout: str, dtype: torch.dtype, impl: str) -> None:
+    change = LAYOUTS[layout]
+    students = [change((3e4 * torch.randn(2, 16, 4, 4).clamp(-1, 1)).to(dtype)), change(torch.zeros(2, 16, 4, 4, dtype=dtype))]
+    teachers = [change((3e4 * torch.randn(2, 8, 4, 4).clamp(-1, 1)).to(dtype)), change(torch.randn(2, 8, 4, 4).to(dtype))]
+    leaves = [x.clone().requires_grad_() for x in students]
+    truth = [x.double().requires_grad_() for x in students]
+    # Scaled as by a gradient scaler, so that a float16 gradient of features of 3e4 is not below its range.
+    functional.attention_transfer(leaves, teachers, impl=impl).mul(2.0**16).backward()
+    (formulas.attention_rows(truth, [x.double() for x in teachers]).mean(1).sum() * 2.0**16).backward()
+    for mine, true in zip(leaves, truth, strict=True):
+        assert mine.grad is not None and true.grad is not None
+        assert_close(mine.grad, torch.full_like(mine.grad, float("nan")), true.grad, "gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_norms_beyond_the_float_range(impl: str) -> None:
+    """Features of 1e12 have maps of 1e24, whose squares pass float32."""
+    feature = 1e12 * torch.randn(2, 4, 3, 3)
+    wanted = formulas.attention_map(feature.double())
+    assert largest_error(functional.attention_map(feature, impl=impl), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nan_is_never_hidden(impl: str) -> None:
+    feature = torch.randn(2, 4, 3, 3)
+    feature[1, 2, 0, 1] = float("nan")
+    leaf = feature.clone().requires_grad_()
+    rows = functional.attention_transfer([leaf], [torch.randn(2, 4, 3, 3)], reduction="none", impl=impl)
+    assert rows[0, 0].isfinite() and rows[0, 1].isnan()
+    rows.sum().backward()
+    assert leaf.grad is not None and leaf.grad[0].isfinite().all() and leaf.grad[1].isnan().any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_empty_batch(impl: str) -> None:
+    feature = torch.randn(0, 4, 3, 3, requires_grad=True)
+    loss = functional.attention_transfer([feature], [torch.randn(0, 2, 3, 3)], impl=impl)
+    loss.backward()
+    assert loss.item() == 0.0 and feature.grad is not None and feature.grad.shape == feature.shape
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_invariants(impl: str) -> None:
+    feature = torch.rand(3, 5, 4, 4, dtype=torch.float64)
+    scale = torch.rand(3, 1, 1, 1, dtype=torch.float64) + 0.5
+    assert functional.attention_transfer([scale * feature], [feature], impl=impl).item() < 1e-28
+    assert functional.attention_transfer([feature[:, torch.randperm(5)]], [feature], impl=impl).item() < 1e-28
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_stated_value(impl: str) -> None:
+    """Value and gradient norm of a closed-form case computed by the original loss."""
+
+    def wave(shape: tuple[int, ...], slope: float, shift: float) -> Tensor:
+        count = torch.Size(shape).numel()
+        return torch.sin(slope * torch.arange(count, dtype=torch.float64) + shift).view(shape)
+
+    student = wave((2, 3, 4, 4), 0.37, 0.0).requires_grad_()
+    teacher = wave((2, 6, 4, 4), 0.23, 1.0)
+    loss = functional.attention_transfer([student], [teacher], impl=impl)
+    loss.backward()
+    assert student.grad is not None
+    assert abs(loss.item() - 0.017923377135645808) < 1e-15
+    assert abs(student.grad.norm().item() - 0.011262648723507492) < 1e-15
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_teacher_is_detached_by_default_and_differentiable_on_request(impl: str) -> None:
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4, requires_grad=True)
+    functional.attention_transfer([student], [teacher], impl=impl).backward()
+    assert teacher.grad is None and student.grad is not None
+    frozen = student.detach()
+    functional.attention_transfer([frozen], [teacher], detach_teacher=False, impl=impl).backward()
+    assert teacher.grad is not None and teacher.grad.abs().sum() > 0
+
+
+def test_dictionaries_and_single_maps() -> None:
+    students, teachers = _pyramids(2, torch.float32, "contiguous")
+    names = [f"level{index}" for index in range(len(LEVELS))]
+    as_list = functional.attention_transfer(students, teachers)
+    as_dict = functional.attention_transfer(dict(zip(names, students, strict=True)), dict(zip(names, teachers, strict=True)))
+    assert torch.equal(as_list, as_dict)
+    assert torch.equal(
+        functional.attention_transfer(students[0], teachers[0]), functional.attention_transfer(students[:1], teachers[:1])
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_pooling_the_larger_map(impl: str) -> None:
+    student, teacher = torch.randn(2, 3, 8, 6, dtype=torch.float64), torch.randn(2, 5, 4, 9, dtype=torch.float64)
+    pool = torch.nn.functional.adaptive_avg_pool2d
+    wanted = formulas.attention_rows([pool(student, (4, 6))], [pool(teacher, (4, 6))]).mean()
+    value = functional.attention_transfer([student], [teacher], resize="pool", impl=impl)
+    torch.testing.assert_close(value, wanted)
+
+
+def test_inputs_are_left_alone_and_backward_can_run_twice() -> None:
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    before = student.detach().clone(), teacher.clone()
+    loss = functional.attention_transfer([student], [teacher], impl="cpu")
+    (first,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, student)
+    assert torch.equal(first, second)
+    assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+
+
+def test_double_backward_is_refused() -> None:
+    student = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = functional.attention_transfer([student], [torch.randn(2, 3, 4, 4)], impl="cpu")
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    """Also covers the path for fewer samples than threads."""
+    students, teachers = _pyramids(2, torch.float32, "contiguous")
+
+    def run() -> list[Tensor]:
+        leaves = [student.clone().requires_grad_() for student in students]
+        rows = functional.attention_transfer(leaves, teachers, reduction="none", impl="cpu")
+        rows.sum().backward()
+        return [rows.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run()
+        torch.set_num_threads(threads)
+        for one, other in zip(alone, run(), strict=True):
+            assert torch.equal(one, other)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_large_gradients_are_streamed_to_the_same_values() -> None:
+    """More than 16 MiB of gradients bypass the cache; the values must be those of the ordinary stores."""
+    for layout, dtype in itertools.product(("contiguous", "channels_last"), (torch.float32, torch.bfloat16)):
+        student = LAYOUTS[layout](torch.randn(80, 64, 32, 32).to(dtype)).requires_grad_()
+        teacher = torch.randn(80, 8, 32, 32).to(dtype)
+        functional.attention_transfer([student], [teacher], reduction="sum", impl="cpu").backward()
+        piece = student.detach()[:2].clone(memory_format=torch.preserve_format).requires_grad_()
+        functional.attention_transfer([piece], [teacher[:2]], reduction="sum", impl="cpu").backward()
+        assert student.grad is not None and piece.grad is not None
+        assert torch.equal(student.grad[:2], piece.grad)
+
+
+def test_operators_pass_opcheck() -> None:
+    students = [torch.randn(2, 3, 4, 4), _channels_last(torch.randn(2, 5, 2, 2))]
+    teachers = [torch.randn(2, 4, 4, 4), torch.randn(2, 5, 2, 2)]
+    losses, student, _ = attention_ops.raw_forward(students, teachers, 2.0, True, True, "cpu")
+    operators = torch.ops.frskd_fast
+    torch.library.opcheck(operators.attention_forward.default, (students, teachers, 2.0, True, True, "cpu"))
+    grad = torch.ones_like(losses)
+    torch.library.opcheck(operators.attention_backward.default, (grad, 1.0, True, students, student, 2.0, "cpu"))
+    torch.library.opcheck(operators.attention_map.default, (students[1], 2.0, "cpu"))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_fullgraph_compile_with_dynamic_batch(impl: str) -> None:
+    torch.compiler.reset()
+
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        return functional.attention_transfer([student], [teacher], impl=impl)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for batch in (4, 6, 9):
+        student, teacher = torch.randn(batch, 3, 4, 4, requires_grad=True), torch.randn(batch, 6, 4, 4)
+        (gradient,) = torch.autograd.grad(compiled(student, teacher), student)
+        (wanted,) = torch.autograd.grad(function(student, teacher), student)
+        torch.testing.assert_close(gradient, wanted)
+    assert torch.compiler.is_compiling() is False
+
+
+def test_last_impl_tells_which_ran() -> None:
+    feature = torch.randn(2, 3, 4, 4)
+    functional.attention_map(feature, impl="cpu")
+    assert frskd_fast.last_impl()["attention"] == "cpu"
+    functional.attention_map(feature, impl="reference")
+    assert frskd_fast.last_impl()["attention"] == "reference"
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("students", "teachers", "options", "message"),
+    [
+        ([torch.zeros(2, 3, 4)], [torch.zeros(2, 3, 4)], {}, r"student_feats\[0\] has shape \(2, 3, 4\)"),
+        ([torch.zeros(2, 3, 4, 4)], [], {}, "teacher_feats has 0 levels, but student_feats has 1"),
+        ([], [], {}, "student_feats is empty"),
+        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(3, 3, 4, 4)], {}, r"teacher_feats\[0\] has batch size 3"),
+        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 2, 4)], {}, r"teacher_feats\[0\] has maps of \(2, 4\).*resize='pool'"),
+        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4).half()], {}, r"teacher_feats\[0\] has dtype torch.float16"),
+        ([torch.zeros(2, 3, 4, 4).long()], [torch.zeros(2, 3, 4, 4)], {}, r"student_feats\[0\] has dtype torch.int64"),
+        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4, device="meta")], {}, r"teacher_feats\[0\] is on meta"),
+        ([torch.zeros(2, 0, 4, 4)], [torch.zeros(2, 3, 4, 4)], {}, "at least one channel"),
+        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4)], {"exponent": 0.5}, "exponent is 0.5, but at least 1"),
+        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4)], {"exponent": float("nan")}, "exponent is nan"),
+        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4)], {"reduction": "batchmean"}, "reduction is 'batchmean'"),
+        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4)], {"resize": "crop"}, "resize is 'crop'"),
+        ("pyramid", [torch.zeros(2, 3, 4, 4)], {}, "student_feats is a str"),
+        ({"a": torch.zeros(2, 3, 4, 4)}, {"b": torch.zeros(2, 3, 4, 4)}, {}, "same keys in the same order"),
+        ([None], [torch.zeros(2, 3, 4, 4)], {}, r"student_feats\[0\] is a NoneType"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(
+    students: object, teachers: object, options: dict[str, object], message: str, impl: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        functional.attention_transfer(students, teachers, impl=impl, **options)  # type: ignore[arg-type]
+    assert str(caught.value).endswith(".")
+
+
+def test_unknown_and_missing_implementations() -> None:
+    feature = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="impl is 'fast', but the known implementations are"):
+        functional.attention_map(feature, impl="fast")
+    with pytest.raises(RuntimeError, match="impl='cuda' was asked for, but it computes on a CUDA device"):
+        functional.attention_map(feature, impl="cuda")

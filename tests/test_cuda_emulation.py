@@ -1,0 +1,608 @@
+"""The CUDA sources, compiled by a plain C++ compiler and run thread by thread on the CPU (cuda_emulation/).
+
+What this proves without a GPU: values and gradients, every layout and launch plan, bounds of the outputs, barriers and shuffles
+that every thread reaches, and results that do not depend on the order in which the threads run between two barriers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import formulas
+import pytest
+import torch
+from numerics import assert_close
+from torch import Tensor
+
+from frskd_fast import functional
+from frskd_fast.losses import FRSKDLoss
+from frskd_fast.native import attention as native_attention
+from frskd_fast.native import combine as native_combine
+from frskd_fast.native import logits as native_logits
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "tests" / "cuda_emulation"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# channels of the student, of the teacher, height, width: one pixel; one channel; packs of 4 and 8; half packs; no packs; more
+# packs than threads; channels in packs, and with a rest.
+LEVELS = [(5, 3, 1, 1), (1, 2, 3, 5), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (16, 8, 48, 52), (64, 12, 8, 8)]
+EVERY_SM_IDLE = "100000000"  # so many multiprocessors that one block per sample never pays: the tiled plan
+
+
+def _library() -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++ to compile the emulated kernels")
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu*")), *sorted((ROOT / "csrc" / "common").glob("*.h"))]
+    sources += [ROOT / "csrc" / "bindings.cpp", *sorted(HERE.iterdir())]
+    digest = hashlib.sha256(torch.__version__.encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    folder = ROOT / "build" / "cuda_emulation" / digest.hexdigest()[:16]
+    library = folder / "libemulated.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_root = Path(torch.__file__).parent
+    # The schemas of csrc/bindings.cpp are registered again under another name.
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Dfrskd_fast_native=frskd_fast_emulated"]
+    flags += [f"-I{HERE}", "-isystem", str(torch_root / "include")]
+    objects = []
+    for name in ("csrc/cuda/attention.cu", "csrc/cuda/logits.cu", "csrc/cuda/combine.cu", "csrc/bindings.cpp",
+                 "tests/cuda_emulation/emulation.cpp"):  # fmt: skip
+        objects.append(folder / f"{name.replace('/', '_')}.o")
+        command = [compiler, *flags, "-x", "c++", "-c", str(ROOT / name), "-o", str(objects[-1])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name} does not compile:\n{done.stderr}"
+    # -Bsymbolic: the emulation's stand-ins for PyTorch's CUDA functions win over PyTorch's own.
+    link = [compiler, "-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    partial = folder / "partial.so"
+    done = subprocess.run([*link, "-lc10", "-o", str(partial)], capture_output=True, text=True)
+    assert done.returncode == 0, f"the emulated kernels do not link:\n{done.stderr}"
+    partial.rename(library)
+    return library
+
+
+@pytest.fixture(scope="module")
+def operations() -> Any:
+    """``torch.ops`` namespace of the emulated kernels."""
+    torch.ops.load_library(str(_library()))
+    return torch.ops.frskd_fast_emulated
+
+
+@pytest.fixture
+def emulated(operations: Any, monkeypatch: pytest.MonkeyPatch, poisoned_empty: None) -> Iterator[None]:
+    """``impl="cpu"`` runs the emulated CUDA kernels; outputs start as NaN; a workspace is given as on a device."""
+
+    def attention_forward(students: list[Tensor], teachers: list[Tensor], exponent: float, *outputs: Any) -> None:
+        numel = sum(student.shape[0] * student.shape[2] * student.shape[3] for student in students)
+        workspace = torch.empty(2 * numel, dtype=outputs[0].dtype)
+        operations.attention_forward.default(students, teachers, exponent, *outputs[:-1], workspace)
+
+    replacement = SimpleNamespace(
+        attention_forward=SimpleNamespace(default=attention_forward),
+        attention_backward=operations.attention_backward,
+        attention_map=operations.attention_map,
+    )
+    monkeypatch.setattr(native_attention, "_ops", replacement)
+    monkeypatch.setattr(native_logits, "_ops", operations)
+    monkeypatch.setattr(native_combine, "_ops", operations)
+    # The CPU library need not be built for this.
+    monkeypatch.setattr("frskd_fast._extension.cpu_library_problem", lambda: None)
+    yield
+
+
+def _channels_last(feature: Tensor) -> Tensor:
+    return feature.contiguous(memory_format=torch.channels_last)
+
+
+def _sliced(feature: Tensor) -> Tensor:
+    n, c, h, w = feature.shape
+    storage = torch.full((n + 1, c + 2, h + 1, w + 4), float("nan"), dtype=feature.dtype)
+    view = storage[1:, 1:-1, 1:, 4:]
+    view.copy_(feature)
+    return view
+
+
+def _sliced_channels_last(feature: Tensor) -> Tensor:
+    return _sliced(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _transposed(feature: Tensor) -> Tensor:
+    return feature.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda feature: feature,
+    "channels_last": _channels_last,
+    "sliced": _sliced,
+    "sliced_channels_last": _sliced_channels_last,
+    "transposed": _transposed,
+    "expanded": lambda feature: feature[:1].expand(feature.shape),
+}
+
+
+def _pyramids(layout: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    change = LAYOUTS[layout]
+    students = [change(torch.randn(2, c, h, w).to(dtype)) for c, _, h, w in LEVELS]
+    teachers = [change(torch.randn(2, d, h, w).to(dtype)) for _, d, h, w in LEVELS]
+    return students, teachers
+
+
+def _with_gradients(
+    function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    result = function(leaves)
+    result.backward(grad.to(result.dtype))
+    gradients = []
+    for leaf in leaves:
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    return [result.detach(), *gradients]
+
+
+def _three_way(
+    ours: Callable[[list[Tensor]], Tensor], plain: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], rows: Any
+) -> None:
+    dtype = inputs[0].dtype
+    grad = torch.randn(rows)
+    results = _with_gradients(ours, inputs, grad, dtype)
+    plains = _with_gradients(plain, inputs, grad, dtype)
+    truths = _with_gradients(plain, inputs, grad, torch.float64)
+    for index, (result, plain_result, truth) in enumerate(zip(results, plains, truths, strict=True)):
+        assert_close(result, plain_result, truth, "losses" if index == 0 else f"gradient {index - 1}")
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("multiprocessors", ["1", EVERY_SM_IDLE], ids=["fused", "tiled"])
+@pytest.mark.parametrize("exponent", [2.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention(
+    layout: str, dtype: torch.dtype, exponent: float, multiprocessors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
+    students, teachers = _pyramids(layout, dtype)
+    count = len(students)
+
+    def ours(inputs: list[Tensor]) -> Tensor:
+        return functional.attention_transfer(
+            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl="cpu"
+        )
+
+    def plain(inputs: list[Tensor]) -> Tensor:
+        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
+
+    _three_way(ours, plain, students + teachers, (count, 2))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_attention_of_more_levels_than_one_launch_holds() -> None:
+    students = [torch.randn(2, 3, size, size) for size in range(1, 18)]
+    teachers = [torch.randn(2, 2, size, size) for size in range(1, 18)]
+
+    def ours(inputs: list[Tensor]) -> Tensor:
+        return functional.attention_transfer(inputs[:17], inputs[17:], 2.0, "none", detach_teacher=False, impl="cpu")
+
+    def plain(inputs: list[Tensor]) -> Tensor:
+        return formulas.attention_rows(inputs[:17], inputs[17:])
+
+    _three_way(ours, plain, students + teachers, (17, 2))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("size", [60, 80], ids=["more than 48 KB of shared memory", "too many pixels to fuse"])
+def test_attention_of_large_maps(size: int) -> None:
+    inputs = [torch.randn(1, 2, size, size, dtype=torch.float16), torch.randn(1, 3, size, size, dtype=torch.float16)]
+
+    def ours(pair: list[Tensor]) -> Tensor:
+        return functional.attention_transfer(pair[0], pair[1], 2.0, "none", detach_teacher=False, impl="cpu")
+
+    _three_way(ours, lambda pair: formulas.attention_rows(pair[:1], pair[1:]), inputs, (1, 1))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_map(layout: str, dtype: torch.dtype) -> None:
+    for feature in _pyramids(layout, dtype)[0]:
+        ours = functional.attention_map(feature, impl="cpu")
+        assert_close(ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), str(feature.shape))
+
+
+# 8 lanes a row; 32; 256, unpacked and packed; a map with classes last; a map with pixels last; a transposed matrix; (N, K, W).
+LOGITS: dict[str, Callable[[], Tensor]] = {
+    "few classes": lambda: torch.randn(37, 10),
+    "one class": lambda: torch.randn(3, 1),
+    "a warp": lambda: torch.randn(11, 100),
+    "a block": lambda: torch.randn(3, 1003),
+    "a block of packs": lambda: torch.randn(3, 2064),
+    "channels_last map": lambda: torch.randn(2, 24, 5, 7).contiguous(memory_format=torch.channels_last),
+    "map": lambda: torch.randn(2, 21, 9, 17),
+    "sliced map": lambda: torch.randn(3, 23, 9, 20)[1:, 2:, :, 3:],
+    "transposed": lambda: torch.randn(19, 70).t(),
+    "sequence": lambda: torch.randn(2, 6, 40),
+    "wide strides": lambda: torch.randn(6, 8, 2)[..., 0],
+}
+KINDS = ["labels", "mix", "probabilities", "none"]
+
+
+def _labels(kind: str, student: Tensor) -> Any:
+    classes = student.shape[1]
+    shape = (student.shape[0], *student.shape[2:])
+    first = torch.randint(classes, shape)
+    first[torch.rand(shape) < 0.2] = -100
+    if kind == "labels":
+        return first
+    if kind == "mix":
+        second = torch.randint(classes, shape)
+        second[torch.rand(shape) < 0.2] = -100
+        return first, second, 0.3
+    return torch.rand(student.shape).softmax(1) if kind == "probabilities" else None
+
+
+def _distribution(targets: Any, student: Tensor) -> Tensor:
+    def one_hot(labels: Tensor) -> Tensor:
+        return formulas.label_distribution(labels, student.shape[1], -100, student.dtype)
+
+    if isinstance(targets, tuple):
+        return targets[2] * one_hot(targets[0]) + (1 - targets[2]) * one_hot(targets[1])
+    return targets.to(student.dtype) if targets.dtype.is_floating_point else one_hot(targets)
+
+
+def _rows(inputs: list[Tensor], targets: Any, temperature: float, smoothing: float) -> Tensor:
+    """CE(student), CE(teacher) and KD of every row by the plain formulas: (3, N, ...)."""
+    student, teacher = inputs
+    kd = formulas.divergence(student, teacher, temperature)
+    if targets is None:
+        return torch.stack([kd * 0, kd * 0, kd])
+    distribution = _distribution(targets, student)
+    ces = [formulas.cross_entropy(logits, distribution, smoothing) for logits in inputs]
+    return torch.stack([*ces, kd])
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("temperature", [4.0, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOGITS)
+def test_logits(case: str, dtype: torch.dtype, kind: str, smoothing: float, temperature: float) -> None:
+    student = 3 * LOGITS[case]().to(dtype)
+    teacher = 3 * LOGITS[case]().to(dtype)
+    targets = _labels(kind, student)
+
+    def ours(inputs: list[Tensor]) -> Tensor:
+        labels = targets
+        if kind == "probabilities":
+            labels = targets.double() if inputs[0].dtype == torch.float64 else targets
+        return torch.stack(
+            functional.cross_entropy_kd(
+                inputs[0], inputs[1], labels, temperature=temperature, label_smoothing=smoothing, reduction="none",
+                detach_teacher=False, impl="cpu",
+            )
+        )  # fmt: skip
+
+    def plain(inputs: list[Tensor]) -> Tensor:
+        return _rows(inputs, targets, temperature, smoothing)
+
+    _three_way(ours, plain, [student, teacher], (3, student.shape[0], *student.shape[2:]))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_over_many_rows(kind: str) -> None:
+    """Heads of more than 4096 rows count their labels in launches of their own; a small head beside them does not."""
+    students = [torch.randn(3, 3, 40, 41), torch.randn(5, 3), torch.randn(5000, 3)]
+    teachers = [torch.randn_like(student) for student in students]
+    targets = [_labels(kind, student) for student in students]
+    if kind == "mix":
+        pytest.skip("the public function takes one mix for all heads; test_two_label_counts covers it")
+    labels = None if kind == "none" else targets
+    parts = functional.cross_entropy_kd(students, teachers, labels, impl="cpu")
+    for head, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        rows = _rows([student.double(), teacher.double()], targets[head], 4.0, 0.0)
+        kept = (targets[head] != -100).sum() if kind == "labels" else rows[0].numel()
+        for part, row, divisor in zip(parts, rows, (kept, kept, rows[0].numel()), strict=True):
+            torch.testing.assert_close(part[head].double(), row.sum() / divisor, rtol=1e-5, atol=1e-6)
+
+
+def test_two_label_counts(operations: Any) -> None:
+    logits = torch.randn(9001, 3)
+    first, second, mix = _labels("mix", logits)
+    losses, statistics, inverse_valid = torch.empty(4, 9001), torch.empty(6, 9001), torch.empty(1)
+    operations.logits_forward.default(
+        [logits], [], [first], [second], mix, 0.0, -100, 1.0, losses, statistics, inverse_valid
+    )
+    weight = mix * (first != -100).sum() + (1 - mix) * (second != -100).sum()
+    torch.testing.assert_close(inverse_valid[0], (1 / weight).float())
+    torch.testing.assert_close(losses[3].double().sum(), weight.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_more_heads_than_one_launch_holds() -> None:
+    students = [torch.randn(3 + head, 2 + 40 * head) for head in range(19)]
+    teachers = [torch.randn_like(student) for student in students]
+    targets = [_labels("labels", student) for student in students]
+    leaves = [logits.clone().requires_grad_() for logits in students + teachers]
+    parts = functional.cross_entropy_kd(leaves[:19], leaves[19:], targets, detach_teacher=False, impl="cpu")
+    weights = torch.randn(3, 19)
+    sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True)).backward()
+    for head in range(19):
+        pair = [students[head].clone().requires_grad_(), teachers[head].clone().requires_grad_()]
+        single = functional.cross_entropy_kd(*pair, targets[head], detach_teacher=False, impl="cpu")
+        sum(part * weight[head] for part, weight in zip(single, weights, strict=True)).backward()
+        for part, value in zip(parts, single, strict=True):
+            torch.testing.assert_close(part[head], value, rtol=0, atol=0)
+        assert torch.equal(leaves[head].grad, pair[0].grad)
+        assert torch.equal(leaves[19 + head].grad, pair[1].grad)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("case", ["few classes", "a warp", "a block", "map"])
+def test_a_label_that_is_no_class_spoils_its_row_alone(case: str) -> None:
+    student = LOGITS[case]().requires_grad_()
+    targets = torch.zeros((student.shape[0], *student.shape[2:]), dtype=torch.int64)
+    targets.view(-1)[0] = student.shape[1]
+    targets.view(-1)[1] = -5
+    targets.view(-1)[2] = 2**62
+    ce = functional.cross_entropy_kd(student, None, targets, reduction="none", impl="cpu").ce_student
+    ce.backward(torch.ones_like(ce))
+    spoiled = torch.zeros_like(targets, dtype=torch.bool)
+    spoiled.view(-1)[:3] = True
+    assert student.grad is not None
+    assert torch.equal(ce.isnan(), spoiled)
+    assert torch.equal(student.grad.isnan().all(1), spoiled)
+    assert torch.equal(student.grad.isnan().any(1), spoiled)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("targets", ["labels", "mix", "none"])
+def test_whole_objective(targets: str) -> None:
+    students, teachers = _pyramids("channels_last", torch.float32)
+    logits = [torch.randn(2, 10), torch.randn(2, 10)]
+    labels = _labels(targets, logits[0])
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in [*logits, *students]]
+        loss = FRSKDLoss(2.0, 100.0, 4.0, impl=impl)
+        parts = loss(leaves[0], leaves[1], leaves[2:], [t.to(dtype) for t in teachers], labels, return_parts=True)
+        parts.loss.backward()
+        return [*parts, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    results = run("cpu", torch.float32)
+    for ours, plain, truth in zip(
+        results, run("reference", torch.float32), run("reference", torch.float64), strict=True
+    ):
+        assert_close(ours.detach(), plain.detach(), truth.detach(), str(tuple(truth.shape)))
+
+
+def _everything() -> list[Tensor]:
+    """One result of every kernel and plan, from fixed inputs."""
+    torch.manual_seed(3)
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        for layout in ("contiguous", "channels_last"):
+            students, teachers = _pyramids(layout, dtype)
+            leaves = [feature.requires_grad_() for feature in students]
+            rows = functional.attention_transfer(leaves, teachers, 2.0, "none", impl="cpu")
+            rows.backward(torch.randn_like(rows))
+            results += [rows.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+            results.append(functional.attention_map(teachers[5], impl="cpu"))
+    for case in LOGITS:
+        for kind in ("labels", "probabilities"):
+            student, teacher = LOGITS[case]().requires_grad_(), LOGITS[case]()
+            targets = _labels(kind, student)
+            parts = functional.cross_entropy_kd(student, teacher, targets, reduction="none", impl="cpu")
+            torch.stack(parts).backward(torch.randn(3, *parts.kd.shape))
+            assert student.grad is not None
+            results += [*(part.detach() for part in parts), student.grad]
+    many = torch.randn(9001, 3)
+    results.append(functional.cross_entropy_kd(many, None, _labels("labels", many), impl="cpu").ce_student)
+    return results
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("multiprocessors", ["1", EVERY_SM_IDLE], ids=["fused", "tiled"])
+def test_bits_do_not_depend_on_the_order_of_the_threads(multiprocessors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing barrier shows as another result when the threads between two barriers run in another order."""
+    monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
+    results = []
+    for order in ("ascending", "descending", "shuffled"):
+        monkeypatch.setenv("EMULATION_ORDER", order)
+        results.append(_everything())
+    for first, second, third in zip(*results, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+
+
+def _between_canaries(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A contiguous tensor in the middle of a larger one of sevens, and the larger one."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    storage = torch.full((numel + 128,), 7.0, dtype=dtype)
+    return storage[64 : 64 + numel].view(shape), storage
+
+
+@pytest.mark.parametrize("multiprocessors", ["1", EVERY_SM_IDLE], ids=["fused", "tiled"])
+def test_nothing_is_written_beside_the_outputs(
+    operations: Any, multiprocessors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
+    students, teachers = _pyramids("contiguous", torch.float32)
+    numel = sum(2 * h * w for _, _, h, w in LEVELS)
+    shapes = [(len(LEVELS), 2), (numel,), (numel,), (2 * numel,)]
+    outputs, storages = zip(*(_between_canaries(shape, torch.float32) for shape in shapes), strict=True)
+    operations.attention_forward.default(students, teachers, 2.0, *outputs)
+    gradients, gradient_storages = zip(*(_between_canaries(tuple(s.shape), s.dtype) for s in students), strict=True)
+    operations.attention_backward.default(torch.ones(1, 1).expand(len(LEVELS), 2), 1.0, students, outputs[1], 2.0, gradients)
+    for storage in storages + gradient_storages:
+        assert bool((storage[:64] == 7).all())
+        assert bool((storage[-64:] == 7).all())
+    for case, make in LOGITS.items():
+        logits = make().contiguous()
+        rows = logits.numel() // logits.shape[1]
+        shapes = [(4, rows), (6, rows), (1,)]
+        outputs, storages = zip(*(_between_canaries(shape, torch.float32) for shape in shapes), strict=True)
+        operations.logits_forward.default([logits], [logits + 1], [], [], 1.0, 0.0, -100, 4.0, *outputs)
+        gradient, gradient_storage = _between_canaries(tuple(logits.shape), torch.float32)
+        operations.logits_backward.default(
+            [torch.ones(1)] * 3, 0, 0, [0.0, 0.0, 1.0], None, [logits], [logits + 1], [], [], 1.0, 0.0, -100, 4.0,
+            outputs[1], outputs[0], False, [gradient], [],
+        )  # fmt: skip
+        for storage in (*storages, gradient_storage):
+            assert bool((storage[:64] == 7).all()), case
+            assert bool((storage[-64:] == 7).all()), case
+
+
+def _attention_arguments() -> dict[str, Any]:
+    return {
+        "students": [torch.randn(2, 3, 4, 4)],
+        "teachers": [torch.randn(2, 5, 4, 4)],
+        "exponent": 2.0,
+        "losses": torch.empty(1, 2),
+        "student_coefficients": torch.empty(32),
+        "teacher_coefficients": None,
+        "workspace": torch.empty(64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("students", [], "students is empty"),
+        ("teachers", [], "teachers has 0 tensors, but 1 were wanted"),
+        ("teachers", [torch.zeros(2, 5, 4, 5)], "equal heights and widths were wanted"),
+        ("teachers", [torch.zeros(3, 5, 4, 4)], "batch size 3, but 2"),
+        ("teachers", [torch.zeros(2, 5, 16)], r"has shape \(2, 5, 16\), but \(N, C, H, W\)"),
+        ("teachers", [torch.zeros(2, 5, 4, 4, dtype=torch.float64)], "has dtype Double, but Float"),
+        ("students", [torch.zeros(2, 0, 4, 4)], "at least one channel and one pixel"),
+        ("losses", torch.zeros(2, 1), r"losses has shape \(2, 1\), but \(1, 2\)"),
+        ("losses", torch.zeros(1, 2, dtype=torch.float64), "losses has dtype Double"),
+        ("student_coefficients", torch.zeros(31), r"student_coefficients has shape \(31\), but \(32\)"),
+        ("student_coefficients", torch.zeros(64)[::2], "student_coefficients is not contiguous"),
+        ("workspace", torch.zeros(63), r"workspace has shape \(63\), but \(64\)"),
+    ],
+)
+def test_attention_refuses_what_it_could_not_index(operations: Any, name: str, value: Any, message: str) -> None:
+    arguments = _attention_arguments()
+    arguments[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        operations.attention_forward.default(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grad", torch.zeros(2, 1), r"grad has shape \(2, 1\), but \(1, 2\)"),
+        ("features", [], "features is empty"),
+        ("coefficients", torch.zeros(16), r"coefficients has shape \(16\), but \(32\)"),
+        ("gradients", [], "gradients has 0 tensors, but 1"),
+        ("gradients", [torch.zeros(2, 3, 4, 5)], r"gradients\[0\] has shape \(2, 3, 4, 5\), but \(2, 3, 4, 4\)"),
+        ("gradients", [torch.zeros(2, 3, 4, 4).half()], "has dtype Half, but Float"),
+    ],
+)
+def test_attention_backward_refuses_what_it_could_not_index(
+    operations: Any, name: str, value: Any, message: str
+) -> None:
+    arguments = {
+        "grad": torch.ones(1, 2),
+        "scale": 1.0,
+        "features": [torch.randn(2, 3, 4, 4)],
+        "coefficients": torch.zeros(32),
+        "exponent": 2.0,
+        "gradients": [torch.zeros(2, 3, 4, 4)],
+    }
+    arguments[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        operations.attention_backward.default(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("students", [], "students is empty"),
+        ("students", [torch.zeros(4)], r"students\[0\] has shape \(4\)"),
+        ("students", [torch.zeros(4, 0)], "from 1 to 2\\^30 classes"),
+        ("teachers", [torch.zeros(4, 5)], r"teachers\[0\] has shape \(4, 5\), but \(4, 6\)"),
+        ("teachers", [torch.zeros(4, 6), torch.zeros(4, 6)], "teachers has 2 tensors, but 1"),
+        ("targets", [torch.zeros(5, dtype=torch.int64)], "without the class axis was wanted"),
+        ("targets", [torch.zeros(4, dtype=torch.int32)], "has dtype Int, but Float"),
+        ("targets", [torch.zeros(4, 6, dtype=torch.float64)], "has dtype Double, but Float"),
+        ("targets", [torch.zeros(4, 5)], r"targets\[0\] has shape \(4, 5\), but \(4, 6\)"),
+        ("targets_b", [torch.zeros(4, 1, dtype=torch.int64)], "without the class axis was wanted"),
+        ("temperature", 0.0, "temperature is 0"),
+        ("losses", torch.zeros(4, 3), r"losses has shape \(4, 3\), but \(4, 4\)"),
+        ("statistics", torch.zeros(4, 4), r"statistics has shape \(4, 4\), but \(6, 4\)"),
+        ("inverse_valid", torch.zeros(2), r"inverse_valid has shape \(2\), but \(1\)"),
+    ],
+)
+def test_logits_refuses_what_it_could_not_index(operations: Any, name: str, value: Any, message: str) -> None:
+    arguments = {
+        "students": [torch.zeros(4, 6)],
+        "teachers": [torch.zeros(4, 6)],
+        "targets": [torch.zeros(4, dtype=torch.int64)],
+        "targets_b": [],
+        "mix": 1.0,
+        "label_smoothing": 0.0,
+        "ignore_index": -100,
+        "temperature": 4.0,
+        "losses": torch.zeros(4, 4),
+        "statistics": torch.zeros(6, 4),
+        "inverse_valid": torch.zeros(1),
+    }
+    arguments[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        operations.logits_forward.default(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grads", [torch.ones(1)] * 2, "grads has 2 tensors, but 3"),
+        ("grads", [torch.ones(3)] * 3, "has 3 elements, but its last index is"),
+        ("grads", [torch.ones(4, dtype=torch.float64)] * 3, "has dtype Double, but Float"),
+        ("grad_row_stride", -1, "grad_row_stride is -1"),
+        ("grad_row_stride", 2**62, "its last index is"),
+        ("scales", [1.0, 1.0], "scales has 2 numbers, but 3"),
+        ("inverse_valid", torch.ones(2), r"inverse_valid has shape \(2\), but \(1\)"),
+        ("losses", torch.zeros(3, 4), r"losses has shape \(3, 4\), but \(4, 4\)"),
+        ("student_gradients", [torch.zeros(4, 5)], r"student_gradients\[0\] has shape \(4, 5\), but \(4, 6\)"),
+        ("teachers", [], "teacher_gradients is given without teachers"),
+    ],
+)
+def test_logits_backward_refuses_what_it_could_not_index(
+    operations: Any, name: str, value: Any, message: str
+) -> None:
+    arguments = {
+        "grads": [torch.ones(4)] * 3,
+        "grad_head_stride": 0,
+        "grad_row_stride": 1,
+        "scales": [1.0, 1.0, 1.0],
+        "inverse_valid": torch.ones(1),
+        "students": [torch.zeros(4, 6)],
+        "teachers": [torch.zeros(4, 6)],
+        "targets": [torch.zeros(4, dtype=torch.int64)],
+        "targets_b": [],
+        "mix": 1.0,
+        "label_smoothing": 0.0,
+        "ignore_index": -100,
+        "temperature": 4.0,
+        "statistics": torch.zeros(6, 4),
+        "losses": torch.zeros(4, 4),
+        "kd_to_teacher": True,
+        "student_gradients": [torch.zeros(4, 6)],
+        "teacher_gradients": [torch.zeros(4, 6)],
+    }
+    arguments[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        operations.logits_backward.default(*arguments.values())

@@ -1,0 +1,218 @@
+"""The C++ entry points with hostile arguments: a sentence or a result, never a crash. CI runs this under AddressSanitizer too."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from frskd_fast import _extension
+
+if _extension.cpu_library_problem() is not None:
+    pytest.skip(f"no C++ kernels: {_extension.cpu_library_problem()}", allow_module_level=True)
+
+OPERATORS = torch.ops.frskd_fast_native
+ROUNDS = 1500
+FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+class Hostile:
+    """Draws arguments that are right most of the time and wrong in one or two ways otherwise."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def often(self, value: Any, *others: Any) -> Any:
+        return value if self.random.random() < 0.93 else self.random.choice(others)
+
+    def size(self) -> int:
+        return self.random.choice([0, 1, 1, 2, 3, 5, 8, 9, 17, 33])
+
+    def layout(self, tensor: Tensor) -> Tensor:
+        """The same shape by other strides: permuted, sliced out of larger storage, or expanded."""
+        choice = self.random.randrange(5)
+        if choice == 1 and tensor.dim() > 1:
+            order = list(range(tensor.dim()))
+            self.random.shuffle(order)
+            inverse = [order.index(axis) for axis in range(len(order))]
+            return tensor.permute(order).contiguous().permute(inverse)
+        if choice == 2 and tensor.numel():
+            storage = torch.zeros([2 * size + 1 for size in tensor.shape], dtype=tensor.dtype)
+            return storage[tuple(slice(1, None, 2) for _ in tensor.shape)].copy_(tensor)
+        if choice == 3 and tensor.dim() and tensor.shape[0]:
+            return tensor[:1].expand(tensor.shape)
+        if choice == 4 and tensor.dim() == 4 and tensor.numel():
+            return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
+
+    def tensor(self, shape: list[int], dtype: torch.dtype) -> Tensor:
+        shape = [self.often(size, size + 1, max(size - 1, 0)) for size in shape]
+        shape = self.often(shape, shape[:-1], [*shape, 2])
+        dtype = self.often(dtype, *FLOATING, torch.int64, torch.bool)
+        tensor = torch.randn(shape).mul(self.often(1.0, 1e30)).to(dtype)
+        return self.often(self.layout(tensor), tensor.to("meta"))
+
+    def working(self, numel: int, dtype: torch.dtype) -> Tensor:
+        size = self.often(numel, numel + 1, max(numel - 1, 0), 0)
+        tensor = torch.full([size], float("nan"), dtype=self.often(dtype, torch.float32, torch.float64, torch.bfloat16))
+        return self.often(tensor, tensor.repeat(2)[::2])
+
+    def number(self, value: float) -> float:
+        return self.often(value, float("nan"), float("inf"), -1.0, 0.0)
+
+
+def _accumulate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _attention_forward(hostile: Hostile) -> tuple[Any, ...]:
+    levels, batch = hostile.random.choice([0, 1, 2, 3]), hostile.size()
+    dtype = hostile.random.choice(FLOATING)
+    sizes = [(hostile.size(), hostile.size(), hostile.size(), hostile.size()) for _ in range(levels)]
+    students = [hostile.tensor([batch, c, h, w], dtype) for c, _, h, w in sizes]
+    teachers = [hostile.tensor([batch, d, h, w], dtype) for _, d, h, w in sizes]
+    teachers = hostile.often(teachers, teachers[:-1])
+    numel = batch * sum(h * w for _, _, h, w in sizes)
+    kind = _accumulate(dtype)
+    coefficients = [hostile.often(hostile.working(numel, kind), None) for _ in range(2)]
+    exponent = hostile.number(hostile.random.choice([1.0, 1.5, 2.0, 3.0, 4.0]))
+    return students, teachers, exponent, hostile.working(levels * batch, kind), *coefficients, None
+
+
+def _attention_backward(hostile: Hostile) -> tuple[Any, ...]:
+    levels, batch = hostile.random.choice([0, 1, 2]), hostile.size()
+    dtype = hostile.random.choice(FLOATING)
+    sizes = [(hostile.size(), hostile.size(), hostile.size()) for _ in range(levels)]
+    features = [hostile.tensor([batch, c, h, w], dtype) for c, h, w in sizes]
+    gradients = [torch.empty_like(feature) if feature.device.type == "cpu" else feature for feature in features]
+    gradients = hostile.often(gradients, gradients[:-1], [hostile.tensor([batch, 3, 2, 2], dtype)] * levels)
+    kind = _accumulate(dtype)
+    grad = hostile.tensor([levels, batch], kind)
+    coefficients = hostile.working(batch * sum(h * w for _, h, w in sizes), kind)
+    return grad, hostile.number(0.5), features, coefficients, hostile.number(2.0), gradients
+
+
+def _attention_map(hostile: Hostile) -> tuple[Any, ...]:
+    shape = [hostile.size() for _ in range(4)]
+    dtype = hostile.random.choice(FLOATING)
+    kind = _accumulate(dtype)
+    pixels = shape[0] * shape[2] * shape[3]
+    return (
+        hostile.tensor(shape, dtype),
+        hostile.number(2.0),
+        hostile.working(pixels, kind),
+        hostile.working(shape[0], kind),
+    )
+
+
+def _heads(hostile: Hostile) -> dict[str, Any]:
+    count = hostile.often(hostile.random.choice([1, 2]), 0)
+    dtype = hostile.random.choice(FLOATING)
+    kind = _accumulate(dtype)
+    shapes = [[hostile.size() for _ in range(hostile.random.choice([2, 3, 4]))] for _ in range(count)]
+    students = [hostile.tensor(shape, dtype) for shape in shapes]
+    teachers = hostile.often([hostile.tensor(shape, dtype) for shape in shapes], [], students[:-1])
+    labels = [
+        hostile.layout(torch.randint(max(hostile.often(shape[1], shape[1] + 5), 1), (shape[0], *shape[2:])))
+        for shape in shapes
+    ]
+    probabilities = [hostile.tensor(shape, kind) for shape in shapes]
+    targets = hostile.random.choice([labels, labels, probabilities, []])
+    targets_b = hostile.often([], labels, labels[:-1]) if targets is not labels else hostile.random.choice([[], labels])
+    rows = sum(torch.Size([shape[0], *shape[2:]]).numel() for shape in shapes)
+    settings = (
+        hostile.number(0.3),
+        hostile.often(0.1, 2.0, float("nan")),
+        hostile.often(-100, 0, 1 << 62, -(1 << 62)),
+        hostile.number(hostile.random.choice([1.0, 2.0, 4.0, 0.7])),
+    )
+    return {
+        "inputs": (students, teachers, targets, targets_b, *settings),
+        "count": count,
+        "rows": rows,
+        "kind": kind,
+        "students": students,
+        "teachers": teachers,
+    }
+
+
+def _logits_forward(hostile: Hostile) -> tuple[Any, ...]:
+    heads = _heads(hostile)
+    rows, kind = heads["rows"], heads["kind"]
+    outputs = (
+        hostile.working(4 * rows, kind),
+        hostile.working(6 * rows, kind),
+        hostile.working(heads["count"], kind),
+    )
+    return *heads["inputs"], *outputs
+
+
+def _logits_backward(hostile: Hostile) -> tuple[Any, ...]:
+    heads = _heads(hostile)
+    rows, kind, count = heads["rows"], heads["kind"], heads["count"]
+    strides = hostile.random.choice([(0, 0), (0, 1), (1, 0)])
+    strides = hostile.often(strides, (1 << 40, 0), (-1, 5), (0, 3))
+    size = max(1, 1 + (count - 1) * min(strides[0], 9) + (rows - 1) * min(strides[1], 9))
+    grads = hostile.often([hostile.working(size, kind) for _ in range(3)], [])
+    scales = hostile.often([1.0, 1.0, 0.5] * count, [1.0], [0.0] * (3 * count))
+
+    def like(tensors: list[Tensor]) -> list[Tensor]:
+        made = [torch.empty_like(tensor) if tensor.device.type == "cpu" else tensor for tensor in tensors]
+        return hostile.often(made, [], made[:-1])
+
+    return (
+        grads,
+        *strides,
+        scales,
+        hostile.often(hostile.working(count, kind), None),
+        *heads["inputs"],
+        hostile.working(6 * rows, kind),
+        hostile.working(4 * rows, kind),
+        hostile.random.random() < 0.5,
+        like(heads["students"]),
+        like(heads["teachers"]),
+    )
+
+
+def _combine(hostile: Hostile) -> tuple[Any, ...]:
+    kind = hostile.random.choice([torch.float32, torch.float64])
+    levels, batch, rows = hostile.size(), hostile.size(), hostile.size()
+    return (
+        hostile.tensor([levels, batch], kind),
+        hostile.tensor([4, rows], kind),
+        hostile.number(2.0),
+        hostile.number(100.0),
+        hostile.random.random() < 0.5,
+        hostile.working(6, kind),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "draw"),
+    [
+        ("attention_forward", _attention_forward),
+        ("attention_backward", _attention_backward),
+        ("attention_map", _attention_map),
+        ("logits_forward", _logits_forward),
+        ("logits_backward", _logits_backward),
+        ("combine", _combine),
+    ],
+)
+def test_hostile_arguments_end_in_a_sentence_or_a_result(name: str, draw: Callable[[Hostile], tuple[Any, ...]]) -> None:
+    operator = getattr(OPERATORS, name).default
+    outcomes = {"result": 0, "refused": 0}
+    for seed in range(ROUNDS):
+        arguments = draw(Hostile(seed))
+        try:
+            operator(*arguments)
+            outcomes["result"] += 1
+        except (RuntimeError, NotImplementedError) as error:
+            # NotImplementedError: PyTorch found a tensor on another device than the CPU.
+            assert str(error).strip()
+            outcomes["refused"] += 1
+    # Both ends of the entry point were reached, else the test would prove nothing.
+    assert min(outcomes.values()) > ROUNDS // 20, outcomes

@@ -1,0 +1,169 @@
+"""What is in the wheel and the source distribution, and what happens where a toolchain is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    merged = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, timeout=300)
+
+
+def _wheel(folder: Path, **environment: str) -> tuple[Path, str]:
+    """Build a wheel from a copy of the tracked files; the build's log."""
+    done = _run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--verbose", "--wheel-dir", str(folder),
+        str(_source(folder)), **environment,
+    )  # fmt: skip
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-3000:]
+    (wheel,) = folder.glob("*.whl")
+    return wheel, log
+
+
+def _source(folder: Path) -> Path:
+    """A copy of what a build needs, so that nothing is written into the checkout."""
+    source = folder / "source"
+    if not source.exists():
+        source.mkdir(parents=True)
+        names = ["frskd_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+        archive = subprocess.run(
+            ["tar", "--exclude=*.so", "--exclude=__pycache__", "-c", *names], cwd=ROOT, stdout=subprocess.PIPE, check=True
+        )
+        subprocess.run(["tar", "-x"], cwd=source, input=archive.stdout, check=True)
+    return source
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A wheel built by FRSKD_FAST_BUILD=auto where no compiler can be found."""
+    folder = tmp_path_factory.mktemp("pure")
+    bare = folder / "bin"
+    bare.mkdir()
+    return _wheel(folder, FRSKD_FAST_BUILD="auto", PATH=str(bare), CXX="", CUDA_HOME="")
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_why(pure_wheel: tuple[Path, str]) -> None:
+    wheel, log = pure_wheel
+    assert wheel.name.endswith("-py3-none-any.whl")
+    sentences = [line for line in log.splitlines() if line.strip().startswith("frskd_fast: ")]
+    assert len(sentences) == 1 and "building without compiled kernels: no C++ compiler was found" in sentences[0]
+
+
+def test_wheel_contents(pure_wheel: tuple[Path, str]) -> None:
+    names = zipfile.ZipFile(pure_wheel[0]).namelist()
+    tops = {name.split("/", 1)[0] for name in names}
+    assert tops == {"frskd_fast", f"{pure_wheel[0].name.split('-py3')[0]}.dist-info"}
+    for wanted in ("kernels/__init__.py", "kernels/attention.py", "ops/logits.py", "native/combine.py", "py.typed"):
+        assert f"frskd_fast/{wanted}" in names
+
+
+def test_installed_wheel_works_without_compiled_kernels(pure_wheel: tuple[Path, str], tmp_path: Path) -> None:
+    zipfile.ZipFile(pure_wheel[0]).extractall(tmp_path)
+    program = (
+        "import torch, frskd_fast, frskd_fast.kernels\n"
+        f"assert frskd_fast.__file__.startswith({str(tmp_path)!r})\n"
+        f"assert frskd_fast.kernels.__file__.startswith({str(tmp_path)!r})\n"
+        "loss = frskd_fast.losses.FRSKDLoss()\n"
+        "z, f = torch.zeros(2, 3), [torch.ones(2, 3, 4, 4)]\n"
+        "loss(z, z, f, f, torch.tensor([0, 1]))\n"
+        "print(frskd_fast.last_impl())\n"
+        "try:\n    frskd_fast.functional.kd_loss(z, z, impl='cpu')\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    done = _run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "'logits': 'reference'" in done.stdout
+    assert "impl='cpu' was asked for, but the compiled library _C was not built: install a C++ compiler" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("cpu", "FRSKD_FAST_BUILD=cpu cannot be met: no C++ compiler was found"),
+        ("cuda", "FRSKD_FAST_BUILD=cuda cannot be met"),
+        ("fast", "it is not one of auto, cpu, cuda, none"),
+    ],
+)
+def test_an_explicit_choice_that_cannot_be_met_fails_with_the_reason(mode: str, message: str, tmp_path: Path) -> None:
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    done = _run(
+        sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), cwd=_source(tmp_path),
+        FRSKD_FAST_BUILD=mode, PATH=str(bare), CXX="", CUDA_HOME="",
+    )  # fmt: skip
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+
+
+def test_source_distribution_holds_everything_a_build_needs(tmp_path: Path) -> None:
+    source = _source(tmp_path)
+    done = _run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist"), cwd=source)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    held = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "kernels", "frskd_fast")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}
+    }
+    assert wanted <= held, sorted(wanted - held)
+    assert "pyproject.toml" in held and "setup.py" in held
+
+
+def test_kernels_is_never_a_top_level_package(tmp_path: Path) -> None:
+    done = _run(sys.executable, "-c", "import kernels", PYTHONPATH=str(ROOT))
+    assert done.returncode != 0 and "ImportError" in done.stderr and "frskd_fast.kernels" in done.stderr
+
+
+def test_uninstalled_checkout_finds_its_kernels(tmp_path: Path) -> None:
+    program = "import frskd_fast.kernels as kernels; print(kernels.__name__)"
+    done = _run(sys.executable, "-S", "-c", "import sys; print(sys.version)", cwd=tmp_path)
+    assert done.returncode == 0
+    done = _run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.stdout.strip() == "frskd_fast.kernels", done.stderr
+
+
+def test_import_is_light() -> None:
+    program = (
+        "import sys, torch\nbefore = set(sys.modules)\nimport frskd_fast\n"
+        "heavy = {'triton', 'lightning', 'matplotlib', 'sklearn', 'torchvision', 'timm', 'tqdm'}\n"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} & heavy))"
+    )
+    done = _run(sys.executable, "-c", program)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_env_report_runs() -> None:
+    done = _run(sys.executable, "-m", "frskd_fast.env_report")
+    assert done.returncode == 0
+    for name in ("reference", "cpu", "triton", "cuda"):
+        assert f"implementation {name}: " in done.stdout
+
+
+def test_forced_implementation_by_environment() -> None:
+    program = (
+        "import torch, frskd_fast as f; z = torch.zeros(2, 3); f.functional.kd_loss(z, z); print(f.last_impl()['logits'])"
+    )
+    assert _run(sys.executable, "-c", program, FRSKD_FAST_IMPL="reference").stdout.strip() == "reference"
+    done = _run(sys.executable, "-c", program, FRSKD_FAST_IMPL="quick")
+    assert "the environment variable FRSKD_FAST_IMPL is 'quick'" in done.stderr
+
+
+def test_baseline_instruction_set_agrees() -> None:
+    """The kernels without AVX2, chosen by FRSKD_FAST_CPU, pass the small sizes."""
+    done = _run(
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_frskd_loss.py",
+        "-k", "golden or three_way", FRSKD_FAST_CPU="baseline",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
