@@ -32,12 +32,13 @@ lint: build
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed hostile arguments and odd sizes.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZER_RUNTIME = $(shell $(or $(CXX),g++) -print-file-name=libasan.so)
+# libstdc++ must be there before the sanitizer looks for the function that throws exceptions.
+SANITIZER_RUNTIME = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so.6)
 sanitize: build
 	FRSKD_FAST_BUILD=cpu CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" \
 	  $(RUN) setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd tests && LD_PRELOAD=$(SANITIZER_RUNTIME) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../build/sanitize/lib FRSKD_FAST_SANITIZED=1 \
-	  ../$(VENV)/bin/pytest -q -p no:cacheprovider test_entry_points.py test_sanitized.py
+	  $(abspath $(VENV))/bin/pytest -q -p no:cacheprovider test_entry_points.py test_sanitized.py
 
 # Compiles every CUDA source, warnings as errors; needs nvcc, but neither a GPU nor a CUDA build of PyTorch.
 cuda-build: $(VENV)/.packages

@@ -16,10 +16,9 @@ __all__ = ["__version__", "functional", "last_impl", "losses", "models", "use_im
 def _adopt_kernels_of_a_checkout() -> None:
     """Make ``frskd_fast.kernels`` importable from a source checkout, where the folder is called ``kernels``."""
     name = f"{__name__}.kernels"
-    if importlib.util.find_spec(name) is not None:
-        return
-    source = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
-    if not source.is_file():
+    here = Path(__file__).resolve().parent
+    source = here.parent / "kernels" / "__init__.py"
+    if (here / "kernels").is_dir() or not source.is_file():
         return
     spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=[str(source.parent)])
     if spec is None or spec.loader is None:

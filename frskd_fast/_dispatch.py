@@ -17,8 +17,7 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 # The order in which "auto" tries the implementations of a device. Not yet ordered by measurement on a GPU.
 _PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _modules: dict[tuple[str, str], ModuleType] = {}
 _last: dict[str, str] = {}
@@ -90,18 +89,15 @@ def problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         if device_type != "cpu":
             return f"it computes on the CPU and the tensors are on {device_type!r}; move them or leave impl='auto'"
         reason = _extension.cpu_library_problem()
-        supported = _NATIVE_DTYPES
     elif name == "cuda":
         if device_type != "cuda":
             return f"it computes on a CUDA device and the tensors are on {device_type!r}; move them or leave impl='auto'"
         reason = _extension.cuda_library_problem()
-        supported = _NATIVE_DTYPES
     else:
         if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"it computes on a GPU and the tensors are on {device_type!r}; move them or leave impl='auto'"
         reason = _extension.triton_problem()
-        supported = _TRITON_DTYPES
-    if reason is None and dtype not in supported:
+    if reason is None and dtype not in _KERNEL_DTYPES:
         reason = f"it does not compute in {dtype}; use impl='reference'"
     return reason
 

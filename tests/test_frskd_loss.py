@@ -205,6 +205,7 @@ def test_fullgraph_compile_with_dynamic_batch(kind: str, impl: str) -> None:
         return criterion(student, teacher, students, teachers, targets, return_parts=True)
 
     compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
+    compilations = []
     for batch in (5, 7, 9):  # unlike any other size, which the compiler would tie to the batch
         student, teacher, students, teachers, labels = _inputs(batch=batch)
         targets: Any = {"labels": labels, "mix": (labels, labels.flip(0), 0.25), "none": None}[kind]
@@ -219,7 +220,8 @@ def test_fullgraph_compile_with_dynamic_batch(kind: str, impl: str) -> None:
                 assert one is None or not one.any()
             else:
                 torch.testing.assert_close(one, other)
-    assert backend.frame_count == 1, f"{backend.frame_count} compilations for three batch sizes"
+        compilations.append(backend.frame_count)
+    assert compilations[0] == compilations[-1], f"recompiled for another batch size: {compilations}"
 
 
 def test_combine_passes_opcheck() -> None:

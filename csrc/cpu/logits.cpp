@@ -12,6 +12,7 @@ struct Call {
   std::vector<Head> heads;
   std::int64_t rows = 0;
   Element element = Element::kFloat32;
+  bool has_probabilities = false;
 };
 
 void check_same_shape(const Tensor& tensor, const Tensor& wanted, const char* name) {
@@ -71,6 +72,7 @@ Call call_of(
         STD_TORCH_CHECK(targets_b.empty(), "targets_b goes with class indices, but targets holds probabilities.");
         check_same_shape(target, students[index], "targets");
         const Element wanted = call.element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32;
+        call.has_probabilities = true;
         head.probabilities = map_of(target, wanted, 2, "targets");
       }
     }
@@ -131,6 +133,9 @@ void logits_forward(
   kernel_call.label_smoothing = label_smoothing;
   kernel_call.ignore_index = ignore_index;
   kernel_call.temperature = temperature;
+  kernel_call.has_teacher = !teachers.empty();
+  kernel_call.has_targets = !targets.empty();
+  kernel_call.has_probabilities = call.has_probabilities;
   kernel_call.losses = working_tensor(losses, call.element, 4 * call.rows, "losses");
   kernel_call.statistics = working_tensor(statistics, call.element, 6 * call.rows, "statistics");
   kernel_call.inverse_valid = working_tensor(inverse_valid, call.element, kernel_call.count, "inverse_valid");
@@ -204,6 +209,9 @@ void logits_backward(
   kernel_call.label_smoothing = label_smoothing;
   kernel_call.ignore_index = ignore_index;
   kernel_call.temperature = temperature;
+  kernel_call.has_teacher = !teachers.empty();
+  kernel_call.has_targets = !targets.empty();
+  kernel_call.has_probabilities = call.has_probabilities;
   kernel_call.losses = working_tensor(losses, call.element, 4 * call.rows, "losses");
   kernel_call.statistics = working_tensor(statistics, call.element, 6 * call.rows, "statistics");
   kernel_call.inverse_valid =

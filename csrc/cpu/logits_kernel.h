@@ -17,9 +17,6 @@ constexpr int64 kClassTile =
 constexpr int64 kLargestPixelTile = 128;
 constexpr int64 kSmallestPixelTile = 16;
 
-inline float logarithm(float value) { return __builtin_logf(value); }
-inline double logarithm(double value) { return __builtin_log(value); }
-
 // exp(d) from e = exp(d / T): for T = 1, 2, 4 a power of it saves the second exponential.
 enum class Temperature { kOne, kTwo, kFour, kAny };
 
@@ -36,25 +33,45 @@ struct Exponentials {
   V tempered;  // exp(d / T)
 };
 
-template <typename V, typename A>
-inline __attribute__((always_inline)) Exponentials<V> exponentials(
-    V difference, A inverse_temperature, Temperature kind, bool want_plain, bool want_tempered) {
-  if (!want_tempered) return {exponential(difference), V{}};
+template <Temperature K, bool Plain, bool Tempered, typename V, typename A>
+inline __attribute__((always_inline)) Exponentials<V> exponentials(V difference, A inverse_temperature) {
+  if constexpr (!Tempered) return {exponential(difference), V{}};
   const V tempered = exponential(difference * inverse_temperature);
-  if (!want_plain) return {V{}, tempered};
-  switch (kind) {
-    case Temperature::kOne:
-      return {tempered, tempered};
-    case Temperature::kTwo:
-      return {tempered * tempered, tempered};
-    case Temperature::kFour: {
-      const V square = tempered * tempered;
-      return {square * square, tempered};
-    }
-    case Temperature::kAny:
-      break;
-  }
+  if constexpr (!Plain) return {V{}, tempered};
+  if constexpr (K == Temperature::kOne) return {tempered, tempered};
+  const V square = tempered * tempered;
+  if constexpr (K == Temperature::kTwo) return {square, tempered};
+  if constexpr (K == Temperature::kFour) return {square * square, tempered};
   return {exponential(difference), tempered};
+}
+
+// What a call needs, fixed at compile time so that the inner loops hold no decisions. `Extra` is everything rare:
+// probabilities, label smoothing, a divergence that also pulls the teacher.
+template <Temperature K, bool CrossEntropy, bool Teacher, bool Extra>
+struct Plan {
+  static constexpr Temperature kTemperature = K;
+  static constexpr bool kCrossEntropy = CrossEntropy;
+  static constexpr bool kTeacher = Teacher;
+  static constexpr bool kExtra = Extra;
+};
+
+template <typename Body>
+inline void with_plan(double temperature, bool cross_entropy, bool teacher, bool extra, const Body& body) {
+  if (!teacher)
+    return extra ? body(Plan<Temperature::kAny, true, false, true>{})
+                 : body(Plan<Temperature::kAny, true, false, false>{});
+  if (extra) return body(Plan<Temperature::kAny, true, true, true>{});
+  if (!cross_entropy) return body(Plan<Temperature::kAny, false, true, false>{});
+  switch (classify_temperature(temperature)) {
+    case Temperature::kOne:
+      return body(Plan<Temperature::kOne, true, true, false>{});
+    case Temperature::kTwo:
+      return body(Plan<Temperature::kTwo, true, true, false>{});
+    case Temperature::kFour:
+      return body(Plan<Temperature::kFour, true, true, false>{});
+    case Temperature::kAny:
+      return body(Plan<Temperature::kAny, true, true, false>{});
+  }
 }
 
 inline std::int64_t label_at(const std::int64_t* labels, const std::int64_t strides[3], int64 n, int64 y, int64 x) {
@@ -157,13 +174,6 @@ struct Online {
   }
 };
 
-template <typename A>
-struct LabelTotals {
-  A mass = 0;
-  A student = 0;  // sum_k t_k z_s
-  A teacher = 0;
-};
-
 // Where a class's share of the label distribution comes from.
 template <typename T>
 inline bool has_labels(const Head& head) {
@@ -234,18 +244,82 @@ inline LabelSums<A> label_sums(
   return sums;
 }
 
-template <typename T, typename A>
-void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, int64 x, int64 row) {
+// Sums over one tile of classes, given the maxima.
+template <typename A>
+struct TileSums {
+  A plain_s, tempered_s, plain_t, tempered_t, cross, mass, label_s, label_t, shifted_s, shifted_t;
+};
+
+template <typename P, typename A>
+inline TileSums<A> sum_tile(
+    const A* zs,
+    const A* zt,
+    const A* labels,
+    int64 count,
+    A student_top,
+    A teacher_top,
+    A inverse_temperature,
+    bool smooth) {
   using L = Lanes<A>;
   using V = typename L::Vector;
+  constexpr Temperature K = P::kTemperature;
+  const V student_maximum = L::splat(student_top), teacher_maximum = L::splat(teacher_top);
+  V plain_s = {}, tempered_s = {}, plain_t = {}, tempered_t = {}, crossed = {};
+  V label_mass = {}, label_s = {}, label_t = {}, shifted_s = {}, shifted_t = {};
+  const auto add = [&](V student, V teacher, V share, auto keep) __attribute__((always_inline)) {
+    const V student_difference = student - student_maximum;
+    const auto student_exp = exponentials<K, P::kCrossEntropy, P::kTeacher>(student_difference, inverse_temperature);
+    if constexpr (P::kCrossEntropy) plain_s += keep(student_exp.plain);
+    V teacher_difference = {};
+    if constexpr (P::kTeacher) {
+      tempered_s += keep(student_exp.tempered);
+      teacher_difference = teacher - teacher_maximum;
+      auto teacher_exp = exponentials<K, P::kCrossEntropy, true>(teacher_difference, inverse_temperature);
+      teacher_exp.tempered = keep(teacher_exp.tempered);
+      if constexpr (P::kCrossEntropy) plain_t += keep(teacher_exp.plain);
+      tempered_t += teacher_exp.tempered;
+      const V product = teacher_exp.tempered * (teacher_difference - student_difference);
+      crossed += teacher_exp.tempered == V{} ? V{} : product;
+    }
+    if constexpr (P::kExtra) {
+      if (smooth) {
+        shifted_s += keep(student_difference);
+        if (P::kTeacher) shifted_t += keep(teacher_difference);
+      }
+      label_mass += share;
+      label_s += share == V{} ? V{} : share * student_difference;
+      if (P::kTeacher) label_t += share == V{} ? V{} : share * teacher_difference;
+    }
+  };
+  int64 k = 0;
+  for (; k + L::kWidth <= count; k += L::kWidth) {
+    const V teacher = P::kTeacher ? load(zt + k) : V{};
+    const V share = P::kExtra && labels != nullptr ? load(labels + k) : V{};
+    add(load(zs + k), teacher, share, [](V value) __attribute__((always_inline)) { return value; });
+  }
+  if (k < count) {
+    const auto inside = L::first(count - k);
+    const V teacher = P::kTeacher ? lanes_at(zt, k, count, teacher_top) : V{};
+    const V share = P::kExtra && labels != nullptr ? lanes_at(labels, k, count, A(0)) : V{};
+    add(lanes_at(zs, k, count, student_top), teacher, share,
+        [inside](V value) __attribute__((always_inline)) { return inside ? value : V{}; });
+  }
+  return {horizontal_sum(plain_s),   horizontal_sum(tempered_s), horizontal_sum(plain_t), horizontal_sum(tempered_t),
+          horizontal_sum(crossed),   horizontal_sum(label_mass), horizontal_sum(label_s), horizontal_sum(label_t),
+          horizontal_sum(shifted_s), horizontal_sum(shifted_t)};
+}
+
+template <typename P, typename T, typename A>
+void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, int64 x, int64 row) {
+  using L = Lanes<A>;
+  constexpr bool teacher = P::kTeacher, ce = P::kCrossEntropy;
   const Map& s = head.student;
   const Map& t = head.teacher;
   const Map& q = head.probabilities;
   const int64 classes = s.channels;
-  const bool teacher = t.data != nullptr, ce = has_labels<T>(head), soft = q.data != nullptr;
-  const bool smooth = ce && call.label_smoothing > 0.0;
+  const bool soft = P::kExtra && q.data != nullptr;
+  const bool smooth = P::kExtra && call.label_smoothing > 0.0;
   const A inverse_temperature = A(1) / static_cast<A>(call.temperature);
-  const Temperature kind = classify_temperature(call.temperature);
   const T* student_row = static_cast<const T*>(s.data) + n * s.stride_n + y * s.stride_h + x * s.stride_w;
   const T* teacher_row =
       teacher ? static_cast<const T*>(t.data) + n * t.stride_n + y * t.stride_h + x * t.stride_w : nullptr;
@@ -279,65 +353,34 @@ void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, 
       teacher_label -= mass * teacher_rise;
       teacher_shifted -= before * teacher_rise;
     }
-    const V student_maximum = L::splat(student_sums.maximum), teacher_maximum = L::splat(teacher_sums.maximum);
-    V plain_s = {}, tempered_s = {}, plain_t = {}, tempered_t = {}, crossed = {};
-    V label_mass = {}, label_s = {}, label_t = {}, shifted_s = {}, shifted_t = {};
-    for (int64 k = 0; k < count; k += L::kWidth) {
-      const bool partial = k + L::kWidth > count;
-      const auto inside = L::first(count - k);
-      const V student_difference = lanes_at(zs, k, count, student_sums.maximum) - student_maximum;
-      auto student_exp = exponentials(student_difference, inverse_temperature, kind, ce, teacher);
-      if (partial) {
-        student_exp.plain = inside ? student_exp.plain : V{};
-        student_exp.tempered = inside ? student_exp.tempered : V{};
-      }
-      plain_s += student_exp.plain;
-      tempered_s += student_exp.tempered;
-      if (smooth) shifted_s += partial ? (inside ? student_difference : V{}) : student_difference;
-      V teacher_difference = {};
-      if (teacher) {
-        teacher_difference = lanes_at(zt, k, count, teacher_sums.maximum) - teacher_maximum;
-        auto teacher_exp = exponentials(teacher_difference, inverse_temperature, kind, ce, true);
-        if (partial) {
-          teacher_exp.plain = inside ? teacher_exp.plain : V{};
-          teacher_exp.tempered = inside ? teacher_exp.tempered : V{};
-        }
-        plain_t += teacher_exp.plain;
-        tempered_t += teacher_exp.tempered;
-        const V product = teacher_exp.tempered * (teacher_difference - student_difference);
-        crossed += teacher_exp.tempered == V{} ? V{} : product;
-        if (smooth) shifted_t += partial ? (inside ? teacher_difference : V{}) : teacher_difference;
-      }
-      if (soft) {
-        const V share = lanes_at(labels, k, count, A(0));
-        label_mass += share;
-        label_s += share == V{} ? V{} : share * student_difference;
-        if (teacher) label_t += share == V{} ? V{} : share * teacher_difference;
-      }
-    }
-    student_sums.plain += horizontal_sum(plain_s);
-    student_sums.tempered += horizontal_sum(tempered_s);
-    teacher_sums.plain += horizontal_sum(plain_t);
-    teacher_sums.tempered += horizontal_sum(tempered_t);
-    cross += horizontal_sum(crossed);
-    mass += horizontal_sum(label_mass);
-    student_label += horizontal_sum(label_s);
-    teacher_label += horizontal_sum(label_t);
-    student_shifted += horizontal_sum(shifted_s);
-    teacher_shifted += horizontal_sum(shifted_t);
+    const TileSums<A> sums =
+        sum_tile<P>(zs, zt, labels, count, student_sums.maximum, teacher_sums.maximum, inverse_temperature, smooth);
+    student_sums.plain += sums.plain_s;
+    student_sums.tempered += sums.tempered_s;
+    teacher_sums.plain += sums.plain_t;
+    teacher_sums.tempered += sums.tempered_t;
+    cross += sums.cross;
+    mass += sums.mass;
+    student_label += sums.label_s;
+    teacher_label += sums.label_t;
+    student_shifted += sums.shifted_s;
+    teacher_shifted += sums.shifted_t;
   }
 
+  // Without teacher or labels a sum is 0 and its logarithm is not used.
+  typename L::Vector log_sums = {student_sums.plain, teacher_sums.plain, student_sums.tempered, teacher_sums.tempered};
+  log_sums = logarithm(log_sums);
   A statistics[6] = {student_sums.maximum, teacher ? teacher_sums.maximum : A(0), A(0), A(0), A(0), A(0)};
   RowResult<A> result = {A(0), A(0), A(0), A(1)};
   if (teacher) {
-    statistics[4] = logarithm(student_sums.tempered);
-    statistics[5] = logarithm(teacher_sums.tempered);
+    statistics[4] = log_sums[2];
+    statistics[5] = log_sums[3];
     result.kd = tempered_divergence(
         cross, teacher_sums.tempered, statistics[4], statistics[5], static_cast<A>(call.temperature));
   }
-  if (ce) {
-    statistics[2] = logarithm(student_sums.plain);
-    statistics[3] = teacher ? logarithm(teacher_sums.plain) : A(0);
+  if (ce && has_labels<T>(head)) {
+    statistics[2] = log_sums[0];
+    statistics[3] = teacher ? log_sums[1] : A(0);
     const RowLabels<A> labels = row_labels<A>(call, head, n, y, x);
     A picked[4] = {A(0), A(0), A(0), A(0)};
     for (int side = 0; side < 2 && head.labels != nullptr; ++side) {
@@ -356,7 +399,7 @@ void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, 
 }
 
 // Maps whose pixels are contiguous: `count` neighbouring pixels at once, a class at a time.
-template <typename T, typename A>
+template <typename P, typename T, typename A>
 void logits_forward_pixels(const Logits& call, const Head& head, int64 n, int64 first, int64 count, int64 row) {
   using L = Lanes<A>;
   using V = typename L::Vector;
@@ -366,10 +409,10 @@ void logits_forward_pixels(const Logits& call, const Head& head, int64 n, int64 
   const Map& t = head.teacher;
   const Map& q = head.probabilities;
   const int64 classes = s.channels;
-  const bool teacher = t.data != nullptr, ce = has_labels<T>(head), soft = q.data != nullptr;
-  const bool smooth = ce && call.label_smoothing > 0.0;
+  constexpr bool teacher = P::kTeacher, ce = P::kCrossEntropy;
+  const bool soft = P::kExtra && q.data != nullptr;
+  const bool smooth = P::kExtra && call.label_smoothing > 0.0;
   const A inverse_temperature = A(1) / static_cast<A>(call.temperature);
-  const Temperature kind = classify_temperature(call.temperature);
   const T* student_base = static_cast<const T*>(s.data) + n * s.stride_n + first;
   const T* teacher_base = teacher ? static_cast<const T*>(t.data) + n * t.stride_n + first : nullptr;
   const A* label_base = soft ? static_cast<const A*>(q.data) + n * q.stride_n : nullptr;
@@ -404,13 +447,13 @@ void logits_forward_pixels(const Logits& call, const Head& head, int64 n, int64 
     }
     for (int64 pixel = 0; pixel < count; pixel += width) {
       const V student_difference = at(student_base + k * s.stride_c, pixel) - load(maximum_s + pixel);
-      const auto student_exp = exponentials(student_difference, inverse_temperature, kind, ce, teacher);
+      const auto student_exp = exponentials<P::kTemperature, ce, teacher>(student_difference, inverse_temperature);
       if (ce) store(load(plain_s + pixel) + student_exp.plain, plain_s + pixel);
       if (smooth) store(load(shifted_s + pixel) + student_difference, shifted_s + pixel);
       V teacher_difference = {};
       if (teacher) {
         teacher_difference = at(teacher_base + k * t.stride_c, pixel) - load(maximum_t + pixel);
-        const auto teacher_exp = exponentials(teacher_difference, inverse_temperature, kind, ce, true);
+        const auto teacher_exp = exponentials<P::kTemperature, ce, true>(teacher_difference, inverse_temperature);
         store(load(tempered_s + pixel) + student_exp.tempered, tempered_s + pixel);
         store(load(tempered_t + pixel) + teacher_exp.tempered, tempered_t + pixel);
         const V product = teacher_exp.tempered * (teacher_difference - student_difference);
@@ -426,18 +469,25 @@ void logits_forward_pixels(const Logits& call, const Head& head, int64 n, int64 
       }
     }
   }
+  A log_plain_s[capacity], log_plain_t[capacity], log_tempered_s[capacity], log_tempered_t[capacity];
+  for (int64 pixel = 0; pixel < count; pixel += width) {
+    store(logarithm(load(plain_s + pixel)), log_plain_s + pixel);
+    store(logarithm(load(plain_t + pixel)), log_plain_t + pixel);
+    store(logarithm(load(tempered_s + pixel)), log_tempered_s + pixel);
+    store(logarithm(load(tempered_t + pixel)), log_tempered_t + pixel);
+  }
   for (int64 pixel = 0; pixel < count; ++pixel) {
     A statistics[6] = {maximum_s[pixel], maximum_t[pixel], A(0), A(0), A(0), A(0)};
     RowResult<A> result = {A(0), A(0), A(0), A(1)};
     if (teacher) {
-      statistics[4] = logarithm(tempered_s[pixel]);
-      statistics[5] = logarithm(tempered_t[pixel]);
+      statistics[4] = log_tempered_s[pixel];
+      statistics[5] = log_tempered_t[pixel];
       result.kd = tempered_divergence(
           crossed[pixel], tempered_t[pixel], statistics[4], statistics[5], static_cast<A>(call.temperature));
     }
-    if (ce) {
-      statistics[2] = logarithm(plain_s[pixel]);
-      statistics[3] = teacher ? logarithm(plain_t[pixel]) : A(0);
+    if (ce && has_labels<T>(head)) {
+      statistics[2] = log_plain_s[pixel];
+      statistics[3] = teacher ? log_plain_t[pixel] : A(0);
       const RowLabels<A> labels = row_labels<A>(call, head, n, (first + pixel) / s.width, (first + pixel) % s.width);
       A picked[4] = {A(0), A(0), A(0), A(0)};
       for (int side = 0; side < 2 && head.labels != nullptr; ++side) {
@@ -497,21 +547,89 @@ inline RowGradient<A> row_gradient(
   return g;
 }
 
-template <typename T, typename A>
-void logits_backward_row(const Logits& call, const Head& head, int64 head_index, int64 n, int64 y, int64 x, int64 row) {
+// Gradients of one tile of classes; labels of the index kind are subtracted afterwards.
+template <typename P, bool StudentWanted, bool TeacherWanted, typename A>
+inline void differentiate_tile(
+    const RowGradient<A>& g,
+    const A scale[4],  // exp(-log-sum): student and teacher, then both tempered
+    const A* zs,
+    const A* zt,
+    const A* shares,
+    int64 count,
+    A inverse_temperature,
+    bool kd_to_teacher,
+    A* student_out,
+    A* teacher_out) {
   using L = Lanes<A>;
   using V = typename L::Vector;
+  constexpr Temperature K = P::kTemperature;
+  constexpr bool ce = P::kCrossEntropy, teacher = P::kTeacher;
+  const V student_maximum = L::splat(g.statistics[0]), teacher_maximum = L::splat(g.statistics[1]);
+  const V student_plain = L::splat(g.grad_student * g.mass * scale[0]);
+  const V teacher_plain = L::splat(g.grad_teacher * g.mass * scale[1]);
+  const V student_tempered = L::splat(scale[2]), teacher_tempered = L::splat(scale[3]);
+  const V grad_kd = L::splat(g.grad_kd);
+  const A log_offset = g.statistics[5] - g.statistics[4];
+  const auto step = [&](int64 k, V student, V other, V share, auto put) __attribute__((always_inline)) {
+    const V student_difference = student - student_maximum;
+    const auto student_exp = exponentials < K, ce && StudentWanted, teacher > (student_difference, inverse_temperature);
+    V teacher_difference = {}, tempered_t = {};
+    Exponentials<V> teacher_exp = {V{}, V{}};
+    if constexpr (teacher) {
+      teacher_difference = other - teacher_maximum;
+      teacher_exp = exponentials < K, ce && TeacherWanted, true > (teacher_difference, inverse_temperature);
+      tempered_t = teacher_exp.tempered * teacher_tempered;
+    }
+    V label = L::splat(g.smooth_share);
+    if constexpr (P::kExtra) label += g.kept * share;
+    if constexpr (StudentWanted) {
+      V value = {};
+      if constexpr (ce) value += student_exp.plain * student_plain - g.grad_student * label;
+      if constexpr (teacher) value += grad_kd * (student_exp.tempered * student_tempered - tempered_t);
+      put(value, student_out + k);
+    }
+    if constexpr (TeacherWanted) {
+      V value = {};
+      if constexpr (ce) value += teacher_exp.plain * teacher_plain - g.grad_teacher * label;
+      if constexpr (P::kExtra) {
+        if (kd_to_teacher) {
+          const V log_ratio = (teacher_difference - student_difference) * inverse_temperature - log_offset;
+          const V pull = grad_kd * tempered_t * (log_ratio - g.divergence);
+          value += teacher_exp.tempered == V{} ? V{} : pull;
+        }
+      }
+      put(value, teacher_out + k);
+    }
+  };
+  int64 k = 0;
+  for (; k + L::kWidth <= count; k += L::kWidth) {
+    const V other = teacher ? load(zt + k) : V{};
+    const V share = P::kExtra && shares != nullptr ? load(shares + k) : V{};
+    step(k, load(zs + k), other, share, [](V value, A* out) __attribute__((always_inline)) { store(value, out); });
+  }
+  if (k < count) {
+    const int64 rest = count - k;
+    const V other = teacher ? lanes_at(zt, k, count, g.statistics[1]) : V{};
+    const V share = P::kExtra && shares != nullptr ? lanes_at(shares, k, count, A(0)) : V{};
+    step(
+        k, lanes_at(zs, k, count, g.statistics[0]), other, share,
+        [rest](V value, A* out) __attribute__((always_inline)) { store_first(value, out, rest); });
+  }
+}
+
+template <typename P, typename T, typename A>
+void logits_backward_row(const Logits& call, const Head& head, int64 head_index, int64 n, int64 y, int64 x, int64 row) {
+  using L = Lanes<A>;
   const Map& s = head.student;
   const Map& t = head.teacher;
   const Map& q = head.probabilities;
   const Map& ds = head.student_gradient;
   const Map& dt = head.teacher_gradient;
   const int64 classes = s.channels;
-  const bool soft = q.data != nullptr, ce = has_labels<T>(head), teacher = t.data != nullptr;
-  const bool kd_to_teacher = call.kd_to_teacher;
+  constexpr bool teacher = P::kTeacher;
+  const bool soft = P::kExtra && q.data != nullptr;
   RowGradient<A> g = row_gradient<A>(call, head, head_index, n, y, x, row);
   const A inverse_temperature = A(1) / static_cast<A>(call.temperature);
-  const Temperature kind = classify_temperature(call.temperature);
   const T* student_row = static_cast<const T*>(s.data) + n * s.stride_n + y * s.stride_h + x * s.stride_w;
   const T* teacher_row =
       teacher ? static_cast<const T*>(t.data) + n * t.stride_n + y * t.stride_h + x * t.stride_w : nullptr;
@@ -528,51 +646,43 @@ void logits_backward_row(const Logits& call, const Head& head, int64 head_index,
   }
   A student_buffer[kClassTile], teacher_buffer[kClassTile], label_buffer[kClassTile];
   A student_gradients[kClassTile], teacher_gradients[kClassTile];
-  const A inverse_s = exponential(L::splat(-g.statistics[2]))[0],
-          inverse_t = exponential(L::splat(-g.statistics[3]))[0];
-  const A tempered_inverse_s = exponential(L::splat(-g.statistics[4]))[0];
-  const A tempered_inverse_t = exponential(L::splat(-g.statistics[5]))[0];
-  const A log_offset = g.statistics[5] - g.statistics[4];
+  A scale[4];
+  {
+    typename L::Vector log_sums = {-g.statistics[2], -g.statistics[3], -g.statistics[4], -g.statistics[5]};
+    log_sums = exponential(log_sums);
+    for (int lane = 0; lane < 4; ++lane) scale[lane] = log_sums[lane];
+  }
+  // Straight into the tensor where it already has the accumulate type.
+  const auto target = [](T* out, int64 stride, int64 first, A* buffer) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (stride == 1) return reinterpret_cast<A*>(out + first);
+    }
+    return buffer;
+  };
   for (int64 first = 0; first < classes; first += kClassTile) {
     const int64 count = classes - first < kClassTile ? classes - first : kClassTile;
     const A* zs = class_tile(student_row, s.stride_c, first, count, student_buffer);
     const A* zt = teacher ? class_tile(teacher_row, t.stride_c, first, count, teacher_buffer) : nullptr;
     const A* shares = soft ? class_tile(label_row, q.stride_c, first, count, label_buffer) : nullptr;
-    for (int64 k = 0; k < count; k += L::kWidth) {
-      const V student_difference = lanes_at(zs, k, count, g.statistics[0]) - g.statistics[0];
-      const auto student_exp = exponentials(student_difference, inverse_temperature, kind, ce, teacher);
-      V teacher_difference = {};
-      Exponentials<V> teacher_exp = {V{}, V{}};
-      if (teacher) {
-        teacher_difference = lanes_at(zt, k, count, g.statistics[1]) - g.statistics[1];
-        teacher_exp = exponentials(teacher_difference, inverse_temperature, kind, ce && teacher_out != nullptr, true);
-      }
-      V label = L::splat(g.smooth_share);
-      if (soft) label += g.kept * lanes_at(shares, k, count, A(0));
-      const V tempered_t = teacher_exp.tempered * tempered_inverse_t;
-      if (student_out != nullptr) {
-        V value = {};
-        if (ce) value += g.grad_student * (student_exp.plain * inverse_s * g.mass - label);
-        if (teacher) value += g.grad_kd * (student_exp.tempered * tempered_inverse_s - tempered_t);
-        store_first(value, student_gradients + k, count - k < L::kWidth ? count - k : L::kWidth);
-      }
-      if (teacher_out != nullptr) {
-        V value = {};
-        if (ce) value += g.grad_teacher * (teacher_exp.plain * inverse_t * g.mass - label);
-        if (kd_to_teacher) {
-          const V log_ratio = (teacher_difference - student_difference) * inverse_temperature - log_offset;
-          const V pull = g.grad_kd * tempered_t * (log_ratio - g.divergence);
-          value += teacher_exp.tempered == V{} ? V{} : pull;
-        }
-        store_first(value, teacher_gradients + k, count - k < L::kWidth ? count - k : L::kWidth);
-      }
+    A* student_to = student_out == nullptr ? nullptr : target(student_out, ds.stride_c, first, student_gradients);
+    A* teacher_to = teacher_out == nullptr ? nullptr : target(teacher_out, dt.stride_c, first, teacher_gradients);
+    const bool pull = call.kd_to_teacher;
+    if (student_to != nullptr && teacher_to != nullptr) {
+      differentiate_tile<P, true, true>(
+          g, scale, zs, zt, shares, count, inverse_temperature, pull, student_to, teacher_to);
+    } else if (student_to != nullptr) {
+      differentiate_tile<P, true, false>(
+          g, scale, zs, zt, shares, count, inverse_temperature, pull, student_to, teacher_to);
+    } else if (teacher_to != nullptr) {
+      differentiate_tile<P, false, true>(
+          g, scale, zs, zt, shares, count, inverse_temperature, pull, student_to, teacher_to);
     }
     for (int side = 0; side < 2 && head.labels != nullptr; ++side) {
       const int64 k = g.labels.index[side] - first;
       if (g.labels.weight[side] == A(0) || k < 0 || k >= count) continue;
       const A share = g.kept * g.labels.weight[side];
-      if (student_out != nullptr) student_gradients[k] -= g.grad_student * share;
-      if (teacher_out != nullptr) teacher_gradients[k] -= g.grad_teacher * share;
+      if (student_to != nullptr) student_to[k] -= g.grad_student * share;
+      if (teacher_to != nullptr) teacher_to[k] -= g.grad_teacher * share;
     }
     const auto write = [&](const A* values, T* out, int64 stride) {
       int64 k = 0;
@@ -581,12 +691,12 @@ void logits_backward_row(const Logits& call, const Head& head, int64 head_index,
       }
       for (; k < count; ++k) from_scalar(values[k], out + (first + k) * stride);
     };
-    if (student_out != nullptr) write(student_gradients, student_out, ds.stride_c);
-    if (teacher_out != nullptr) write(teacher_gradients, teacher_out, dt.stride_c);
+    if (student_to == student_gradients) write(student_gradients, student_out, ds.stride_c);
+    if (teacher_to == teacher_gradients) write(teacher_gradients, teacher_out, dt.stride_c);
   }
 }
 
-template <typename T, typename A>
+template <typename P, typename T, typename A>
 void logits_backward_pixels(
     const Logits& call, const Head& head, int64 head_index, int64 n, int64 first, int64 count, int64 row) {
   using L = Lanes<A>;
@@ -599,10 +709,10 @@ void logits_backward_pixels(
   const Map& ds = head.student_gradient;
   const Map& dt = head.teacher_gradient;
   const int64 classes = s.channels;
-  const bool soft = q.data != nullptr, ce = has_labels<T>(head), teacher = t.data != nullptr;
+  constexpr bool ce = P::kCrossEntropy, teacher = P::kTeacher;
+  const bool soft = P::kExtra && q.data != nullptr;
   const bool student_wanted = ds.data != nullptr, teacher_wanted = dt.data != nullptr;
   const A inverse_temperature = A(1) / static_cast<A>(call.temperature);
-  const Temperature kind = classify_temperature(call.temperature);
   const T* student_base = static_cast<const T*>(s.data) + n * s.stride_n + first;
   const T* teacher_base = teacher ? static_cast<const T*>(t.data) + n * t.stride_n + first : nullptr;
   const A* label_base = soft ? static_cast<const A*>(q.data) + n * q.stride_n : nullptr;
@@ -668,12 +778,12 @@ void logits_backward_pixels(
     }
     for (int64 pixel = 0; pixel < count; pixel += width) {
       const V student_difference = at(student_base + k * s.stride_c, pixel) - load(maximum_s + pixel);
-      const auto student_exp = exponentials(student_difference, inverse_temperature, kind, ce, teacher);
+      const auto student_exp = exponentials<P::kTemperature, ce, teacher>(student_difference, inverse_temperature);
       V teacher_difference = {};
       Exponentials<V> teacher_exp = {V{}, V{}};
       if (teacher) {
         teacher_difference = at(teacher_base + k * t.stride_c, pixel) - load(maximum_t + pixel);
-        teacher_exp = exponentials(teacher_difference, inverse_temperature, kind, ce && teacher_wanted, true);
+        teacher_exp = exponentials<P::kTemperature, ce, true>(teacher_difference, inverse_temperature);
       }
       const V share = load(shares + pixel);
       const V tempered_t = teacher_exp.tempered * load(kd_t + pixel);
@@ -690,7 +800,7 @@ void logits_backward_pixels(
         if (ce) {
           value += teacher_exp.plain * load(scale_t + pixel) - (load(smooth_t + pixel) + load(grad_t + pixel) * share);
         }
-        if (call.kd_to_teacher) {
+        if (P::kExtra && call.kd_to_teacher) {
           const V log_ratio = (teacher_difference - student_difference) * inverse_temperature - load(offset + pixel);
           const V pull = load(grad_kd + pixel) * tempered_t * (log_ratio - load(divergence + pixel));
           value += teacher_exp.tempered == V{} ? V{} : pull;
@@ -737,14 +847,22 @@ void for_each_piece(const Logits& call, ParallelFor run, const Body& body) {
   }
 }
 
+// The rare cases of a call: they share one slower body.
+inline bool has_extra(const Logits& call, bool backward) {
+  return call.has_probabilities || (backward ? call.kd_to_teacher : call.label_smoothing > 0.0);
+}
+
 template <typename T, typename A>
 void logits_forward_typed(const Logits& call, ParallelFor run) {
-  for_each_piece(call, run, [&](const Head& head, int64, int64 n, int64 first, int64 count, int64 row) {
-    if (count > 0) {
-      logits_forward_pixels<T, A>(call, head, n, first, count, row);
-    } else {
-      logits_forward_row<T, A>(call, head, n, first / head.student.width, first % head.student.width, row);
-    }
+  with_plan(call.temperature, call.has_targets, call.has_teacher, has_extra(call, false), [&](auto plan) {
+    using P = decltype(plan);
+    for_each_piece(call, run, [&](const Head& head, int64, int64 n, int64 first, int64 count, int64 row) {
+      if (count > 0) {
+        logits_forward_pixels<P, T, A>(call, head, n, first, count, row);
+      } else {
+        logits_forward_row<P, T, A>(call, head, n, first / head.student.width, first % head.student.width, row);
+      }
+    });
   });
   const A* weights = static_cast<const A*>(call.losses) + 3 * call.rows;
   for (int64 index = 0; index < call.count; ++index) {
@@ -758,12 +876,16 @@ void logits_forward_typed(const Logits& call, ParallelFor run) {
 
 template <typename T, typename A>
 void logits_backward_typed(const Logits& call, ParallelFor run) {
-  for_each_piece(call, run, [&](const Head& head, int64 index, int64 n, int64 first, int64 count, int64 row) {
-    if (count > 0) {
-      logits_backward_pixels<T, A>(call, head, index, n, first, count, row);
-    } else {
-      logits_backward_row<T, A>(call, head, index, n, first / head.student.width, first % head.student.width, row);
-    }
+  with_plan(call.temperature, call.has_targets, call.has_teacher, has_extra(call, true), [&](auto plan) {
+    using P = decltype(plan);
+    for_each_piece(call, run, [&](const Head& head, int64 index, int64 n, int64 first, int64 count, int64 row) {
+      if (count > 0) {
+        logits_backward_pixels<P, T, A>(call, head, index, n, first, count, row);
+      } else {
+        const int64 width = head.student.width;
+        logits_backward_row<P, T, A>(call, head, index, n, first / width, first % width, row);
+      }
+    });
   });
 }
 

@@ -219,11 +219,12 @@ inline __attribute__((always_inline)) V maximum(V first, V second) {
   return (first > second) | (first != first) ? first : second;
 }
 
-// exp(x) for x <= 88, relative error about 1e-7; 0 below -87.3 (where the true value is under 1.2e-38), NaN stays NaN.
+// exp(x) for x <= 88, relative error about 1e-7; exactly 0 below -88 (where the true value is under 1e-38), NaN stays
+// NaN.
 inline __attribute__((always_inline)) Float8 exponential(Float8 x) {
   const Float8 zero = {};
-  const Int8 underflow = x < zero - 87.33654f;
-  const Float8 clamped = underflow ? zero - 87.33654f : x;
+  const Float8 lowest = zero - 88.03f;  // rounds to 2^-127, whose exponent field is 0: the result is then 0
+  const Float8 clamped = lowest > x ? lowest : x;
   const Float8 magic = zero + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the rounded integer
   const Float8 shifted = clamped * 1.44269504f + magic;
   const Float8 integer = shifted - magic;
@@ -235,13 +236,42 @@ inline __attribute__((always_inline)) Float8 exponential(Float8 x) {
   polynomial = polynomial * rest + 4.1665795894e-2f;
   polynomial = polynomial * rest + 1.6666665459e-1f;
   polynomial = polynomial * rest + 5.0000001201e-1f;
-  polynomial = polynomial * rest * rest + rest + 1.0f;
-  const Int8 scale = (bits_of<Int8>(shifted) - bits_of<Int8>(magic) + 127) << 23;
-  const Float8 result = polynomial * bits_of<Float8>(scale);
-  return underflow ? zero : result;
+  polynomial = polynomial * (rest * rest) + (rest + 1.0f);
+  const Int8 scale = (bits_of<Int8>(shifted) << 23) + (127 << 23);
+  return polynomial * bits_of<Float8>(scale);
 }
 inline Double4 exponential(Double4 x) {
   return Double4{__builtin_exp(x[0]), __builtin_exp(x[1]), __builtin_exp(x[2]), __builtin_exp(x[3])};
+}
+
+// ln(x) for normal x > 0, relative error about 1e-7; infinity and NaN stay themselves.
+inline __attribute__((always_inline)) Float8 logarithm(Float8 x) {
+  const Float8 zero = {};
+  const Int8 bits = bits_of<Int8>(x);
+  // x = 2^exponent * mantissa with the mantissa in [sqrt(1/2), sqrt(2)).
+  const Int8 shifted = bits - 0x3f3504f3;
+  const Int8 exponent_bits = shifted & static_cast<std::int32_t>(0xff800000u);
+  const Float8 mantissa = bits_of<Float8>(bits - exponent_bits);
+  const Float8 exponent = __builtin_convertvector(exponent_bits >> 23, Float8);
+  const Float8 f = mantissa - 1.0f;
+  Float8 polynomial = zero + 7.0376836292e-2f;
+  polynomial = polynomial * f - 1.1514610310e-1f;
+  polynomial = polynomial * f + 1.1676998740e-1f;
+  polynomial = polynomial * f - 1.2420140846e-1f;
+  polynomial = polynomial * f + 1.4249322787e-1f;
+  polynomial = polynomial * f - 1.6668057665e-1f;
+  polynomial = polynomial * f + 2.0000714765e-1f;
+  polynomial = polynomial * f - 2.4999993993e-1f;
+  polynomial = polynomial * f + 3.3333331174e-1f;
+  const Float8 square = f * f;
+  Float8 tail = polynomial * f * square + exponent * -2.12194440e-4f;
+  tail = tail - square * 0.5f;
+  const Float8 result = (f + tail) + exponent * 0.693359375f;
+  const Int8 special = (x - x) != zero;
+  return special ? x : result;
+}
+inline Double4 logarithm(Double4 x) {
+  return Double4{__builtin_log(x[0]), __builtin_log(x[1]), __builtin_log(x[2]), __builtin_log(x[3])};
 }
 
 }  // namespace

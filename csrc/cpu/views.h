@@ -83,6 +83,9 @@ struct Logits {
   std::int64_t grad_head_stride;
   std::int64_t grad_row_stride;
   bool kd_to_teacher;
+  bool has_teacher;  // told apart from the data pointers, which are null where a head has no rows
+  bool has_targets;
+  bool has_probabilities;
 };
 
 // Runs body(begin, end) over [0, count) on the threads PyTorch was told to use.

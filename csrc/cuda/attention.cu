@@ -13,10 +13,10 @@ namespace {
 constexpr int64_t kMaxFusedSharedBytes = 64 * 1024;
 // Rates that decide between one fused launch and two tiled ones, in bytes per nanosecond. Estimates from data sheets of
 // sm_80 to sm_100, to be replaced by measured ones.
-constexpr double kBlockRate = 40.0;  // one block alone on its multiprocessor
+constexpr double kBlockRate = 40.0;           // one block alone on its multiprocessor
 constexpr double kMultiprocessorRate = 25.0;  // one multiprocessor while all of them read
-constexpr double kSecondLaunch = 3000.0;  // ns
-constexpr int kTileUnits = 64;  // packs of pixels (or pixels, along channels) per tile
+constexpr double kSecondLaunch = 3000.0;      // ns
+constexpr int kTileUnits = 64;                // packs of pixels (or pixels, along channels) per tile
 
 FeatureView view_of(const Tensor& tensor, double exponent) {
   const int64_t shape[4] = {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)};
@@ -57,8 +57,7 @@ bool prefers_fused(
     const std::vector<Tensor>& teachers,
     int64_t samples,
     bool has_workspace,
-    int multiprocessors
-) {
+    int multiprocessors) {
   double total = 0.0, largest = 0.0;
   for (size_t level = 0; level < students.size(); ++level) {
     const int64_t pixels = pixels_of(students[level]);
@@ -104,7 +103,7 @@ void launch_tiles(const TileParameters<accumulate_t<T>>& parameters, int64_t blo
 template <typename T>
 struct ForwardOutputs {
   using A = accumulate_t<T>;
-  A* losses;  // (L, N)
+  A* losses;                // (L, N)
   A* student_coefficients;  // flat, or null
   A* teacher_coefficients;
   A* student_maps;  // workspace, flat like the coefficients, or null
@@ -121,8 +120,7 @@ void forward_levels(
     double exponent,
     bool fused,
     const ForwardOutputs<T>& outputs,
-    cudaStream_t stream
-) {
+    cudaStream_t stream) {
   using A = accumulate_t<T>;
   const int64_t samples = students[0].size(0);
   const bool square = exponent == 2.0;
@@ -180,8 +178,7 @@ void gradient_levels(
     const accumulate_t<T>* coefficients,  // of level `begin`
     double exponent,
     const std::vector<Tensor>& gradients,
-    cudaStream_t stream
-) {
+    cudaStream_t stream) {
   using A = accumulate_t<T>;
   const int64_t samples = features[0].size(0);
   GradientParameters<A> parameters{};
@@ -203,7 +200,7 @@ void gradient_levels(
     target.feature.walk = walk;
     target.coefficients = coefficients;
     target.units = static_cast<int64_t>(target.feature.channels) * target.feature.pixels /
-        walk_pack(walk, static_cast<int>(sizeof(T)));
+                   walk_pack(walk, static_cast<int>(sizeof(T)));
     const int64_t blocks_per_sample = ceil_divide(target.units, kGradientUnits * kGradientThreads);
     target.blocks = static_cast<unsigned>(std::min(blocks_per_sample, kMaxBlocks));
     target.first_block = static_cast<unsigned>(blocks);
@@ -224,8 +221,7 @@ void attention_forward(
     const Tensor& losses,
     const std::optional<Tensor>& student_coefficients,
     const std::optional<Tensor>& teacher_coefficients,
-    const std::optional<Tensor>& workspace
-) {
+    const std::optional<Tensor>& workspace) {
   STD_TORCH_CHECK(!students.empty(), "students is empty, but at least one level was wanted.");
   check_count(teachers.size(), "teachers", students.size());
   const Tensor& first = students[0];
@@ -259,8 +255,8 @@ void attention_forward(
   const cudaStream_t stream = guard.stream();
   const bool fused = prefers_fused(students, teachers, samples, workspace.has_value(), guard.multiprocessors());
   STD_TORCH_CHECK(
-      fused || workspace.has_value(),
-      "workspace is None, but maps of this size need one of ", 2 * samples * pixels, " elements.");
+      fused || workspace.has_value(), "workspace is None, but maps of this size need one of ", 2 * samples * pixels,
+      " elements.");
   dispatch_floating(dtype, "students[0]", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulate_t<T>;
@@ -287,8 +283,7 @@ void attention_backward(
     const std::vector<Tensor>& features,
     const Tensor& coefficients,
     double exponent,
-    const std::vector<Tensor>& gradients
-) {
+    const std::vector<Tensor>& gradients) {
   STD_TORCH_CHECK(!features.empty(), "features is empty, but at least one level was wanted.");
   check_count(gradients.size(), "gradients", features.size());
   const Tensor& first = features[0];

@@ -33,7 +33,8 @@ __device__ __forceinline__ A activity(A value, A exponent) {
 template <typename T, int kThreads>
 constexpr int kMeansScratch = kThreads * kPackSize<T>;
 
-// Lanes along pixels. A thread owns one pack of pixels and every `groups`-th channel; the groups are then summed in order.
+// Lanes along pixels. A thread owns one pack of pixels and every `groups`-th channel; the groups are then summed in
+// order.
 template <typename T, bool kSquare, int kThreads, int kPack>
 __device__ __forceinline__ void channel_means_along_pixels(
     const FeatureView& view,
@@ -42,7 +43,7 @@ __device__ __forceinline__ void channel_means_along_pixels(
     int end,
     accumulate_t<T> exponent,
     accumulate_t<T>* scratch,  // (kThreads * kPack,), shared
-    accumulate_t<T>* out  // (end - begin,)
+    accumulate_t<T>* out       // (end - begin,)
 ) {
   using A = accumulate_t<T>;
   constexpr int kInFlight = 4;
@@ -63,6 +64,7 @@ __device__ __forceinline__ void channel_means_along_pixels(
       const int64_t step = groups * view.stride_channel;
       const T* source = pixel + group * view.stride_channel;
       int channel = group;
+#pragma unroll 1
       for (; channel + (kInFlight - 1) * groups < view.channels; channel += kInFlight * groups) {
         Pack<T, kPack> packed[kInFlight];
 #pragma unroll
@@ -78,6 +80,7 @@ __device__ __forceinline__ void channel_means_along_pixels(
           }
         }
       }
+#pragma unroll 1
       for (; channel < view.channels; channel += groups) {
         const Pack<T, kPack> packed = load_cached<T, kPack>(source);
         source += step;
@@ -141,6 +144,7 @@ __device__ __forceinline__ void channel_means_along_channels(
       // A team past the end reads the last pixel again and drops it, so that no load depends on a branch.
       sources[i] = data + pixel_offset(view, min(first + i * teams + team, end - 1));
     }
+#pragma unroll 1
     for (int pack = lane; pack < packs; pack += lanes) {
       Pack<T, kPack> packed[kInFlight];
 #pragma unroll
@@ -174,8 +178,7 @@ __device__ __forceinline__ void channel_means(
     int end,
     accumulate_t<T> exponent,
     accumulate_t<T>* scratch,  // (kMeansScratch,), shared
-    accumulate_t<T>* out
-) {
+    accumulate_t<T>* out) {
   // Other exponents than 2 are bound by power(), not by the width of the loads: the host gives them no pack walk.
   if constexpr (kSquare) {
     if (view.walk == Walk::kPixelPacks) {
@@ -188,8 +191,7 @@ __device__ __forceinline__ void channel_means(
       }
     }
     if (view.walk == Walk::kChannelPacks) {
-      return channel_means_along_channels<T, kSquare, kThreads, kPackSize<T>>(
-          view, sample, begin, end, exponent, out);
+      return channel_means_along_channels<T, kSquare, kThreads, kPackSize<T>>(view, sample, begin, end, exponent, out);
     }
   }
   if (view.walk == Walk::kChannels) {
@@ -198,8 +200,8 @@ __device__ __forceinline__ void channel_means(
   channel_means_along_pixels<T, kSquare, kThreads, 1>(view, sample, begin, end, exponent, scratch, out);
 }
 
-// q = a / max(||a||, floor). Multiplying by the reciprocal in double is exact enough for float and spares it slow divisions;
-// double itself is divided, so that a map of one pixel gives exactly 1.
+// q = a / max(||a||, floor). Multiplying by the reciprocal in double is exact enough for float and spares it slow
+// divisions; double itself is divided, so that a map of one pixel gives exactly 1.
 struct Normaliser {
   double norm;
   double clamped;
@@ -222,8 +224,8 @@ struct SampleOutputs {
   A* teacher_coefficients;  // (pixels,), or null
 };
 
-// Loss and coefficients from the two raw maps. The squares of a float map can pass the float range, so the norms are summed
-// in double.
+// Loss and coefficients from the two raw maps. The squares of a float map can pass the float range, so the norms are
+// summed in double.
 template <typename A, int kThreads>
 __device__ __forceinline__ void finish_sample(
     const A* student_map,  // (pixels,)
@@ -231,8 +233,7 @@ __device__ __forceinline__ void finish_sample(
     int pixels,
     A student_scale,  // p / C * 2 / pixels
     A teacher_scale,  // p / D * 2 / pixels
-    const SampleOutputs<A>& outputs
-) {
+    const SampleOutputs<A>& outputs) {
   __shared__ static double norm_scratch[2 * kThreads / kWarpSize];
   __shared__ static A loss_scratch[3 * kThreads / kWarpSize];
   const int thread = static_cast<int>(threadIdx.x);
@@ -276,11 +277,11 @@ __device__ __forceinline__ void finish_sample(
 
 template <typename A>
 struct LevelOutputs {
-  A* losses;  // (N,)
+  A* losses;                // (N,)
   A* student_coefficients;  // (N, pixels), or null
   A* teacher_coefficients;  // (N, pixels), or null
-  A student_scale;  // p / C * 2 / pixels
-  A teacher_scale;  // p / D * 2 / pixels
+  A student_scale;          // p / C * 2 / pixels
+  A teacher_scale;          // p / D * 2 / pixels
 };
 
 template <typename A>
@@ -379,7 +380,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 template <typename A>
 struct NormaliseParameters {
-  A* maps;  // (N, pixels): raw in, q out
+  A* maps;   // (N, pixels): raw in, q out
   A* norms;  // (N,)
   int pixels;
 };
@@ -408,8 +409,8 @@ struct GradientLevel {
   FeatureView feature;  // its walk is one that the gradient allows too
   FeatureView gradient;
   const A* coefficients;  // (N, pixels)
-  int64_t units;  // accesses per sample
-  unsigned blocks;  // per sample
+  int64_t units;          // accesses per sample
+  unsigned blocks;        // per sample
   unsigned first_block;
 };
 
@@ -435,15 +436,15 @@ __device__ __forceinline__ A feature_gradient(A factor, A value, A exponent) {
   }
 }
 
-// Units of one sample are numbered with the walk's axis fastest; a block takes kGradientUnits * kGradientThreads of them.
+// Units of one sample are numbered with the walk's axis fastest; a block takes kGradientUnits * kGradientThreads of
+// them.
 template <typename T, bool kSquare, int kPack, bool kAlongChannels>
 __device__ __forceinline__ void write_gradient(
     const GradientLevel<accumulate_t<T>>& level,
     int64_t sample,
     int64_t first,  // unit
     accumulate_t<T> upstream,
-    accumulate_t<T> exponent
-) {
+    accumulate_t<T> exponent) {
   using A = accumulate_t<T>;
   const T* feature = static_cast<const T*>(level.feature.data) + sample * level.feature.stride_sample;
   T* gradient = static_cast<T*>(const_cast<void*>(level.gradient.data)) + sample * level.gradient.stride_sample;
@@ -477,7 +478,8 @@ __device__ __forceinline__ void write_gradient(
       const A factor = upstream * __ldg(coefficients + pixel[i]);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        result.values[j] = static_cast<T>(feature_gradient<kSquare>(factor, static_cast<A>(values[i].values[j]), exponent));
+        result.values[j] =
+            static_cast<T>(feature_gradient<kSquare>(factor, static_cast<A>(values[i].values[j]), exponent));
       }
     } else {
       constexpr int kPart = kPack < kPackSize<A> ? kPack : kPackSize<A>;
@@ -496,7 +498,7 @@ __device__ __forceinline__ void write_gradient(
 }
 
 template <typename T, bool kSquare>
-__global__ void __launch_bounds__(kGradientThreads, kSquare ? 4 : 2)
+__global__ void __launch_bounds__(kGradientThreads, kSquare && sizeof(T) < 8 ? 4 : 2)
     attention_gradient(const __grid_constant__ GradientParameters<accumulate_t<T>> parameters) {
   using A = accumulate_t<T>;
   int index = 0;
@@ -505,8 +507,8 @@ __global__ void __launch_bounds__(kGradientThreads, kSquare ? 4 : 2)
   const unsigned block = blockIdx.x - level.first_block;
   const int64_t sample = block / level.blocks;
   const int64_t first = static_cast<int64_t>(block % level.blocks) * (kGradientUnits * kGradientThreads);
-  const A upstream = parameters.upstream[index * parameters.upstream_stride_level +
-                                         sample * parameters.upstream_stride_sample] *
+  const A upstream =
+      parameters.upstream[index * parameters.upstream_stride_level + sample * parameters.upstream_stride_sample] *
       parameters.scale;
   const A exponent = parameters.exponent;
   const Walk walk = level.feature.walk;

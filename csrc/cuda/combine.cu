@@ -11,11 +11,11 @@ constexpr int kCombineThreads = 512;
 
 struct CombineParameters {
   const void* attention_losses;  // (L, N)
-  const void* logits_losses;  // (4, R): ce_student, ce_teacher, kd, weight
-  void* parts;  // (6,): total, ce_student, ce_teacher, kd, feature, 1 / weight
-  int64_t attention_count;  // L * N
-  int64_t samples;  // N
-  int64_t rows;  // R
+  const void* logits_losses;     // (4, R): ce_student, ce_teacher, kd, weight
+  void* parts;                   // (6,): total, ce_student, ce_teacher, kd, feature, 1 / weight
+  int64_t attention_count;       // L * N
+  int64_t samples;               // N
+  int64_t rows;                  // R
   double alpha;
   double beta;
   bool attention_is_double;
@@ -78,14 +78,14 @@ void combine(
     double alpha,
     double beta,
     bool has_targets,
-    const Tensor& parts
-) {
+    const Tensor& parts) {
   CombineParameters parameters{};
   parameters.attention_is_double = is_double(attention_losses, "attention_losses");
   parameters.logits_are_double = is_double(logits_losses, "logits_losses");
   parameters.parts_are_double = is_double(parts, "parts");
   STD_TORCH_CHECK(
-      attention_losses.dim() == 2, "attention_losses has shape ", shape_of(attention_losses), ", but (L, N) was wanted.");
+      attention_losses.dim() == 2, "attention_losses has shape ", shape_of(attention_losses),
+      ", but (L, N) was wanted.");
   STD_TORCH_CHECK(
       logits_losses.dim() == 2 && logits_losses.size(0) == 4, "logits_losses has shape ", shape_of(logits_losses),
       ", but (4, R) was wanted.");

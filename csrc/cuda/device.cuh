@@ -1,6 +1,6 @@
 // Building blocks of the kernels: number types, wide loads and stores, sums over warps and blocks.
-// Every sum has a fixed order, so a result has the same bits on every run. Shuffles name all 32 lanes; a kernel must reach
-// them with every thread of the block.
+// Every sum has a fixed order, so a result has the same bits on every run. Shuffles name all 32 lanes; a kernel must
+// reach them with every thread of the block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -111,8 +111,8 @@ __device__ __forceinline__ A lane_sum(A value, int step, int width) {
   return value;
 }
 
-// Sums each of `values` over the block; every thread gets the same bits. `scratch` holds kCount * kThreads / 32 values and
-// may be used again afterwards.
+// Sums each of `values` over the block; every thread gets the same bits. `scratch` holds kCount * kThreads / 32 values
+// and may be used again afterwards.
 template <int kThreads, int kCount, typename A>
 __device__ __forceinline__ void block_sum(A (&values)[kCount], A* scratch) {
   constexpr int kWarps = kThreads / kWarpSize;

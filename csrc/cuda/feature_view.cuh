@@ -9,11 +9,11 @@ namespace frskd::cuda {
 
 // Which axis neighbouring threads follow, and how many elements one access takes.
 enum class Walk : int {
-  kPixels,  // along pixels, one element at a time: any strides
-  kPixelPacks,  // along pixels, 16 bytes at a time (NCHW)
+  kPixels,          // along pixels, one element at a time: any strides
+  kPixelPacks,      // along pixels, 16 bytes at a time (NCHW)
   kPixelHalfPacks,  // along pixels, 8 bytes at a time: 16-bit types where 8 elements do not divide the pixels
-  kChannels,  // along channels, one element at a time
-  kChannelPacks,  // along channels, 16 bytes at a time (channels_last)
+  kChannels,        // along channels, one element at a time
+  kChannelPacks,    // along channels, 16 bytes at a time (channels_last)
 };
 
 struct FeatureView {
@@ -39,8 +39,7 @@ FRSKD_HOST_DEVICE int64_t pixel_offset(const FeatureView& view, int pixel) {
 inline FeatureView make_feature_view(
     const void* data,
     const int64_t (&shape)[4],  // N, C, H, W
-    const int64_t (&strides)[4]
-) {
+    const int64_t (&strides)[4]) {
   FeatureView view{};
   view.data = data;
   view.channels = static_cast<int>(shape[1]);
@@ -70,8 +69,8 @@ inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_
 
 inline bool allows_pixel_packs(const FeatureView& view, int count, int element_size) {
   return view.stride_column == 1 && view.width % count == 0 && view.stride_row % count == 0 &&
-      view.stride_channel % count == 0 && view.stride_sample % count == 0 &&
-      is_aligned(view.data, static_cast<int64_t>(count) * element_size);
+         view.stride_channel % count == 0 && view.stride_sample % count == 0 &&
+         is_aligned(view.data, static_cast<int64_t>(count) * element_size);
 }
 
 inline bool prefers_channels(const FeatureView& view) {
@@ -80,8 +79,8 @@ inline bool prefers_channels(const FeatureView& view) {
 
 inline bool allows_channel_packs(const FeatureView& view, int count, int element_size) {
   return view.stride_channel == 1 && view.channels % count == 0 && view.stride_row % count == 0 &&
-      view.stride_column % count == 0 && view.stride_sample % count == 0 &&
-      is_aligned(view.data, static_cast<int64_t>(count) * element_size);
+         view.stride_column % count == 0 && view.stride_sample % count == 0 &&
+         is_aligned(view.data, static_cast<int64_t>(count) * element_size);
 }
 
 inline Walk choose_walk(const FeatureView& view, int element_size) {

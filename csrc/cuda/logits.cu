@@ -57,7 +57,7 @@ int choose_lanes(const Tensor& logits) {
 bool allows_packs(const LogitsView& view, int64_t classes, int element_size) {
   const int64_t count = 16 / element_size;
   return view.stride_class == 1 && classes % count == 0 && view.stride_sample % count == 0 &&
-      view.stride_row % count == 0 && view.stride_column % count == 0 && is_aligned(view.data, 16);
+         view.stride_row % count == 0 && view.stride_column % count == 0 && is_aligned(view.data, 16);
 }
 
 // The label tensors of one call, checked.
@@ -114,9 +114,9 @@ Labels check_labels(
       check_same_shape(targets[head], name, students[head], name_of("students", head));
     }
   }
-  const LabelKind kind = !indices ? LabelKind::kProbabilities
-      : targets_b.empty()         ? LabelKind::kIndices
-                                  : LabelKind::kTwoIndices;
+  const LabelKind kind = !indices            ? LabelKind::kProbabilities
+                         : targets_b.empty() ? LabelKind::kIndices
+                                             : LabelKind::kTwoIndices;
   return {targets, targets_b, kind};
 }
 
@@ -154,8 +154,7 @@ Head make_head(
     const std::vector<Tensor>& teachers,
     const Labels& labels,
     size_t index,
-    int64_t first_row
-) {
+    int64_t first_row) {
   const Tensor& student = students[index];
   Head head{};
   head.student = view_of(student);
@@ -175,7 +174,7 @@ Head make_head(
   head.lanes = choose_lanes(student);
   const int element_size = static_cast<int>(student.element_size());
   head.packed = head.lanes > 1 && allows_packs(head.student, head.classes, element_size) &&
-      (teachers.empty() || allows_packs(head.teacher, head.classes, element_size));
+                (teachers.empty() || allows_packs(head.teacher, head.classes, element_size));
   return head;
 }
 
@@ -233,8 +232,7 @@ void logits_forward(
     double temperature,
     const Tensor& losses,
     const Tensor& statistics,
-    const Tensor& inverse_valid
-) {
+    const Tensor& inverse_valid) {
   const int64_t total_rows = check_heads(students, teachers);
   const Tensor& first = students[0];
   const Labels labels = check_labels(students, targets, targets_b);
@@ -273,8 +271,7 @@ void logits_forward(
       }
       parameters.row_blocks = static_cast<unsigned>(std::min(blocks, kMaxBlocks));
       launch_counts(parameters, partial_counts, stream);
-      launch(
-          logits_losses<T>, blocks + parameters.heads_used, kRowThreads, 0, stream, parameters);
+      launch(logits_losses<T>, blocks + parameters.heads_used, kRowThreads, 0, stream, parameters);
     }
   });
 }
@@ -297,8 +294,7 @@ void logits_backward(
     const Tensor& losses,
     bool kd_to_teacher,
     const std::vector<Tensor>& student_gradients,
-    const std::vector<Tensor>& teacher_gradients
-) {
+    const std::vector<Tensor>& teacher_gradients) {
   const int64_t total_rows = check_heads(students, teachers);
   const Tensor& first = students[0];
   const ScalarType dtype = first.scalar_type();
@@ -312,7 +308,8 @@ void logits_backward(
   const bool writes_student = !student_gradients.empty();
   const bool writes_teacher = !teacher_gradients.empty();
   STD_TORCH_CHECK(
-      !writes_teacher || !teachers.empty(), "teacher_gradients is given without teachers, but a gradient needs its logits.");
+      !writes_teacher || !teachers.empty(),
+      "teacher_gradients is given without teachers, but a gradient needs its logits.");
   const auto check_gradients = [&](const std::vector<Tensor>& gradients, const char* name,
                                    const std::vector<Tensor>& inputs, const char* input_name) {
     check_count(gradients.size(), name, students.size());
@@ -330,8 +327,8 @@ void logits_backward(
       ", three for each head, were wanted.");
   check_count(grads.size(), "grads", 3);
   STD_TORCH_CHECK(
-      grad_head_stride >= 0 && grad_row_stride >= 0, "grad_head_stride is ", grad_head_stride, " and grad_row_stride is ",
-      grad_row_stride, ", but numbers of at least 0 were wanted.");
+      grad_head_stride >= 0 && grad_row_stride >= 0, "grad_head_stride is ", grad_head_stride,
+      " and grad_row_stride is ", grad_row_stride, ", but numbers of at least 0 were wanted.");
 
   // A term counts only where its scale is not 0, its inputs are there and one of the wanted gradients has it.
   const bool has_labels = labels.kind != LabelKind::kNone;
@@ -396,11 +393,13 @@ void logits_backward(
         first_row += target.head.rows;
         if (writes_student) {
           target.student_gradient = view_of(student_gradients[index]);
-          target.head.packed = target.head.packed && allows_packs(target.student_gradient, target.head.classes, sizeof(T));
+          target.head.packed =
+              target.head.packed && allows_packs(target.student_gradient, target.head.classes, sizeof(T));
         }
         if (writes_teacher) {
           target.teacher_gradient = view_of(teacher_gradients[index]);
-          target.head.packed = target.head.packed && allows_packs(target.teacher_gradient, target.head.classes, sizeof(T));
+          target.head.packed =
+              target.head.packed && allows_packs(target.teacher_gradient, target.head.classes, sizeof(T));
         }
         for (size_t term = 0; term < 3; ++term) {
           target.scales[term] = term_wanted[term] ? static_cast<A>(scales[3 * index + term]) : A(0);

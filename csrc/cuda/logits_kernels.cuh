@@ -1,11 +1,12 @@
 // Device code of the class-logit losses. A team of threads serves one row:
 //
-// 1 thread      rows are neighbours in memory (NCHW maps, transposed matrices): threads along rows, a loop over the classes
-// 8, 32 lanes   classes are neighbours, up to 512 of them: several rows per block
-// 256 threads   more classes: one row per block
+// 1 thread      rows are neighbours in memory (NCHW maps, transposed matrices): threads along rows, a loop over the
+// classes 8, 32 lanes   classes are neighbours, up to 512 of them: several rows per block 256 threads   more classes:
+// one row per block
 //
-// The forward kernel reads each logit once: a thread keeps a running maximum and sums of exponentials of differences to it
-// (online softmax), and the team merges them. The backward kernel recomputes the probabilities from the saved statistics.
+// The forward kernel reads each logit once: a thread keeps a running maximum and sums of exponentials of differences to
+// it (online softmax), and the team merges them. The backward kernel recomputes the probabilities from the saved
+// statistics.
 #pragma once
 
 #include "../common/logits_math.h"
@@ -15,7 +16,7 @@ namespace frskd::cuda {
 
 constexpr int kMaxHeads = 8;  // per launch: the heads travel by value in the kernel's parameters
 constexpr int kRowThreads = 256;
-constexpr int kCountedRows = 4096;  // labels that one block counts
+constexpr int kCountedRows = 4096;   // labels that one block counts
 constexpr int kClassesInFlight = 4;  // per thread and tensor, where loads are not packed
 
 enum class LabelKind : int { kNone, kIndices, kTwoIndices, kProbabilities };
@@ -45,10 +46,10 @@ struct Head {
   LabelView second_labels;
   int64_t rows;
   int64_t first_row;  // of this head among the rows of all heads
-  int64_t pixels;  // rows per sample
+  int64_t pixels;     // rows per sample
   int64_t width;
   int classes;
-  int lanes;  // threads of a team: 1, 8, 32 or kRowThreads
+  int lanes;    // threads of a team: 1, 8, 32 or kRowThreads
   bool packed;  // the classes are read 16 bytes at a time
   unsigned first_block;
 };
@@ -57,7 +58,7 @@ template <typename A>
 struct LabelOptions {
   LabelKind kind;
   int64_t ignore_index;
-  A first_share;  // weight of the first labels: 1, or mix
+  A first_share;   // weight of the first labels: 1, or mix
   A second_share;  // 0, or 1 - mix
   A smoothing;
   A unsmoothed;  // 1 - smoothing
@@ -86,13 +87,13 @@ struct RowLabel {
   const A* probabilities;  // of class 0, or null
   int64_t stride_class;
   A unsmoothed;  // factor of the probabilities
-  int first;  // class, or -1
+  int first;     // class, or -1
   int second;
   A first_weight;
   A second_weight;
   A uniform;  // share of every class
-  A weight;  // of the row in a mean
-  A mass;  // sum_k t_k; not known in advance for probabilities; NaN for a label that is no class
+  A weight;   // of the row in a mean
+  A mass;     // sum_k t_k; not known in advance for probabilities; NaN for a label that is no class
 };
 
 template <typename A>
@@ -103,8 +104,7 @@ __device__ __forceinline__ void add_label(
     int64_t target,
     A share,
     int classes,
-    const LabelOptions<A>& options
-) {
+    const LabelOptions<A>& options) {
   index = -1;
   index_weight = A(0);
   if (target == options.ignore_index) return;
@@ -148,7 +148,7 @@ __device__ __forceinline__ A label_of_class(const RowLabel<A>& label, int k) {
     return label.unsmoothed * label.probabilities[k * label.stride_class] + label.uniform;
   }
   return label.uniform + (k == label.first ? label.first_weight : A(0)) +
-      (k == label.second ? label.second_weight : A(0));
+         (k == label.second ? label.second_weight : A(0));
 }
 
 // The class of a thread's i-th element, kCount of them from `first` on.
@@ -166,8 +166,7 @@ __device__ __forceinline__ void load_classes(
     int first,
     int lane,
     int lanes,
-    int classes
-) {
+    int classes) {
   using A = accumulate_t<T>;
   if constexpr (kPacked) {
     const int k = first + lane * kCount;
@@ -212,8 +211,8 @@ __device__ __forceinline__ RowState<A> empty_row_state() {
   return state;
 }
 
-// What was gathered relative to the old maximum becomes relative to a larger one. An infinite shift (no finite logit so far)
-// meets sums that are still zero, and 0 * inf must not make a NaN of them.
+// What was gathered relative to the old maximum becomes relative to a larger one. An infinite shift (no finite logit so
+// far) meets sums that are still zero, and 0 * inf must not make a NaN of them.
 template <typename A>
 __device__ __forceinline__ void raise_student_max(RowState<A>& state, A maximum, const ForwardOptions<A>& options) {
   const A shift = maximum - state.sums.student_max;
@@ -244,8 +243,7 @@ __device__ __forceinline__ void add_classes(
     const A (&student)[kCount],
     const A (&teacher)[kCount],
     const A (&label)[kCount],
-    const ForwardOptions<A>& options
-) {
+    const ForwardOptions<A>& options) {
   // Comparisons let a NaN logit pass by the maximum; it enters the sums below.
   A student_max = state.sums.student_max;
 #pragma unroll
@@ -281,7 +279,8 @@ __device__ __forceinline__ void add_classes(
 }
 
 template <typename A>
-__device__ __forceinline__ void merge_row_states(RowState<A>& state, RowState<A> other, const ForwardOptions<A>& options) {
+__device__ __forceinline__ void merge_row_states(
+    RowState<A>& state, RowState<A> other, const ForwardOptions<A>& options) {
   if (other.sums.student_max > state.sums.student_max) {
     raise_student_max(state, other.sums.student_max, options);
   } else if (state.sums.student_max > other.sums.student_max) {
@@ -328,8 +327,7 @@ __device__ __forceinline__ RowState<accumulate_t<T>> gather_row(
     const RowLabel<accumulate_t<T>>& label,
     int classes,  // 0 for a thread without a row
     int lane,
-    const ForwardOptions<accumulate_t<T>>& options
-) {
+    const ForwardOptions<accumulate_t<T>>& options) {
   using A = accumulate_t<T>;
   RowState<A> state = empty_row_state<A>();
   const T* student_row = static_cast<const T*>(head.student.data) + row_offset(head.student, position);
@@ -356,13 +354,7 @@ __device__ __forceinline__ RowState<accumulate_t<T>> gather_row(
 
 // How many of the head's labels [begin, end) are kept: first labels, second labels. Every thread gets both.
 __device__ __forceinline__ void count_labels(
-    int64_t (&counts)[2],
-    const Head& head,
-    int64_t begin,
-    int64_t end,
-    LabelKind kind,
-    int64_t ignore_index
-) {
+    int64_t (&counts)[2], const Head& head, int64_t begin, int64_t end, LabelKind kind, int64_t ignore_index) {
   __shared__ static int64_t scratch[2 * kRowThreads / kWarpSize];
   counts[0] = counts[1] = 0;
 #pragma unroll 4
@@ -388,15 +380,16 @@ template <typename A>
 struct ForwardParameters {
   Head heads[kMaxHeads];
   ForwardOptions<A> options;
-  A* losses;  // (4, total_rows)
-  A* statistics;  // (6, total_rows)
+  A* losses;         // (4, total_rows)
+  A* statistics;     // (6, total_rows)
   A* inverse_valid;  // (heads_used,)
   int64_t total_rows;
   unsigned row_blocks;  // the blocks after these count the labels of one head each
   int heads_used;
 };
 
-// Writes inverse_valid of a head from its labels. Heads of more than kCountedRows rows have it from count_partial_labels.
+// Writes inverse_valid of a head from its labels. Heads of more than kCountedRows rows have it from
+// count_partial_labels.
 template <typename A>
 __device__ __forceinline__ void write_inverse_valid(const ForwardParameters<A>& parameters, int index) {
   const Head& head = parameters.heads[index];
@@ -437,8 +430,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 2 : 3)
   const RowLabel<A> label = row_label(head, position, options.labels);
   const int classes = has_row ? head.classes : 0;
   RowState<A> state = head.packed
-      ? gather_row<T, kPackSize<T>, true>(head, position, label, classes, lane, options)
-      : gather_row<T, kClassesInFlight, false>(head, position, label, classes, lane, options);
+                          ? gather_row<T, kPackSize<T>, true>(head, position, label, classes, lane, options)
+                          : gather_row<T, kClassesInFlight, false>(head, position, label, classes, lane, options);
   merge_lanes(state, lanes < kWarpSize ? lanes : kWarpSize, options);
   if (lanes == kRowThreads) {
     constexpr int kWarps = kRowThreads / kWarpSize;
@@ -458,8 +451,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 2 : 3)
   const A teacher_tempered = options.has_teacher ? logarithm(sums.teacher_sum_tempered) : A(0);
   const A student_plain = options.plain ? logarithm(sums.student_sum) : plain_is_tempered ? student_tempered : A(0);
   const A teacher_plain = !options.has_teacher ? A(0)
-      : options.plain                          ? logarithm(sums.teacher_sum)
-      : plain_is_tempered                      ? teacher_tempered
+                          : options.plain      ? logarithm(sums.teacher_sum)
+                          : plain_is_tempered  ? teacher_tempered
                                                : A(0);
   const A mass = options.labels.kind == LabelKind::kProbabilities ? state.labels.mass : label.mass;
   const int64_t column = head.first_row + row;
@@ -468,9 +461,10 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 2 : 3)
   losses[0] = has_labels ? cross_entropy(student_plain, mass, state.labels.student_dot) : A(0);
   losses[total] =
       has_labels && options.has_teacher ? cross_entropy(teacher_plain, mass, state.labels.teacher_dot) : A(0);
-  losses[2 * total] = options.has_teacher
-      ? tempered_divergence(sums.cross, sums.teacher_sum_tempered, student_tempered, teacher_tempered, options.temperature)
-      : A(0);
+  losses[2 * total] = options.has_teacher ? tempered_divergence(
+                                                sums.cross, sums.teacher_sum_tempered, student_tempered,
+                                                teacher_tempered, options.temperature)
+                                          : A(0);
   losses[3 * total] = label.weight;
   A* statistics = parameters.statistics + column;
   statistics[0] = sums.student_max;
@@ -481,14 +475,14 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 8 ? 2 : 3)
   statistics[5 * total] = teacher_tempered;
 }
 
-// For heads of more than kCountedRows rows, two launches before logits_losses. `partial_counts` is memory that the losses
-// overwrite afterwards.
+// For heads of more than kCountedRows rows, two launches before logits_losses. `partial_counts` is memory that the
+// losses overwrite afterwards.
 template <typename A>
 struct CountParameters {
   Head heads[kMaxHeads];
   LabelOptions<A> labels;
   A* partial_counts;  // (2, blocks)
-  A* inverse_valid;  // (heads_used,)
+  A* inverse_valid;   // (heads_used,)
   unsigned first_block[kMaxHeads + 1];
   unsigned blocks;
   int heads_used;
@@ -543,11 +537,11 @@ template <typename A>
 struct BackwardParameters {
   GradientHead<A> heads[kMaxHeads];
   LabelOptions<A> labels;
-  const A* grads[3];  // ce_student, ce_teacher, kd; from this launch's first head on
+  const A* grads[3];           // ce_student, ce_teacher, kd; from this launch's first head on
   int64_t grad_strides[3][2];  // per head, per row; elements
-  const A* inverse_valid;  // (heads_used,), or null
-  const A* statistics;  // (6, total_rows)
-  const A* losses;  // (4, total_rows)
+  const A* inverse_valid;      // (heads_used,), or null
+  const A* statistics;         // (6, total_rows)
+  const A* losses;             // (4, total_rows)
   int64_t total_rows;
   int heads_used;
   bool kd_to_teacher;
@@ -579,8 +573,7 @@ __device__ __forceinline__ RowGradient<A> row_gradient(
     const GradientHead<A>& head,
     int index,
     int64_t row,  // of all heads
-    A mass
-) {
+    A mass) {
   RowGradient<A> gradient{};
   const A inverse_valid = parameters.inverse_valid == nullptr ? A(1) : parameters.inverse_valid[index];
 #pragma unroll
@@ -601,10 +594,9 @@ __device__ __forceinline__ RowGradient<A> row_gradient(
   gradient.teacher_log_sum = statistics[3 * parameters.total_rows];
   gradient.student_log_sum_tempered = statistics[4 * parameters.total_rows];
   gradient.teacher_log_sum_tempered = statistics[5 * parameters.total_rows];
-  gradient.divergence = gradient.kd_to_teacher
-      ? parameters.losses[2 * parameters.total_rows + row] * parameters.inverse_temperature *
-          parameters.inverse_temperature
-      : A(0);
+  gradient.divergence = gradient.kd_to_teacher ? parameters.losses[2 * parameters.total_rows + row] *
+                                                     parameters.inverse_temperature * parameters.inverse_temperature
+                                               : A(0);
   return gradient;
 }
 
@@ -616,8 +608,7 @@ __device__ __forceinline__ void store_classes(
     int first,
     int lane,
     int lanes,
-    int classes
-) {
+    int classes) {
   if constexpr (kPacked) {
     const int k = first + lane * kCount;
     if (k >= classes) return;
@@ -642,8 +633,7 @@ __device__ __forceinline__ void write_row_gradient(
     const RowGradient<accumulate_t<T>>& gradient,
     int classes,  // 0 for a thread without a row
     int lane,
-    accumulate_t<T> inverse_temperature
-) {
+    accumulate_t<T> inverse_temperature) {
   using A = accumulate_t<T>;
   const Head& head = target.head;
   const int lanes = head.lanes;
@@ -658,12 +648,12 @@ __device__ __forceinline__ void write_row_gradient(
   const T* student_row = static_cast<const T*>(head.student.data) + row_offset(head.student, position);
   const T* teacher_row =
       reads_teacher ? static_cast<const T*>(head.teacher.data) + row_offset(head.teacher, position) : nullptr;
-  T* student_target = writes_student
-      ? static_cast<T*>(target.student_gradient.data) + row_offset(target.student_gradient, position)
-      : nullptr;
-  T* teacher_target = writes_teacher
-      ? static_cast<T*>(target.teacher_gradient.data) + row_offset(target.teacher_gradient, position)
-      : nullptr;
+  T* student_target =
+      writes_student ? static_cast<T*>(target.student_gradient.data) + row_offset(target.student_gradient, position)
+                     : nullptr;
+  T* teacher_target =
+      writes_teacher ? static_cast<T*>(target.teacher_gradient.data) + row_offset(target.teacher_gradient, position)
+                     : nullptr;
   for (int first = 0; first < classes; first += lanes * kCount) {
     A student[kCount] = {};
     A teacher[kCount] = {};
@@ -688,10 +678,10 @@ __device__ __forceinline__ void write_row_gradient(
       if (writes_teacher) {
         const bool shared = unit_temperature && gradient.kd;
         const A probability = !teacher_ce ? A(0)
-            : shared                      ? teacher_tempered
+                              : shared    ? teacher_tempered
                                           : exponential(teacher_shifted - gradient.teacher_log_sum);
         const A log_ratio = (teacher_shifted - student_shifted) * inverse_temperature -
-            (gradient.teacher_log_sum_tempered - gradient.student_log_sum_tempered);
+                            (gradient.teacher_log_sum_tempered - gradient.student_log_sum_tempered);
         teacher[i] = teacher_gradient(
             probability, gradient.kd_to_teacher ? teacher_tempered : A(0), log_ratio, gradient.divergence,
             gradient.teacher_ce ? label_share : A(0), teacher_ce ? gradient.mass : A(0), gradient.grads[1],
@@ -700,7 +690,7 @@ __device__ __forceinline__ void write_row_gradient(
       if (writes_student) {
         const bool shared = unit_temperature && gradient.kd;
         const A probability = !student_ce ? A(0)
-            : shared                      ? student_tempered
+                              : shared    ? student_tempered
                                           : exponential(student_shifted - gradient.student_log_sum);
         student[i] = student_gradient(
             probability, student_tempered, teacher_tempered, gradient.student_ce ? label_share : A(0),

@@ -1,5 +1,5 @@
-// The CUDA implementations of the operations whose schemas are in ../bindings.cpp. All write into the tensors they are given,
-// on the current stream of the tensors' device, without a host synchronisation.
+// The CUDA implementations of the operations whose schemas are in ../bindings.cpp. All write into the tensors they are
+// given, on the current stream of the tensors' device, without a host synchronisation.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,17 +16,17 @@ void attention_forward(
     const std::vector<Tensor>& students,  // L x (N, C_l, H_l, W_l)
     const std::vector<Tensor>& teachers,  // L x (N, D_l, H_l, W_l)
     double exponent,
-    const Tensor& losses,  // (L, N)
+    const Tensor& losses,                               // (L, N)
     const std::optional<Tensor>& student_coefficients,  // (N * sum_l H_l * W_l,)
     const std::optional<Tensor>& teacher_coefficients,  // (N * sum_l H_l * W_l,)
-    const std::optional<Tensor>& workspace  // (2 * N * sum_l H_l * W_l,)
+    const std::optional<Tensor>& workspace              // (2 * N * sum_l H_l * W_l,)
 );
 
 void attention_backward(
     const Tensor& grad,  // (L, N), any strides
     double scale,
     const std::vector<Tensor>& features,  // L x (N, C_l, H_l, W_l)
-    const Tensor& coefficients,  // (N * sum_l H_l * W_l,)
+    const Tensor& coefficients,           // (N * sum_l H_l * W_l,)
     double exponent,
     const std::vector<Tensor>& gradients  // as features
 );
@@ -39,16 +39,16 @@ void attention_map(
 );
 
 void logits_forward(
-    const std::vector<Tensor>& students,  // heads x (N, K[, H[, W]])
-    const std::vector<Tensor>& teachers,  // the same, or empty
-    const std::vector<Tensor>& targets,  // heads x (N[, H[, W]]) int64, or probabilities like the logits, or empty
+    const std::vector<Tensor>& students,   // heads x (N, K[, H[, W]])
+    const std::vector<Tensor>& teachers,   // the same, or empty
+    const std::vector<Tensor>& targets,    // heads x (N[, H[, W]]) int64, or probabilities like the logits, or empty
     const std::vector<Tensor>& targets_b,  // second labels, or empty
     double mix,
     double label_smoothing,
     int64_t ignore_index,
     double temperature,
-    const Tensor& losses,  // (4, R)
-    const Tensor& statistics,  // (6, R)
+    const Tensor& losses,        // (4, R)
+    const Tensor& statistics,    // (6, R)
     const Tensor& inverse_valid  // (heads,)
 );
 
@@ -56,7 +56,7 @@ void logits_backward(
     const std::vector<Tensor>& grads,  // 3 x 1-D: ce_student, ce_teacher, kd
     int64_t grad_head_stride,
     int64_t grad_row_stride,
-    const std::vector<double>& scales,  // (3 * heads,)
+    const std::vector<double>& scales,           // (3 * heads,)
     const std::optional<Tensor>& inverse_valid,  // (heads,)
     const std::vector<Tensor>& students,
     const std::vector<Tensor>& teachers,
@@ -67,15 +67,15 @@ void logits_backward(
     int64_t ignore_index,
     double temperature,
     const Tensor& statistics,  // (6, R)
-    const Tensor& losses,  // (4, R)
+    const Tensor& losses,      // (4, R)
     bool kd_to_teacher,
     const std::vector<Tensor>& student_gradients,  // as students, or empty
-    const std::vector<Tensor>& teacher_gradients  // as teachers, or empty
+    const std::vector<Tensor>& teacher_gradients   // as teachers, or empty
 );
 
 void combine(
     const Tensor& attention_losses,  // (L, N)
-    const Tensor& logits_losses,  // (4, R)
+    const Tensor& logits_losses,     // (4, R)
     double alpha,
     double beta,
     bool has_targets,

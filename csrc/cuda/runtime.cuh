@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <optional>
@@ -24,13 +25,15 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxBlocks = 2147483647;  // of a one-dimensional grid
 
-inline int64_t ceil_divide(int64_t numerator, int64_t denominator) { return (numerator + denominator - 1) / denominator; }
+inline int64_t ceil_divide(int64_t numerator, int64_t denominator) {
+  return (numerator + denominator - 1) / denominator;
+}
 
 // Makes the tensors' device current for the launches of one operation.
 class DeviceGuard {
  public:
   explicit DeviceGuard(const Tensor& tensor) : device_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &handle_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device_, &handle_));
   }
   ~DeviceGuard() { aoti_torch_delete_cuda_guard(handle_); }
   DeviceGuard(const DeviceGuard&) = delete;
@@ -38,7 +41,7 @@ class DeviceGuard {
 
   cudaStream_t stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
 
@@ -60,14 +63,14 @@ void launch(
     int threads,
     int64_t shared_bytes,  // dynamic shared memory of a block
     cudaStream_t stream,
-    const std::remove_const_t<Parameters>& parameters
-) {
+    const std::remove_const_t<Parameters>& parameters) {
   if (blocks == 0) return;
   STD_TORCH_CHECK(
-      blocks <= kMaxBlocks,
-      "the tensors need a grid of ", blocks, " blocks, but CUDA allows ", kMaxBlocks, "; split the batch.");
-  constexpr int64_t kDefaultLimit = 48 * 1024;
-  if (shared_bytes > kDefaultLimit) {
+      blocks <= kMaxBlocks, "the tensors need a grid of ", blocks, " blocks, but CUDA allows ", kMaxBlocks,
+      "; split the batch.");
+  // A block has 48 KB without asking for more, static shared memory (below 1 KB where a kernel has both) included.
+  constexpr int64_t kFreeBytes = 47 * 1024;
+  if (shared_bytes > kFreeBytes) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
         static_cast<int>(shared_bytes)));
@@ -116,7 +119,9 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + ")";
 }
 
-inline std::string name_of(const char* list, size_t index) { return std::string(list) + "[" + std::to_string(index) + "]"; }
+inline std::string name_of(const char* list, size_t index) {
+  return std::string(list) + "[" + std::to_string(index) + "]";
+}
 
 inline void check_device(const Tensor& tensor, const std::string& name, const Tensor& first) {
   STD_TORCH_CHECK(tensor.defined(), name, " is an undefined tensor, but a CUDA tensor was wanted.");

@@ -1,6 +1,7 @@
-// Stands in for CUDA's header when the tests compile csrc/cuda with a plain C++ compiler. Every CUDA thread is a fiber; they
-// meet at barriers and shuffles as on a device, and the blocks run one after the other (emulation.cpp). What a device
-// would let pass is an error here: a barrier or shuffle that some thread does not reach, or a misaligned wide access.
+// Stands in for CUDA's header when the tests compile csrc/cuda with a plain C++ compiler. Every CUDA thread is a fiber;
+// they meet at barriers and shuffles as on a device, and the blocks run one after the other (emulation.cpp). What a
+// device would let pass is an error here: a barrier or shuffle that some thread does not reach, or a misaligned wide
+// access.
 #pragma once
 
 #include <cmath>

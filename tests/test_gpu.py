@@ -1,0 +1,523 @@
+"""On a CUDA device: every implementation against float64, and what a device adds (streams, graphs, synchronisation, AMP, compile)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import formulas
+import pytest
+import torch
+from numerics import assert_close, largest_error
+from torch import Tensor, nn
+
+import frskd_fast
+from frskd_fast import _dispatch, functional
+from frskd_fast.losses import FRSKDLoss
+
+pytestmark = pytest.mark.gpu
+
+IMPLEMENTATIONS = ["cuda", "triton"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# channels of the student, of the teacher, height, width
+LEVELS = [(5, 3, 1, 1), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (16, 8, 48, 52), (64, 12, 8, 8), (2, 3, 81, 80)]
+PYRAMID = [(64, 128, 32), (128, 256, 16), (256, 512, 8), (512, 1024, 4)]  # CIFAR ResNet-18 and its self-teacher
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An implementation that this machine has; skips, with the reason, where it has not."""
+    name: str = request.param
+    problem = _dispatch.problem(name, "cuda", torch.float32)
+    if problem is not None:
+        pytest.skip(f"impl={name!r}: {problem}")
+    yield name
+
+
+def _skip_unsupported(impl: str, dtype: torch.dtype) -> None:
+    problem = _dispatch.problem(impl, "cuda", dtype)
+    if problem is not None:
+        pytest.skip(f"impl={impl!r}: {problem}")
+
+
+def _channels_last(feature: Tensor) -> Tensor:
+    return feature.contiguous(memory_format=torch.channels_last)
+
+
+def _sliced(feature: Tensor) -> Tensor:
+    n, c, h, w = feature.shape
+    storage = feature.new_full((n + 1, c + 2, h + 1, w + 4), float("nan"))
+    view = storage[1:, 1:-1, 1:, 4:]
+    view.copy_(feature)
+    return view
+
+
+def _transposed(feature: Tensor) -> Tensor:
+    return feature.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda feature: feature,
+    "channels_last": _channels_last,
+    "sliced": _sliced,
+    "sliced_channels_last": lambda feature: _sliced(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+    "transposed": _transposed,
+    "expanded": lambda feature: feature[:1].expand(feature.shape),
+}
+
+
+def _with_gradients(
+    function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    result = function(leaves)
+    result.backward(grad.to(result.dtype))
+    gradients = []
+    for leaf in leaves:
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    return [result.detach(), *gradients]
+
+
+def _three_way(
+    ours: Callable[[list[Tensor]], Tensor], plain: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], rows: Any
+) -> None:
+    before = [tensor.clone() for tensor in inputs]
+    grad = torch.randn(rows, device="cuda")
+    dtype = inputs[0].dtype
+    results = _with_gradients(ours, inputs, grad, dtype)
+    plains = _with_gradients(plain, inputs, grad, dtype)
+    truths = _with_gradients(plain, inputs, grad, torch.float64)
+    for index, (result, plain_result, truth) in enumerate(zip(results, plains, truths, strict=True)):
+        assert_close(result, plain_result, truth, "losses" if index == 0 else f"gradient {index - 1}")
+    for tensor, copy in zip(inputs, before, strict=True):
+        assert torch.equal(tensor.nan_to_num(), copy.nan_to_num()), "an input was written to"
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("batch", [2, 160], ids=["few samples", "many samples"])
+@pytest.mark.parametrize("exponent", [2.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention(layout: str, dtype: torch.dtype, exponent: float, batch: int, impl: str) -> None:
+    """Few samples take the tiled plan of the CUDA kernels, many the fused one."""
+    _skip_unsupported(impl, dtype)
+    change = LAYOUTS[layout]
+    students = [change(torch.randn(batch, c, h, w, device="cuda").to(dtype)) for c, _, h, w in LEVELS]
+    teachers = [change(torch.randn(batch, d, h, w, device="cuda").to(dtype)) for _, d, h, w in LEVELS]
+    count = len(LEVELS)
+
+    def ours(inputs: list[Tensor]) -> Tensor:
+        return functional.attention_transfer(
+            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl=impl
+        )
+
+    def plain(inputs: list[Tensor]) -> Tensor:
+        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
+
+    _three_way(ours, plain, students + teachers, (count, batch))
+    assert frskd_fast.last_impl()["attention"] == impl
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_map(layout: str, dtype: torch.dtype, impl: str) -> None:
+    _skip_unsupported(impl, dtype)
+    for c, _, h, w in LEVELS:
+        feature = LAYOUTS[layout](torch.randn(3, c, h, w, device="cuda").to(dtype))
+        ours = functional.attention_map(feature, impl=impl)
+        assert_close(ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), f"{(c, h, w)}")
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda")
+
+
+LOGITS: dict[str, Callable[[], Tensor]] = {
+    "CIFAR": lambda: _normal(128, 100),
+    "few classes": lambda: _normal(37, 10),
+    "one class": lambda: _normal(3, 1),
+    "ImageNet": lambda: _normal(64, 1000),
+    "odd": lambda: _normal(5, 1003),
+    "vocabulary": lambda: _normal(3, 50257),
+    "map": lambda: _normal(2, 21, 65, 65),
+    "channels_last map": lambda: _channels_last(_normal(2, 24, 33, 47)),
+    "sliced map": lambda: _normal(3, 23, 19, 20)[1:, 2:, :, 3:],
+    "transposed": lambda: _normal(100, 70).t(),
+    "sequence": lambda: _normal(2, 6, 400),
+}
+KINDS = ["labels", "mix", "probabilities", "none"]
+
+
+def _labels(kind: str, logits: Tensor) -> Any:
+    shape = (logits.shape[0], *logits.shape[2:])
+
+    def indices() -> Tensor:
+        labels = torch.randint(logits.shape[1], shape, device="cuda")
+        labels[torch.rand(shape, device="cuda") < 0.2] = -100
+        return labels
+
+    if kind == "labels":
+        return indices()
+    if kind == "mix":
+        return indices(), indices(), 0.3
+    return torch.rand(logits.shape, device="cuda").softmax(1) if kind == "probabilities" else None
+
+
+def _rows(inputs: list[Tensor], targets: Any, temperature: float, smoothing: float) -> Tensor:
+    """CE(student), CE(teacher) and KD of every row by the plain formulas: (3, N, ...)."""
+    student, teacher = inputs
+    kd = formulas.divergence(student, teacher, temperature)
+    if targets is None:
+        return torch.stack([kd * 0, kd * 0, kd])
+
+    def one_hot(labels: Tensor) -> Tensor:
+        return formulas.label_distribution(labels, student.shape[1], -100, student.dtype)
+
+    mass: Tensor | float = 1.0
+    if isinstance(targets, tuple):
+        distribution = targets[2] * one_hot(targets[0]) + (1 - targets[2]) * one_hot(targets[1])
+        mass = distribution.sum(1, keepdim=True)
+    elif targets.dtype.is_floating_point:
+        distribution = targets.to(student.dtype)
+    else:
+        distribution = one_hot(targets)
+        mass = distribution.sum(1, keepdim=True)
+    return torch.stack([*(formulas.cross_entropy(z, distribution, mass, smoothing) for z in inputs), kd])
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("smoothing", "temperature"), [(0.0, 4.0), (0.1, 1.0)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOGITS)
+def test_logits(case: str, dtype: torch.dtype, kind: str, smoothing: float, temperature: float, impl: str) -> None:
+    _skip_unsupported(impl, dtype)
+    student, teacher = (3 * LOGITS[case]().to(dtype) for _ in range(2))
+    targets = _labels(kind, student)
+
+    def ours(inputs: list[Tensor]) -> Tensor:
+        labels = targets.to(inputs[0].dtype) if kind == "probabilities" and dtype == torch.float64 else targets
+        return torch.stack(
+            functional.cross_entropy_kd(
+                inputs[0], inputs[1], labels, temperature=temperature, label_smoothing=smoothing, reduction="none",
+                detach_teacher=False, impl=impl,
+            )
+        )  # fmt: skip
+
+    def plain(inputs: list[Tensor]) -> Tensor:
+        return _rows(inputs, targets, temperature, smoothing)
+
+    _three_way(ours, plain, [student, teacher], (3, student.shape[0], *student.shape[2:]))
+    assert frskd_fast.last_impl()["logits"] == impl
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("kind", ["labels", "probabilities", "none"])
+def test_means_of_several_heads(kind: str, impl: str) -> None:
+    """A map of many rows, a matrix of few, and more heads than one launch holds."""
+    students = [_normal(3, 7, 65, 65), *(_normal(4 + head, 2 + 97 * head) for head in range(11))]
+    teachers = [torch.randn_like(student) for student in students]
+    targets = [_labels(kind, student) for student in students]
+    parts = functional.cross_entropy_kd(students, teachers, None if kind == "none" else targets, impl=impl)
+    for head, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        rows = _rows([student.double(), teacher.double()], targets[head], 4.0, 0.0)
+        kept = (targets[head] != -100).sum().clamp_min(1) if kind == "labels" else rows[0].numel()
+        for part, row, divisor in zip(parts, rows, (kept, kept, rows[0].numel()), strict=True):
+            torch.testing.assert_close(part[head].double(), row.sum() / divisor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_label_that_is_no_class_spoils_its_row_alone(impl: str) -> None:
+    for case in ("CIFAR", "odd", "map"):
+        student = LOGITS[case]().requires_grad_()
+        targets = torch.zeros((student.shape[0], *student.shape[2:]), dtype=torch.int64, device="cuda")
+        targets.view(-1)[:3] = torch.tensor([student.shape[1], -5, 2**62])
+        ce = functional.cross_entropy_kd(student, None, targets, reduction="none", impl=impl).ce_student
+        ce.backward(torch.ones_like(ce))
+        spoiled = torch.zeros_like(targets, dtype=torch.bool)
+        spoiled.view(-1)[:3] = True
+        assert student.grad is not None
+        assert torch.equal(ce.isnan(), spoiled)
+        assert torch.equal(student.grad.isnan().all(1), spoiled)
+        assert torch.equal(student.grad.isnan().any(1), spoiled)
+
+
+def _objective_inputs(
+    dtype: torch.dtype = torch.float32, batch: int = 16, channels_last: bool = False
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
+    change = _channels_last if channels_last else LAYOUTS["contiguous"]
+    students = [change(_normal(batch, c, s, s).to(dtype)).requires_grad_() for c, _, s in PYRAMID]
+    teachers = [change(_normal(batch, d, s, s).to(dtype)) for _, d, s in PYRAMID]
+    logits = [(2 * _normal(batch, 100)).to(dtype).requires_grad_() for _ in range(2)]
+    return logits[0], logits[1], students, teachers, torch.randint(100, (batch,), device="cuda")
+
+
+def _leaves(inputs: tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]) -> list[Tensor]:
+    return [inputs[0], inputs[1], *inputs[2]]
+
+
+def _gradients(inputs: tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]) -> list[Tensor]:
+    gradients = []
+    for leaf in _leaves(inputs):
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    return gradients
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_whole_objective(dtype: torch.dtype, channels_last: bool, impl: str) -> None:
+    inputs = _objective_inputs(dtype, 16, channels_last)
+
+    def run(name: str, run_dtype: torch.dtype) -> list[Tensor]:
+        students = [feature.detach().to(run_dtype).requires_grad_() for feature in inputs[2]]
+        logits = [leaf.detach().to(run_dtype).requires_grad_() for leaf in inputs[:2]]
+        teachers = [feature.to(run_dtype) for feature in inputs[3]]
+        parts = FRSKDLoss(2.0, 100.0, 4.0, impl=name)(*logits, students, teachers, inputs[4], return_parts=True)
+        (128.0 * parts.loss).backward()
+        return [*(part.detach() for part in parts), *(leaf.grad for leaf in [*logits, *students] if leaf.grad is not None)]
+
+    for ours, plain, truth in zip(
+        run(impl, dtype), run("reference", dtype), run("reference", torch.float64), strict=True
+    ):
+        assert_close(ours, plain, truth, str(tuple(truth.shape)))
+
+
+@pytest.mark.parametrize("value", [3e4, -3e4, 0.0, 1e-7])
+def test_extreme_float16_stays_finite(value: float, impl: str) -> None:
+    inputs = _objective_inputs(torch.float16)
+    with torch.no_grad():
+        for tensor in [*inputs[:2], *inputs[2], *inputs[3]]:
+            tensor.fill_(value)
+        inputs[0][:, ::2] *= -1
+    loss = FRSKDLoss(impl=impl)(*inputs)
+    loss.backward()
+    assert bool(loss.isfinite())
+    for gradient in _gradients(inputs):
+        assert bool(gradient.isfinite().all())
+
+
+def test_the_same_bits_a_hundred_times(impl: str) -> None:
+    inputs = _objective_inputs()
+    map_logits = [LOGITS["map"]().requires_grad_(), LOGITS["map"]()]
+    map_targets = _labels("labels", map_logits[0])
+    criterion = FRSKDLoss(impl=impl)
+
+    def run() -> list[Tensor]:
+        for leaf in [*_leaves(inputs), map_logits[0]]:
+            leaf.grad = None
+        parts = functional.cross_entropy_kd(*map_logits, map_targets, impl=impl)
+        loss = criterion(*inputs) + parts.ce_student + parts.kd
+        loss.backward()
+        assert map_logits[0].grad is not None
+        return [loss.detach(), *_gradients(inputs), map_logits[0].grad]
+
+    first = run()
+    for _ in range(99):
+        for again, value in zip(run(), first, strict=True):
+            assert torch.equal(again, value)
+
+
+def test_no_host_synchronisation(impl: str) -> None:
+    inputs = _objective_inputs()
+    two_labels = (inputs[4], inputs[4].flip(0), 0.5)
+    criterion = FRSKDLoss(impl=impl)
+    maps = [LOGITS["map"]().requires_grad_(), LOGITS["map"]()]
+    map_targets = _labels("labels", maps[0])
+
+    def run() -> None:
+        criterion(*inputs).backward()
+        criterion(*inputs[:4], two_labels).backward()
+        sum(functional.cross_entropy_kd(*maps, map_targets, impl=impl)).backward()
+        functional.attention_map(inputs[3][0], impl=impl)
+
+    run()  # compiles and loads the kernels, which may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph(impl: str) -> None:
+    """A captured step gives, on new inputs, the bits of an eager step."""
+    inputs = _objective_inputs()
+    criterion = FRSKDLoss(impl=impl)
+
+    def step() -> Tensor:
+        loss: Tensor = criterion(*inputs)
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            for leaf in _leaves(inputs):
+                leaf.grad = None
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    for leaf in _leaves(inputs):
+        leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (11, 12):
+        torch.manual_seed(seed)
+        fresh = _objective_inputs()
+        with torch.no_grad():
+            for static, new in zip([*_leaves(inputs), *inputs[3], inputs[4]], [*_leaves(fresh), *fresh[3], fresh[4]], strict=True):
+                static.copy_(new)
+        graph.replay()
+        loss = criterion(*fresh)
+        loss.backward()
+        assert torch.equal(captured, loss)
+        for replayed, eager in zip(_gradients(inputs), _gradients(fresh), strict=True):
+            assert torch.equal(replayed, eager)
+
+
+def test_the_current_stream_is_used(impl: str) -> None:
+    """The inputs arrive late on a side stream; a kernel on another stream would read what was there before."""
+    inputs = _objective_inputs()
+    expected = FRSKDLoss(impl=impl)(*inputs)
+    expected.backward()
+    expected_gradients = [gradient.clone() for gradient in _gradients(inputs)]
+    late = [torch.full_like(tensor, float("nan")) for tensor in [*_leaves(inputs), *inputs[3]]]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second
+        for target, source in zip(late, [*_leaves(inputs), *inputs[3]], strict=True):
+            target.copy_(source.detach())
+        leaves = [tensor.requires_grad_() for tensor in late[: 2 + len(PYRAMID)]]
+        loss = FRSKDLoss(impl=impl)(leaves[0], leaves[1], leaves[2:], late[2 + len(PYRAMID) :], inputs[4])
+        loss.backward()
+    side.synchronize()
+    assert torch.equal(loss, expected)
+    for leaf, gradient in zip(leaves, expected_gradients, strict=True):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_tensors_device_is_used(impl: str) -> None:
+    inputs = _objective_inputs()
+    expected = FRSKDLoss(impl=impl)(*inputs)
+    expected.backward()
+    moved = [tensor.detach().to("cuda:1") for tensor in [*_leaves(inputs), *inputs[3], inputs[4]]]
+    leaves = [tensor.requires_grad_() for tensor in moved[: 2 + len(PYRAMID)]]
+    assert torch.cuda.current_device() == 0
+    loss = FRSKDLoss(impl=impl)(leaves[0], leaves[1], leaves[2:], moved[2 + len(PYRAMID) : -1], moved[-1])
+    loss.backward()
+    assert loss.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(loss.cpu(), expected.cpu(), rtol=1e-6, atol=0)
+    for leaf, gradient in zip(leaves, _gradients(inputs), strict=True):
+        assert leaf.grad is not None
+        assert largest_error(leaf.grad.cpu(), gradient.cpu()) <= 1e-6 * float(gradient.abs().max())
+
+
+class _TwoHeads(nn.Module):
+    """A student and a self-teacher, as small as they can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.teacher_first = nn.Conv2d(16, 32, 1)
+        self.teacher_second = nn.Conv2d(32, 64, 1)
+        self.heads = nn.ModuleList([nn.Linear(32, 10), nn.Linear(64, 10)])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        first = self.first(images).relu()
+        second = self.second(first).relu()
+        teachers = [self.teacher_first(first).relu(), self.teacher_second(second).relu()]
+        logits = [
+            head(feature.mean((2, 3))) for head, feature in zip(self.heads, (second, teachers[1]), strict=True)
+        ]
+        return logits[0], logits[1], [first, second], teachers
+
+
+def test_autocast_with_a_gradient_scaler(impl: str) -> None:
+    """Twenty float16 steps stay finite and follow float32 steps of the plain formulas."""
+    losses: dict[str, list[float]] = {}
+    for name, mixed in (("reference", False), (impl, True)):
+        torch.manual_seed(5)
+        model = _TwoHeads().cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        scaler = torch.amp.GradScaler("cuda", enabled=mixed)
+        criterion = FRSKDLoss(impl=name)
+        images, targets = _normal(32, 3, 16, 16), torch.randint(10, (32,), device="cuda")
+        losses[name] = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.float16, enabled=mixed):
+                outputs = model(images)
+            assert not mixed or outputs[0].dtype == torch.float16
+            loss = criterion(*outputs, targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses[name].append(loss.item())
+        assert not mixed or scaler.get_scale() >= 2.0**14, "steps were skipped for infinite gradients"
+    difference = torch.tensor(losses[impl]) - torch.tensor(losses["reference"])
+    assert bool(difference.isfinite().all())
+    assert float(difference.abs().max()) < 0.02 * losses["reference"][0]
+
+
+def test_compiled_without_graph_breaks(impl: str) -> None:
+    criterion = FRSKDLoss(impl=impl)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True)
+    for batch in (16, 9):
+        inputs = _objective_inputs(batch=batch)
+        twins = [leaf.detach().clone().requires_grad_() for leaf in _leaves(inputs)]
+        loss = compiled(*inputs)
+        loss.backward()
+        expected = criterion(twins[0], twins[1], twins[2:], *inputs[3:])
+        expected.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        for gradient, twin in zip(_gradients(inputs), twins, strict=True):
+            torch.testing.assert_close(gradient, twin.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_one_launch_for_all_levels_and_one_for_the_logits() -> None:
+    """With many samples the CUDA objective is three launches forward and two backward."""
+    problem = _dispatch.problem("cuda", "cuda", torch.float32)
+    if problem is not None:
+        pytest.skip(f"impl='cuda': {problem}")
+    inputs = _objective_inputs(batch=256)
+    criterion = FRSKDLoss(impl="cuda")
+    criterion(*inputs).backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        criterion(*inputs).backward()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if "frskd" in event.name]
+    kernels = ("attention_fused", "logits_losses", "combine_parts", "attention_gradient", "logits_gradients")
+    assert {kernel: sum(kernel in name for name in names) for kernel in kernels} == dict.fromkeys(kernels, 1)
+    assert len(names) == len(kernels)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements(impl: str) -> None:
+    """The last sample lies behind 2^31 elements; its loss and gradient are those of the sample alone."""
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free device memory")
+    student = torch.empty(33, 1024, 256, 256, dtype=torch.float16, device="cuda")
+    student[0].normal_()
+    student[1:] = student[0]
+    student[32].normal_()
+    teacher = _normal(33, 2, 256, 256).half()
+    student.requires_grad_()
+    rows = functional.attention_transfer(student, teacher, reduction="none", impl=impl)
+    rows[0, 32].backward()
+    alone = student.detach()[32:].clone().requires_grad_()
+    functional.attention_transfer(alone, teacher[32:], reduction="sum", impl=impl).backward()
+    single = functional.attention_transfer(alone.detach(), teacher[32:], reduction="none", impl=impl)
+    torch.testing.assert_close(rows[0, 32:], single[0], rtol=1e-5, atol=0)
+    assert student.grad is not None
+    assert alone.grad is not None
+    torch.testing.assert_close(student.grad[32:], alone.grad, rtol=2e-3, atol=1e-7)
+    assert float(student.grad[:32].abs().max()) == 0.0
