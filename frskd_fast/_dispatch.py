@@ -91,7 +91,9 @@ def problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         reason = _extension.cpu_library_problem()
     elif name == "cuda":
         if device_type != "cuda":
-            return f"it computes on a CUDA device and the tensors are on {device_type!r}; move them or leave impl='auto'"
+            return (
+                f"it computes on a CUDA device and the tensors are on {device_type!r}; move them or leave impl='auto'"
+            )
         reason = _extension.cuda_library_problem()
     else:
         if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

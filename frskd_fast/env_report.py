@@ -33,7 +33,7 @@ def report() -> str:
     lines = [
         f"frskd_fast {frskd_fast.__version__} in {os.path.dirname(os.path.abspath(frskd_fast.__file__))}",
         f"python {sys.version.split()[0]}, {platform.platform()}, {platform.machine()}",
-        f"torch {torch.__version__}, CUDA of torch: {torch.version.cuda or 'none'}, HIP of torch: {torch.version.hip or 'none'}",
+        f"torch {torch.__version__}, its CUDA: {torch.version.cuda or 'none'}, its HIP: {torch.version.hip or 'none'}",
         f"triton {_version('triton')}, numpy {_version('numpy')}",
         f"threads {torch.get_num_threads()}, vector instructions torch uses: {torch.backends.cpu.get_cpu_capability()}",
         f"GPU: {torch.cuda.get_device_name() if cuda else 'none visible'}",

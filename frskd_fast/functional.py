@@ -171,9 +171,15 @@ def cross_entropy_kd(
 
     Source: the terms of FRSKD's objective (arXiv 2103.08273).
     """
-    return CrossEntropyKD(
-        *_logits.logit_losses(
-            student_logits, teacher_logits, targets, temperature, label_smoothing, ignore_index, reduction,
-            detach_teacher, impl,
-        )  # fmt: skip
+    ce_student, ce_teacher, kd = _logits.logit_losses(
+        student_logits,
+        teacher_logits,
+        targets,
+        temperature,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        detach_teacher,
+        impl,
     )
+    return CrossEntropyKD(ce_student, ce_teacher, kd)

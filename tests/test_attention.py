@@ -165,8 +165,14 @@ def test_map(layout: str, dtype: torch.dtype, impl: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_and_zero_features_are_finite_and_right(layout: str, dtype: torch.dtype, impl: str) -> None:
     change = LAYOUTS[layout]
-    students = [change((3e4 * torch.randn(2, 16, 4, 4).clamp(-1, 1)).to(dtype)), change(torch.zeros(2, 16, 4, 4, dtype=dtype))]
-    teachers = [change((3e4 * torch.randn(2, 8, 4, 4).clamp(-1, 1)).to(dtype)), change(torch.randn(2, 8, 4, 4).to(dtype))]
+    students = [
+        change((3e4 * torch.randn(2, 16, 4, 4).clamp(-1, 1)).to(dtype)),
+        change(torch.zeros(2, 16, 4, 4, dtype=dtype)),
+    ]
+    teachers = [
+        change((3e4 * torch.randn(2, 8, 4, 4).clamp(-1, 1)).to(dtype)),
+        change(torch.randn(2, 8, 4, 4).to(dtype)),
+    ]
     leaves = [x.clone().requires_grad_() for x in students]
     truth = [x.double().requires_grad_() for x in students]
     # Scaled as by a gradient scaler, so that a float16 gradient of features of 3e4 is not below its range.
@@ -243,10 +249,13 @@ def test_dictionaries_and_single_maps() -> None:
     students, teachers = _pyramids(2, torch.float32, "contiguous")
     names = [f"level{index}" for index in range(len(LEVELS))]
     as_list = functional.attention_transfer(students, teachers)
-    as_dict = functional.attention_transfer(dict(zip(names, students, strict=True)), dict(zip(names, teachers, strict=True)))
+    as_dict = functional.attention_transfer(
+        dict(zip(names, students, strict=True)), dict(zip(names, teachers, strict=True))
+    )
     assert torch.equal(as_list, as_dict)
     assert torch.equal(
-        functional.attention_transfer(students[0], teachers[0]), functional.attention_transfer(students[:1], teachers[:1])
+        functional.attention_transfer(students[0], teachers[0]),
+        functional.attention_transfer(students[:1], teachers[:1]),
     )
 
 
@@ -354,8 +363,18 @@ def test_last_impl_tells_which_ran() -> None:
         ([torch.zeros(2, 3, 4, 4)], [], {}, "teacher_feats has 0 levels, but student_feats has 1"),
         ([], [], {}, "student_feats is empty"),
         ([torch.zeros(2, 3, 4, 4)], [torch.zeros(3, 3, 4, 4)], {}, r"teacher_feats\[0\] has batch size 3"),
-        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 2, 4)], {}, r"teacher_feats\[0\] has maps of \(2, 4\).*resize='pool'"),
-        ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4).half()], {}, r"teacher_feats\[0\] has dtype torch.float16"),
+        (
+            [torch.zeros(2, 3, 4, 4)],
+            [torch.zeros(2, 3, 2, 4)],
+            {},
+            r"teacher_feats\[0\] has maps of \(2, 4\).*resize='pool'",
+        ),
+        (
+            [torch.zeros(2, 3, 4, 4)],
+            [torch.zeros(2, 3, 4, 4).half()],
+            {},
+            r"teacher_feats\[0\] has dtype torch.float16",
+        ),
         ([torch.zeros(2, 3, 4, 4).long()], [torch.zeros(2, 3, 4, 4)], {}, r"student_feats\[0\] has dtype torch.int64"),
         ([torch.zeros(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4, device="meta")], {}, r"teacher_feats\[0\] is on meta"),
         ([torch.zeros(2, 0, 4, 4)], [torch.zeros(2, 3, 4, 4)], {}, "at least one channel"),

@@ -84,7 +84,12 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
         shared = re.search(r"(\d+) bytes smem", rest)
         found.append(
             Kernel(
-                name, architecture, int(stack), int(stores) + int(loads), int(registers), int(shared[1]) if shared else 0
+                name,
+                architecture,
+                int(stack),
+                int(stores) + int(loads),
+                int(registers),
+                int(shared[1]) if shared else 0,
             )
         )
     return found

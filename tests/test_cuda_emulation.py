@@ -62,7 +62,15 @@ def _library() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{name} does not compile:\n{done.stderr}"
     # -Bsymbolic: the emulation's stand-ins for PyTorch's CUDA functions win over PyTorch's own.
-    link = [compiler, "-shared", "-Wl,-Bsymbolic", *map(str, objects), f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    link = [
+        compiler,
+        "-shared",
+        "-Wl,-Bsymbolic",
+        *map(str, objects),
+        f"-L{torch_root / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
     partial = folder / "partial.so"
     done = subprocess.run([*link, "-lc10", "-o", str(partial)], capture_output=True, text=True)
     assert done.returncode == 0, f"the emulated kernels do not link:\n{done.stderr}"
@@ -215,7 +223,9 @@ def test_attention_of_large_maps(size: int) -> None:
 def test_attention_map(layout: str, dtype: torch.dtype) -> None:
     for feature in _pyramids(layout, dtype)[0]:
         ours = functional.attention_map(feature, impl="cpu")
-        assert_close(ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), str(feature.shape))
+        assert_close(
+            ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), str(feature.shape)
+        )
 
 
 # 8 lanes a row; 32; 256, unpacked and packed; a map with classes last; a map with pixels last; a transposed matrix; (N, K, W).
@@ -443,7 +453,9 @@ def test_nothing_is_written_beside_the_outputs(
     outputs, storages = zip(*(_between_canaries(shape, torch.float32) for shape in shapes), strict=True)
     operations.attention_forward.default(students, teachers, 2.0, *outputs)
     gradients, gradient_storages = zip(*(_between_canaries(tuple(s.shape), s.dtype) for s in students), strict=True)
-    operations.attention_backward.default(torch.ones(1, 1).expand(len(LEVELS), 2), 1.0, students, outputs[1], 2.0, gradients)
+    operations.attention_backward.default(
+        torch.ones(1, 1).expand(len(LEVELS), 2), 1.0, students, outputs[1], 2.0, gradients
+    )
     for storage in storages + gradient_storages:
         assert bool((storage[:64] == 7).all())
         assert bool((storage[-64:] == 7).all())
@@ -579,9 +591,7 @@ def test_logits_refuses_what_it_could_not_index(operations: Any, name: str, valu
         ("teachers", [], "teacher_gradients is given without teachers"),
     ],
 )
-def test_logits_backward_refuses_what_it_could_not_index(
-    operations: Any, name: str, value: Any, message: str
-) -> None:
+def test_logits_backward_refuses_what_it_could_not_index(operations: Any, name: str, value: Any, message: str) -> None:
     arguments = {
         "grads": [torch.ones(4)] * 3,
         "grad_head_stride": 0,

@@ -1,4 +1,4 @@
-"""The C++ entry points with hostile arguments: a sentence or a result, never a crash. CI runs this under AddressSanitizer too."""
+"""The C++ entry points with hostile arguments: a sentence or a result, never a crash. Also run under AddressSanitizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``FRSKDLoss``: the original's numbers through every implementation that runs on the CPU, its API, autograd, autocast, compile."""
+"""``FRSKDLoss``: the original's numbers through every implementation that runs on the CPU, API, autograd, compile."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def test_three_way(dtype: torch.dtype, channels_last: bool, impl: str) -> None:
     criterion = FRSKDLoss(impl=impl)
     mine = run(lambda s, t, fs, ft: criterion(s, t, fs, ft, targets), dtype)
     for index, (one, other, truth) in enumerate(zip(mine, run(plain, dtype), run(plain, torch.float64), strict=True)):
-        assert_close(one, other, truth, "loss" if index == 0 else f"gradient {index}", scale=16.0 if index == 0 else 0.0)
+        assert_close(
+            one, other, truth, "loss" if index == 0 else f"gradient {index}", scale=16.0 if index == 0 else 0.0
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -321,7 +323,10 @@ def test_bad_input_is_refused_in_a_sentence(impl: str) -> None:
     cases: list[tuple[tuple[Any, ...], str]] = [
         ((student, teacher, students[:2], teachers), "teacher_feats has 3 levels, but student_feats has 2"),
         ((student, None, students, teachers), "teacher_logits is None"),
-        ((student[:2], teacher[:2], students, teachers), r"student_feats\[0\] has batch size 4, but student_logits has 2"),
+        (
+            (student[:2], teacher[:2], students, teachers),
+            r"student_feats\[0\] has batch size 4, but student_logits has 2",
+        ),
         ((student, teacher, students, teachers, targets + 100), "holds the label"),
         ((student, teacher, students, teachers, targets.float()), "targets has dtype torch.float32"),
         ((student, teacher[:, :5], students, teachers), "same classes"),

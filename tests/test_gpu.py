@@ -1,4 +1,4 @@
-"""On a CUDA device: every implementation against float64, and what a device adds (streams, graphs, synchronisation, AMP, compile)."""
+"""On a CUDA device: every implementation against float64, streams, graphs, synchronisation, AMP and compile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 IMPLEMENTATIONS = ["cuda", "triton"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # channels of the student, of the teacher, height, width
-LEVELS = [(5, 3, 1, 1), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (16, 8, 48, 52), (64, 12, 8, 8), (2, 3, 81, 80)]
+LEVELS = [(5, 3, 1, 1), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (64, 32, 48, 52), (64, 12, 8, 8), (2, 3, 56, 56)]
 PYRAMID = [(64, 128, 32), (128, 256, 16), (256, 512, 8), (512, 1024, 4)]  # CIFAR ResNet-18 and its self-teacher
 
 
@@ -277,7 +277,10 @@ def test_whole_objective(dtype: torch.dtype, channels_last: bool, impl: str) -> 
         teachers = [feature.to(run_dtype) for feature in inputs[3]]
         parts = FRSKDLoss(2.0, 100.0, 4.0, impl=name)(*logits, students, teachers, inputs[4], return_parts=True)
         (128.0 * parts.loss).backward()
-        return [*(part.detach() for part in parts), *(leaf.grad for leaf in [*logits, *students] if leaf.grad is not None)]
+        return [
+            *(part.detach() for part in parts),
+            *(leaf.grad for leaf in [*logits, *students] if leaf.grad is not None),
+        ]
 
     for ours, plain, truth in zip(
         run(impl, dtype), run("reference", dtype), run("reference", torch.float64), strict=True
@@ -369,7 +372,9 @@ def test_cuda_graph(impl: str) -> None:
         torch.manual_seed(seed)
         fresh = _objective_inputs()
         with torch.no_grad():
-            for static, new in zip([*_leaves(inputs), *inputs[3], inputs[4]], [*_leaves(fresh), *fresh[3], fresh[4]], strict=True):
+            for static, new in zip(
+                [*_leaves(inputs), *inputs[3], inputs[4]], [*_leaves(fresh), *fresh[3], fresh[4]], strict=True
+            ):
                 static.copy_(new)
         graph.replay()
         loss = criterion(*fresh)
@@ -435,9 +440,7 @@ class _TwoHeads(nn.Module):
         first = self.first(images).relu()
         second = self.second(first).relu()
         teachers = [self.teacher_first(first).relu(), self.teacher_second(second).relu()]
-        logits = [
-            head(feature.mean((2, 3))) for head, feature in zip(self.heads, (second, teachers[1]), strict=True)
-        ]
+        logits = [head(feature.mean((2, 3))) for head, feature in zip(self.heads, (second, teachers[1]), strict=True)]
         return logits[0], logits[1], [first, second], teachers
 
 

@@ -38,7 +38,10 @@ def _source(folder: Path) -> Path:
         source.mkdir(parents=True)
         names = ["frskd_fast", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
         archive = subprocess.run(
-            ["tar", "--exclude=*.so", "--exclude=__pycache__", "-c", *names], cwd=ROOT, stdout=subprocess.PIPE, check=True
+            ["tar", "--exclude=*.so", "--exclude=__pycache__", "-c", *names],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            check=True,
         )
         subprocess.run(["tar", "-x"], cwd=source, input=archive.stdout, check=True)
     return source
@@ -152,9 +155,7 @@ def test_env_report_runs() -> None:
 
 
 def test_forced_implementation_by_environment() -> None:
-    program = (
-        "import torch, frskd_fast as f; z = torch.zeros(2, 3); f.functional.kd_loss(z, z); print(f.last_impl()['logits'])"
-    )
+    program = "import torch, frskd_fast as f; z = torch.zeros(2, 3); f.functional.kd_loss(z, z); print(f.last_impl()['logits'])"
     assert _run(sys.executable, "-c", program, FRSKD_FAST_IMPL="reference").stdout.strip() == "reference"
     done = _run(sys.executable, "-c", program, FRSKD_FAST_IMPL="quick")
     assert "the environment variable FRSKD_FAST_IMPL is 'quick'" in done.stderr

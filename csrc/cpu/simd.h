@@ -119,10 +119,16 @@ inline __attribute__((always_inline)) Double4 load(const double* pointer) {
   return value;
 }
 inline __attribute__((always_inline)) Float8 load(const BFloat16* pointer) {
+#ifdef FRSKD_AVX2
+  __m128i half;
+  __builtin_memcpy(&half, pointer, 16);
+  return bits_of<Float8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
   UShort8 half;
   __builtin_memcpy(&half, pointer, 16);
   const UInt8 wide = __builtin_convertvector(half, UInt8) << 16;
   return bits_of<Float8>(wide);
+#endif
 }
 inline __attribute__((always_inline)) Float8 load(const Half* pointer) {
 #ifdef FRSKD_AVX2
@@ -141,7 +147,13 @@ inline __attribute__((always_inline)) UShort8 to_bfloat16(Float8 value) {
   const UInt8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Int8 is_nan = value != value;
   const UInt8 quiet = UInt8{} + 0x7fc0u;
-  return __builtin_convertvector(is_nan ? quiet : rounded, UShort8);
+  const UInt8 kept = is_nan ? quiet : rounded;
+#ifdef FRSKD_AVX2
+  const __m256i wide = bits_of<__m256i>(kept);
+  return bits_of<UShort8>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+#else
+  return __builtin_convertvector(kept, UShort8);
+#endif
 }
 
 inline __attribute__((always_inline)) void store(Float8 value, float* pointer) {

@@ -23,8 +23,9 @@ class FRSKDLossParts(NamedTuple):
 class FRSKDLoss(nn.Module):
     """alpha * KD + beta * sum_l AT_l, and with targets also CE(student) + CE(teacher).
 
-    ``alpha`` multiplies KD = T^2 / N * sum_n sum_k p_t (log p_t - log p_s) with p = softmax(z / temperature); ``beta`` multiplies
-    the attention transfer AT_l = mean_{n,hw} (q_student - q_teacher)^2 with q = a / max(||a||_2, 1e-12), a = mean_c |f|^exponent.
+    ``alpha`` multiplies KD = T^2 / N * sum_n sum_k p_t (log p_t - log p_s) with p = softmax(z / temperature).
+    ``beta`` multiplies the attention transfer AT_l = mean_{n,hw} (q_student - q_teacher)^2 with q = a / max(||a||_2, 1e-12),
+    a = mean_c |f|^exponent.
     KD and AT are detached from the self-teacher; its cross-entropy is not. Arithmetic is float32 (float64 for float64 inputs)
     whatever the dtype of the inputs, and finite wherever the formula is.
 

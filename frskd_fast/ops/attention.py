@@ -164,23 +164,19 @@ class _AttentionTransfer(torch.autograd.Function):
         students: list[Any] = [None] * levels
         teachers: list[Any] = [None] * levels
         if need_student:
-            students = backward_call(
-                grad, 1.0, mean_over_batch, saved[:levels], student_coefficients, exponent, impl
-            )
+            students = backward_call(grad, 1.0, mean_over_batch, saved[:levels], student_coefficients, exponent, impl)
         if need_teacher:
-            teachers = backward_call(
-                grad, 1.0, mean_over_batch, saved[-levels:], teacher_coefficients, exponent, impl
-            )
+            teachers = backward_call(grad, 1.0, mean_over_batch, saved[-levels:], teacher_coefficients, exponent, impl)
         return (None, None, None, None, *students, *teachers)
 
 
 def _resized(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps at the smaller height and width of the two, by average pooling."""
-    size = [min(student.shape[axis], teacher.shape[axis]) for axis in (2, 3)]
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
     pool = torch.nn.functional.adaptive_avg_pool2d
-    if list(student.shape[2:]) != size:
+    if tuple(student.shape[2:]) != size:
         student = pool(student, size)
-    if list(teacher.shape[2:]) != size:
+    if tuple(teacher.shape[2:]) != size:
         teacher = pool(teacher, size)
     return student, teacher
 
@@ -245,7 +241,7 @@ class _AttentionMap(torch.autograd.Function):
         attention, norm = call(feature, exponent, impl)
         ctx.save_for_backward(feature, attention, norm)
         ctx.settings = (exponent, impl)
-        return attention  # type: ignore[no-any-return]
+        return attention
 
     @staticmethod
     @once_differentiable

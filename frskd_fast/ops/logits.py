@@ -387,9 +387,7 @@ def logit_losses(
     """Checks, choice of implementation and autograd; (ce_student, ce_teacher, kd)."""
     if reduction not in REDUCTIONS:
         hint = " ('batchmean' is the mean over rows)" if reduction == "mean" else ""
-        raise ValueError(
-            f"reduction is {reduction!r}, but one of {', '.join(map(repr, REDUCTIONS))} was wanted{hint}."
-        )
+        raise ValueError(f"reduction is {reduction!r}, but one of {', '.join(map(repr, REDUCTIONS))} was wanted{hint}.")
     temperature = _checks.positive_number(temperature, "temperature")
     label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
     several = isinstance(student_logits, tuple | list)
@@ -419,10 +417,19 @@ def logit_losses(
         return _reference(students, teachers, labels, settings, reduction, detach_teacher, several)
     counts = (len(teachers), len(labels.first), len(labels.second))
     parts: tuple[Tensor, Tensor, Tensor] = _LogitLosses.apply(
-        len(students), settings, reduction, detach_teacher, name, counts, *students, *teachers, *labels.first, *labels.second
+        len(students),
+        settings,
+        reduction,
+        detach_teacher,
+        name,
+        counts,
+        *students,
+        *teachers,
+        *labels.first,
+        *labels.second,
     )
     if reduction == "none":
-        return tuple(_unflatten(part, students, several) for part in parts)  # type: ignore[return-value]
+        return tuple(_unflatten(part, students, several) for part in parts)
     if several and len(students) == 1:
         return tuple(part.reshape(1) for part in parts)  # type: ignore[return-value]
     return parts

@@ -25,7 +25,8 @@ def attention_map(feature: Tensor, exponent: float = 2.0) -> Tensor:
     activity = powers.mean(1).flatten(1)
     # The squares of a float32 map can pass the float32 range although the map itself does not.
     norm = torch.linalg.vector_norm(activity, dim=1, keepdim=True, dtype=torch.float64)
-    return activity / norm.to(activity.dtype).clamp_min(NORM_FLOOR)
+    divisor: Tensor = norm.to(activity.dtype).clamp_min(NORM_FLOOR)
+    return activity / divisor
 
 
 def attention_transfer(students: Sequence[Tensor], teachers: Sequence[Tensor], exponent: float = 2.0) -> Tensor:
