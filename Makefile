@@ -17,8 +17,10 @@ PIP = $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 bench: build
 	$(RUN) bench/run.py $(BENCH_ARGS)
 
+# One worker a core, one thread a worker: most of the suite is single-threaded.
+TEST_ARGS ?= --numprocesses auto --dist loadfile
 test: build
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TEST_ARGS)
 
 demo: build
 	$(RUN) examples/digits.py

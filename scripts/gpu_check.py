@@ -1,11 +1,12 @@
 """Builds, proves and measures frskd_fast on a machine with a GPU: `python scripts/gpu_check.py [--quick]`.
 
 Needs a CUDA build of PyTorch, pytest, a C++ compiler and nvcc; no network and no virtual environment. Everything it
-writes goes to one folder ($OUT, else build/gpu-check): log.txt, summary.json and bench.json; the libraries go where a build
-of this checkout puts them. A step that fails or runs out of time does not stop the following ones; the exit code says whether all passed.
+writes goes to one folder ($OUT, else build/gpu-check): log.txt, summary.json and bench.json; the libraries go where a
+build of this checkout puts them. A step that fails or runs out of time does not stop the following ones; the exit code
+says whether all passed.
 
-On a machine without a GPU, --dry-run compiles the CUDA sources where nvcc is found, collects the device tests, exercises the
-public functions on the CPU and prints the commands that only a GPU could run.
+On a machine without a GPU, --dry-run compiles the CUDA sources where nvcc is found, collects the device tests, exercises
+the public functions on the CPU and prints the commands that only a GPU could run.
 """
 
 from __future__ import annotations

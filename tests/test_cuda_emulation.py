@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,8 +38,8 @@ EVERY_SM_IDLE = "100000000"  # so many multiprocessors that one block per sample
 
 def _library() -> Path:
     compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ to compile the emulated kernels")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs g++ on Linux to compile the emulated kernels")
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu*")), *sorted((ROOT / "csrc" / "common").glob("*.h"))]
     sources += [ROOT / "csrc" / "bindings.cpp", *sorted(HERE.iterdir())]
     digest = hashlib.sha256(torch.__version__.encode())
@@ -284,7 +285,7 @@ def _rows(inputs: list[Tensor], targets: Any, temperature: float, smoothing: flo
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(("smoothing", "temperature"), [(0.0, 4.0), (0.1, 1.0)])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("case", LOGITS)
 def test_logits(case: str, dtype: torch.dtype, kind: str, smoothing: float, temperature: float) -> None:
     student = 3 * LOGITS[case]().to(dtype)
