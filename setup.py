@@ -173,9 +173,16 @@ def compile_all(steps: list[Step], folder: Path) -> None:
         raise CannotBuild("the kernels do not compile; the compiler's messages are above")
 
 
-def link(objects: list[Path], output: Path, flags: list[str]) -> None:
+def nvcc_link_flags(flags: list[str]) -> list[str]:
+    """The same flags in the form nvcc passes on to the host's linker; the CUDA runtime is linked statically."""
+    passed = [f"-Xlinker={flag[4:]}" if flag.startswith("-Wl,") else flag for flag in flags]
+    return ["-cudart=static", *passed]
+
+
+def link(objects: list[Path], output: Path, flags: list[str], nvcc: Path | None = None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = [*find_compiler(), "-shared", *map(str, objects), "-o", str(output), *flags]
+    compiler = find_compiler() if nvcc is None else [str(nvcc)]
+    command = [*compiler, "-shared", *map(str, objects), "-o", str(output), *flags]
     done = subprocess.run([*command, *shlex.split(os.environ.get("LDFLAGS", ""))], capture_output=True, text=True)
     if done.returncode:
         raise CannotBuild(f"{output.name} does not link:\n{done.stdout}{done.stderr}")
@@ -239,11 +246,9 @@ class BuildKernels(build_ext):
         cpu_flags = torch_library_flags(torch, ["torch_cpu"], folder)
         link([step.output for step in steps[:cpu_count]], target / "_C.so", cpu_flags)
         if with_cuda:
-            cuda_library = find_nvcc().resolve().parent.parent
+            # nvcc links, because it knows where its own runtime library is.
             flags = torch_library_flags(torch, ["torch_cpu", "torch_cuda", "c10_cuda"], folder)
-            flags += [f"-L{cuda_library / name}" for name in ("lib64", "lib")]
-            flags += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-            link([step.output for step in steps[cpu_count:]], target / "_C_cuda.so", flags)
+            link([step.output for step in steps[cpu_count:]], target / "_C_cuda.so", nvcc_link_flags(flags), find_nvcc())
 
     def decide_cuda(self, torch: Torch) -> bool:
         about = f"PyTorch {torch.version}, {platform.machine()}, {find_compiler()[0]}"
