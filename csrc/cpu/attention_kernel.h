@@ -68,6 +68,11 @@ inline __attribute__((always_inline)) V derivative(V value, double exponent) {
   return sign * lanes_power(absolute(value), exponent - 1.0);
 }
 
+template <int Value>
+struct Constant {
+  static constexpr int kValue = Value;
+};
+
 // out[pixel] = sum_c |f|^p for the pixels [begin, end) of one sample.
 template <Exponent E, typename T, typename A>
 void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exponent, A* out) {
@@ -75,64 +80,69 @@ void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exp
   using V = typename L::Vector;
   constexpr int64 width = L::kWidth;
   const T* base = static_cast<const T*>(map.data) + sample * map.stride_n;
+  using B = Block<T>;
   if (pixels_are_contiguous(map)) {
     A block[kPixelTile];
     for (int64 tile = begin; tile < end; tile += kPixelTile) {
       const int64 count = end - tile < kPixelTile ? end - tile : kPixelTile;
-      const int64 whole = count - count % width;
-      for (int64 pixel = 0; pixel < count; ++pixel) out[tile - begin + pixel] = 0;
+      const int64 whole = count - count % B::kElements;
+      A* total = out + (tile - begin);
+      const bool direct = map.channels <= kChannelBlock;
+      A* sums = direct ? total : block;
+      for (int64 pixel = 0; pixel < count; ++pixel) total[pixel] = 0;
+      // `Rows` channels at once, so that the sums are loaded and stored once for all of them.
+      const auto add_rows = [&](auto rows, int64 channel) __attribute__((always_inline)) {
+        constexpr int Rows = decltype(rows)::kValue;
+        const T* row = base + channel * map.stride_c + tile;
+        const int64 next = map.stride_c;
+        for (int64 pixel = 0; pixel < whole; pixel += B::kElements) {
+          V values[Rows][B::kVectors];
+          for (int r = 0; r < Rows; ++r) B::read(row + r * next + pixel, values[r]);
+          for (int v = 0; v < B::kVectors; ++v) {
+            V sum = raised<E>(values[0][v], exponent);
+            if constexpr (Rows == 4) {
+              sum += raised<E>(values[1][v], exponent);
+              sum += raised<E>(values[2][v], exponent) + raised<E>(values[3][v], exponent);
+            }
+            A* place = sums + pixel + v * width;
+            store(load(place) + sum, place);
+          }
+        }
+        for (int64 pixel = whole; pixel < count; pixel += width) {
+          const int64 rest = count - pixel < width ? count - pixel : width;
+          V sum = raised<E>(load_first(row + pixel, rest), exponent);
+          for (int r = 1; r < Rows; ++r) sum += raised<E>(load_first(row + r * next + pixel, rest), exponent);
+          store_first(load_first(sums + pixel, rest) + sum, sums + pixel, rest);
+        }
+      };
       for (int64 first = 0; first < map.channels; first += kChannelBlock) {
         const int64 last = first + kChannelBlock < map.channels ? first + kChannelBlock : map.channels;
-        A* total = out + (tile - begin);
-        const bool direct = map.channels <= kChannelBlock;
-        A* sums = direct ? total : block;
         if (!direct) {
           for (int64 pixel = 0; pixel < count; ++pixel) sums[pixel] = 0;
         }
         int64 channel = first;
-        for (; channel + 4 <= last; channel += 4) {
-          const T* row = base + channel * map.stride_c + tile;
-          const int64 next = map.stride_c;
-          for (int64 pixel = 0; pixel < whole; pixel += width) {
-            const V sum01 = raised<E>(load(row + pixel), exponent) + raised<E>(load(row + next + pixel), exponent);
-            const V sum23 =
-                raised<E>(load(row + 2 * next + pixel), exponent) + raised<E>(load(row + 3 * next + pixel), exponent);
-            store(load(sums + pixel) + (sum01 + sum23), sums + pixel);
-          }
-          if (whole < count) {
-            const int64 rest = count - whole;
-            const V sum01 = raised<E>(load_first(row + whole, rest), exponent) +
-                            raised<E>(load_first(row + next + whole, rest), exponent);
-            const V sum23 = raised<E>(load_first(row + 2 * next + whole, rest), exponent) +
-                            raised<E>(load_first(row + 3 * next + whole, rest), exponent);
-            store_first(load_first(sums + whole, rest) + (sum01 + sum23), sums + whole, rest);
-          }
-        }
-        for (; channel < last; ++channel) {
-          const T* row = base + channel * map.stride_c + tile;
-          for (int64 pixel = 0; pixel < whole; pixel += width) {
-            store(load(sums + pixel) + raised<E>(load(row + pixel), exponent), sums + pixel);
-          }
-          if (whole < count) {
-            const int64 rest = count - whole;
-            const V value = raised<E>(load_first(row + whole, rest), exponent);
-            store_first(load_first(sums + whole, rest) + value, sums + whole, rest);
-          }
-        }
+        for (; channel + 4 <= last; channel += 4) add_rows(Constant<4>{}, channel);
+        for (; channel < last; ++channel) add_rows(Constant<1>{}, channel);
         if (!direct) {
           for (int64 pixel = 0; pixel < count; ++pixel) total[pixel] += sums[pixel];
         }
       }
+      B::collect(total, whole);
     }
     return;
   }
   for (int64 pixel = begin; pixel < end; ++pixel) {
     const T* point = base + (pixel / map.width) * map.stride_h + (pixel % map.width) * map.stride_w;
     if (map.stride_c == 1) {
+      constexpr int steps = 4 / B::kVectors;
       V sums[4] = {};
       int64 channel = 0;
       for (; channel + 4 * width <= map.channels; channel += 4 * width) {
-        for (int part = 0; part < 4; ++part) sums[part] += raised<E>(load(point + channel + part * width), exponent);
+        V values[4];
+        for (int step = 0; step < steps; ++step) {
+          B::read(point + channel + step * B::kElements, values + step * B::kVectors);
+        }
+        for (int part = 0; part < 4; ++part) sums[part] += raised<E>(values[part], exponent);
       }
       for (; channel + width <= map.channels; channel += width) sums[0] += raised<E>(load(point + channel), exponent);
       if (channel < map.channels) {
@@ -340,24 +350,42 @@ void scale_sample(
   const T* in = static_cast<const T*>(feature.data) + sample * feature.stride_n;
   T* out = static_cast<T*>(gradient.data) + sample * gradient.stride_n;
   for (int64 pixel = 0; pixel < pixels; ++pixel) weights[pixel] = grad * coefficients[pixel];
+  using B = Block<T>;
+  // gradient = weight * derivative for one block, by ordinary or cache-bypassing stores.
+  const auto scale_block = [exponent](const V* weight, const T* source, T* target, auto past_cache)
+                               __attribute__((always_inline)) {
+                                 V values[B::kVectors];
+                                 B::read(source, values);
+                                 for (int v = 0; v < B::kVectors; ++v)
+                                   values[v] = weight[v] * derivative<E>(values[v], exponent);
+                                 if constexpr (decltype(past_cache)::kValue != 0) {
+                                   B::write_past_cache(values, target);
+                                 } else {
+                                   B::write(values, target);
+                                 }
+                               };
   if (pixels_are_contiguous(feature) && pixels_are_contiguous(gradient)) {
-    const int64 whole = pixels - pixels % width;
+    const int64 whole = pixels - pixels % B::kElements;
+    B::deal(weights, whole);
     for (int64 channel = begin; channel < end; ++channel) {
       const T* source = in + channel * feature.stride_c;
       T* target = out + channel * gradient.stride_c;
-      if (streaming && aligned_for_streaming(target, pixels, width)) {
-        for (int64 pixel = 0; pixel < whole; pixel += width) {
-          stream(load(weights + pixel) * derivative<E>(load(source + pixel), exponent), target + pixel);
+      const auto run = [&](auto past_cache) __attribute__((always_inline)) {
+        for (int64 pixel = 0; pixel < whole; pixel += B::kElements) {
+          V weight[B::kVectors];
+          for (int v = 0; v < B::kVectors; ++v) weight[v] = load(weights + pixel + v * width);
+          scale_block(weight, source + pixel, target + pixel, past_cache);
         }
+      };
+      if (streaming && aligned_for_streaming(target, pixels, B::kElements)) {
+        run(Constant<1>{});
         continue;
       }
-      for (int64 pixel = 0; pixel < whole; pixel += width) {
-        store(load(weights + pixel) * derivative<E>(load(source + pixel), exponent), target + pixel);
-      }
-      if (whole < pixels) {
-        const int64 rest = pixels - whole;
-        const V value = load_first(weights + whole, rest) * derivative<E>(load_first(source + whole, rest), exponent);
-        store_first(value, target + whole, rest);
+      run(Constant<0>{});
+      for (int64 pixel = whole; pixel < pixels; pixel += width) {
+        const int64 rest = pixels - pixel < width ? pixels - pixel : width;
+        const V value = load_first(weights + pixel, rest) * derivative<E>(load_first(source + pixel, rest), exponent);
+        store_first(value, target + pixel, rest);
       }
     }
     return;
@@ -383,18 +411,19 @@ void scale_sample(
       }
       continue;
     }
-    if (streaming && aligned_for_streaming(target, channels, width)) {
-      for (int64 channel = 0; channel < channels; channel += width) {
-        stream(weight * derivative<E>(load(source + channel), exponent), target + channel);
+    const V both[2] = {weight, weight};
+    if (streaming && aligned_for_streaming(target, channels, B::kElements)) {
+      for (int64 channel = 0; channel < channels; channel += B::kElements) {
+        scale_block(both, source + channel, target + channel, Constant<1>{});
       }
       continue;
     }
     int64 channel = 0;
-    for (; channel + width <= channels; channel += width) {
-      store(weight * derivative<E>(load(source + channel), exponent), target + channel);
+    for (; channel + B::kElements <= channels; channel += B::kElements) {
+      scale_block(both, source + channel, target + channel, Constant<0>{});
     }
-    if (channel < channels) {
-      const int64 rest = channels - channel;
+    for (; channel < channels; channel += width) {
+      const int64 rest = channels - channel < width ? channels - channel : width;
       store_first(weight * derivative<E>(load_first(source + channel, rest), exponent), target + channel, rest);
     }
   }

@@ -202,6 +202,86 @@ inline void stream(V value, T* pointer) {
 inline void finish_streaming() {}
 #endif
 
+// A block is what one step of an inner loop reads of element type T: one vector, or two for bfloat16, whose even and
+// odd elements widen with one instruction each. `deal` puts numbers of the accumulate type into a block's order,
+// `collect` takes them back.
+template <typename T>
+struct Block {
+  using Vector = decltype(load(static_cast<const T*>(nullptr)));
+  static constexpr int kVectors = 1;
+  static constexpr int64 kElements = sizeof(Vector) / sizeof(Vector{}[0]);
+  static inline __attribute__((always_inline)) void read(const T* pointer, Vector values[]) {
+    values[0] = load(pointer);
+  }
+  static inline __attribute__((always_inline)) void write(const Vector values[], T* pointer) {
+    store(values[0], pointer);
+  }
+  static inline __attribute__((always_inline)) void write_past_cache(const Vector values[], T* pointer) {
+    stream(values[0], pointer);
+  }
+  template <typename A>
+  static void deal(A*, int64) {}
+  template <typename A>
+  static void collect(A*, int64) {}
+};
+
+#ifdef FRSKD_AVX2
+template <>
+struct Block<BFloat16> {
+  using Vector = Float8;
+  static constexpr int kVectors = 2;
+  static constexpr int64 kElements = 16;
+  static inline __attribute__((always_inline)) void read(const BFloat16* pointer, Vector values[]) {
+    __m256i pairs;
+    __builtin_memcpy(&pairs, pointer, 32);
+    values[0] = bits_of<Float8>(_mm256_slli_epi32(pairs, 16));
+    values[1] = bits_of<Float8>(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static inline __attribute__((always_inline)) UInt8 rounded(Float8 value) {
+    const UInt8 bits = bits_of<UInt8>(value);
+    const UInt8 up = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return value != value ? UInt8{} + 0x7fc00000u : up;
+  }
+  static inline __attribute__((always_inline)) __m256i packed(const Vector values[]) {
+    const UInt8 even = rounded(values[0]) >> 16, odd = rounded(values[1]) & 0xffff0000u;
+    return bits_of<__m256i>(even | odd);
+  }
+  static inline __attribute__((always_inline)) void write(const Vector values[], BFloat16* pointer) {
+    const __m256i pairs = packed(values);
+    __builtin_memcpy(pointer, &pairs, 32);
+  }
+  static inline __attribute__((always_inline)) void write_past_cache(const Vector values[], BFloat16* pointer) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(pointer), packed(values));
+  }
+  static void deal(float* numbers, int64 count) {
+    for (int64 first = 0; first + kElements <= count; first += kElements) {
+      float dealt[kElements];
+      for (int k = 0; k < 8; ++k) {
+        dealt[k] = numbers[first + 2 * k];
+        dealt[8 + k] = numbers[first + 2 * k + 1];
+      }
+      __builtin_memcpy(numbers + first, dealt, sizeof(dealt));
+    }
+  }
+  static void collect(float* numbers, int64 count) {
+    for (int64 first = 0; first + kElements <= count; first += kElements) {
+      float collected[kElements];
+      for (int k = 0; k < 8; ++k) {
+        collected[2 * k] = numbers[first + k];
+        collected[2 * k + 1] = numbers[first + 8 + k];
+      }
+      __builtin_memcpy(numbers + first, collected, sizeof(collected));
+    }
+  }
+};
+#endif
+
+// Asks for the cache line that holds `pointer` ahead of its use.
+template <typename T>
+inline __attribute__((always_inline)) void prefetch(const T* pointer) {
+  __builtin_prefetch(pointer, 0, 3);
+}
+
 template <typename T>
 inline auto load_first(const T* pointer, int64 count) -> decltype(load(pointer)) {
   T padded[8] = {};
