@@ -75,7 +75,8 @@ endif
 
 $(VENV)/.built: $(VENV)/.packages setup.py $(shell find csrc -type f)
 	@echo "Building frskd_fast"
-	$(PIP) --verbose --no-build-isolation --no-deps --editable . 2>&1 | grep -E "frskd_fast: |rror" || true
+	$(PIP) --verbose --no-build-isolation --no-deps --editable . > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; false)
+	@grep "frskd_fast: " $(VENV)/build.log || true
 	$(RUN) -c "import frskd_fast"
 	touch $@
 

@@ -228,6 +228,10 @@ class BuildKernels(build_ext):
     def build(self) -> None:
         if MODE not in MODES:
             self.fail(f"it is not one of {', '.join(MODES)}")
+        target = ROOT / "frskd_fast" if self.inplace else Path(self.build_lib).resolve() / "frskd_fast"
+        # Kernels of an earlier build must not stand in for those that this one fails to build.
+        for stale in target.glob("_C*.so"):
+            stale.unlink()
         if MODE == "none":
             say("building without compiled kernels, as FRSKD_FAST_BUILD=none asks.")
             return
@@ -242,13 +246,14 @@ class BuildKernels(build_ext):
         if with_cuda:
             steps += cuda_steps(torch, folder)
         compile_all(steps, folder)
-        target = ROOT / "frskd_fast" if self.inplace else Path(self.build_lib).resolve() / "frskd_fast"
         cpu_flags = torch_library_flags(torch, ["torch_cpu"], folder)
         link([step.output for step in steps[:cpu_count]], target / "_C.so", cpu_flags)
         if with_cuda:
             # nvcc links, because it knows where its own runtime library is.
             flags = torch_library_flags(torch, ["torch_cpu", "torch_cuda", "c10_cuda"], folder)
-            link([step.output for step in steps[cpu_count:]], target / "_C_cuda.so", nvcc_link_flags(flags), find_nvcc())
+            link(
+                [step.output for step in steps[cpu_count:]], target / "_C_cuda.so", nvcc_link_flags(flags), find_nvcc()
+            )
 
     def decide_cuda(self, torch: Torch) -> bool:
         about = f"PyTorch {torch.version}, {platform.machine()}, {find_compiler()[0]}"

@@ -38,7 +38,8 @@ _forced = [check_name(os.environ.get("FRSKD_FAST_IMPL", "auto"), "the environmen
 def use_impl(name: str) -> Iterator[None]:
     """Run every operation inside the ``with`` block by the named implementation.
 
-    The choice holds for the whole process (all threads) and wins over ``impl="auto"``, not over an explicit ``impl=``.
+    The choice holds for the whole process (all threads) and wins over ``impl="auto"``, not over an explicit ``impl=``. A
+    function that ``torch.compile`` has already traced keeps the implementation it was traced with.
 
     Args:
         name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"auto"``.
@@ -65,7 +66,7 @@ def last_impl() -> dict[str, str]:
     """Return which implementation each operation used in its latest call, as ``{operation: implementation}``.
 
     Returns:
-        A new dict; operations that have not run since the previous ``use_impl`` or process start are absent.
+        A new dict; operations that have not run in this process are absent.
 
     Example:
         >>> import torch, frskd_fast

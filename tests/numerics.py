@@ -20,7 +20,8 @@ def largest_error(value: Tensor, truth: Tensor) -> float:
 def assert_close(ours: Tensor, plain: Tensor, truth: Tensor, label: str, scale: float = 0.0) -> None:
     """Raise unless max |ours - truth| <= max |plain - truth| + floor.
 
-    The floor is relative to the largest true value, or to ``scale`` where the value is a difference of terms that large.
+    The floor is a few rounding steps of the result, relative to the largest true value, and of the arithmetic (float32 for
+    half precision), relative to ``scale`` where the value is a difference of terms that large.
 
     ``plain`` is the same formula in PyTorch in the dtype under test; a plain result that is itself NaN or infinite bounds
     nothing, so the floor alone remains.
@@ -28,10 +29,11 @@ def assert_close(ours: Tensor, plain: Tensor, truth: Tensor, label: str, scale: 
     assert ours.shape == truth.shape, f"{label}: shape {tuple(ours.shape)}, wanted {tuple(truth.shape)}"
     if truth.numel() == 0:
         return
-    scale = max(scale, float(truth.detach().double().abs().max()))
-    steps = _FLOOR_STEPS[ours.dtype]
+    largest = float(truth.detach().double().abs().max())
+    arithmetic = torch.float64 if ours.dtype == torch.float64 else torch.float32
     tiny = torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
-    floor = steps * torch.finfo(ours.dtype).eps * scale + tiny
+    floor = _FLOOR_STEPS[ours.dtype] * torch.finfo(ours.dtype).eps * largest + tiny
+    floor += _FLOOR_STEPS[arithmetic] * torch.finfo(arithmetic).eps * scale
     plain_error = largest_error(plain, truth)
     allowed = floor + (plain_error if plain_error != float("inf") else 0.0)
     error = largest_error(ours, truth)

@@ -138,7 +138,8 @@ def test_forward_and_backward(kind: str, dtype: torch.dtype, shape: tuple[int, .
             # Losses are differences of logarithms, gradients differences of probabilities: both of order 1 times T^2 or T.
             scale = max(1.0, temperature) if "gradient" in label else max(1.0, temperature**2)
             assert_close(mine, other, truth, where, scale)
-            assert "gradient" not in label or mine.dtype == dtype
+            accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+            assert mine.dtype == (dtype if "gradient" in label else accumulate)
 
 
 def test_gradients_keep_the_memory_format() -> None:
@@ -213,6 +214,11 @@ def test_several_heads_are_as_many_calls(impl: str) -> None:
             )
             for one, other in zip(together, alone, strict=True):
                 torch.testing.assert_close(one[head], other)
+        # A plain sum sends one expanded number upstream.
+        summed = torch.autograd.grad(sum(kd.sum() for kd in together.kd), students, retain_graph=True)
+        for head in range(3):
+            alone = functional.kd_loss(students[head], teachers[head], reduction=reduction, impl=impl)
+            torch.testing.assert_close(summed[head], torch.autograd.grad(alone.sum(), students[head])[0])
         total = sum((kd * w).sum() for kd, w in zip(together.kd, weights, strict=True))
         total = total + sum((ce * 2).sum() for ce in together.ce_student)
         gradients = torch.autograd.grad(total, students)
@@ -257,6 +263,33 @@ def test_masked_classes_contribute_nothing(shape: tuple[int, ...], impl: str) ->
     assert student.grad is not None
     torch.testing.assert_close(student.grad[:, keep], wanted_leaf.grad)
     assert torch.equal(student.grad[:, [2, 4]], torch.zeros_like(student.grad[:, [2, 4]]))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("teacher_mask", [-1e9, -torch.inf])
+@pytest.mark.parametrize("masked", [1024, 1000, 2048])
+def test_masked_tiles_contribute_nothing(masked: int, teacher_mask: float, impl: str) -> None:
+    """Whole tiles of classes that the student masks and the teacher gives no weight."""
+    student, teacher = torch.randn(2, 3000), torch.randn(2, 3000)
+    student[:, :masked] = -torch.inf
+    teacher[:, :masked] = teacher_mask
+    student.requires_grad_()
+    loss = functional.kd_loss(student, teacher, impl=impl)
+    wanted = functional.kd_loss(student.detach()[:, masked:].double(), teacher[:, masked:].double(), impl="reference")
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_absent_parts_and_detached_teachers_ask_for_no_gradient(impl: str) -> None:
+    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    parts = functional.cross_entropy_kd(student, teacher, impl=impl)
+    assert [part.requires_grad for part in parts] == [False, False, True]
+    parts.kd.backward()
+    assert teacher.grad is None and student.grad is not None
+    parts = functional.cross_entropy_kd(student, None, torch.zeros(3).long(), impl=impl)
+    assert [part.requires_grad for part in parts] == [True, False, False]
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -377,8 +410,12 @@ def test_double_backward_is_refused() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
 @pytest.mark.parametrize("kind", ["labels", "mix", "probabilities", "none"])
-def test_operators_pass_opcheck(kind: str) -> None:
+def test_operators_pass_opcheck(kind: str, impl: str) -> None:
+    """triton runs interpreted where there is no device."""
+    if impl == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
     shapes = [(4, 5), (2, 3, 4, 4)]
     students, teachers = ([torch.randn(shape) for shape in shapes] for _ in range(2))
     targets = [_targets(kind, shape) for shape in shapes]
@@ -386,14 +423,14 @@ def test_operators_pass_opcheck(kind: str) -> None:
     second = [t[1] for t in targets] if kind == "mix" else []
     settings = (0.3, 0.1, -100, 4.0)
     operators = torch.ops.frskd_fast
-    torch.library.opcheck(operators.logits_forward.default, (students, teachers, first, second, *settings, "cpu"))
-    losses, statistics, inverse_valid = logits_ops.raw_forward(students, teachers, first, second, *settings, "cpu")
+    torch.library.opcheck(operators.logits_forward.default, (students, teachers, first, second, *settings, impl))
+    losses, statistics, inverse_valid = logits_ops.raw_forward(students, teachers, first, second, *settings, impl)
     grads = [torch.ones(1)] * 3
     weights = [float(bool(first)), float(bool(first)), 1.0]
     torch.library.opcheck(
         operators.logits_backward.default,
         (grads, 0, 0, weights, True, inverse_valid, students, teachers, first, second, *settings, statistics, losses,
-         True, True, True, "cpu"),
+         True, True, True, impl),
     )  # fmt: skip
 
 

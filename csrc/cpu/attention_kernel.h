@@ -135,25 +135,42 @@ void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exp
     }
     return;
   }
-  for (int64 pixel = begin; pixel < end; ++pixel) {
-    const T* point = base + (pixel / map.width) * map.stride_h + (pixel % map.width) * map.stride_w;
+  const auto point_at = [&](int64 pixel) {
+    return base + (pixel / map.width) * map.stride_h + (pixel % map.width) * map.stride_w;
+  };
+  // Sums of one pixel whose channels are contiguous, still spread over the lanes.
+  const auto channel_sums = [&](int64 pixel) __attribute__((always_inline)) {
+    constexpr int steps = 4 / B::kVectors;
+    const T* point = point_at(pixel);
+    V sums[4] = {};
+    int64 channel = 0;
+    for (; channel + 4 * width <= map.channels; channel += 4 * width) {
+      V values[4];
+      for (int step = 0; step < steps; ++step) {
+        B::read(point + channel + step * B::kElements, values + step * B::kVectors);
+      }
+      for (int part = 0; part < 4; ++part) sums[part] += raised<E>(values[part], exponent);
+    }
+    for (; channel + width <= map.channels; channel += width) sums[0] += raised<E>(load(point + channel), exponent);
+    if (channel < map.channels) {
+      sums[1] += raised<E>(load_first(point + channel, map.channels - channel), exponent);
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  };
+  int64 start = begin;
+  if (map.stride_c == 1) {
+    for (; start + width <= end; start += width) {
+      V sums[width];
+      for (int64 lane = 0; lane < width; ++lane) sums[lane] = channel_sums(start + lane);
+      store(horizontal_sums(sums), out + start - begin);
+    }
+  }
+  for (int64 pixel = start; pixel < end; ++pixel) {
     if (map.stride_c == 1) {
-      constexpr int steps = 4 / B::kVectors;
-      V sums[4] = {};
-      int64 channel = 0;
-      for (; channel + 4 * width <= map.channels; channel += 4 * width) {
-        V values[4];
-        for (int step = 0; step < steps; ++step) {
-          B::read(point + channel + step * B::kElements, values + step * B::kVectors);
-        }
-        for (int part = 0; part < 4; ++part) sums[part] += raised<E>(values[part], exponent);
-      }
-      for (; channel + width <= map.channels; channel += width) sums[0] += raised<E>(load(point + channel), exponent);
-      if (channel < map.channels) {
-        sums[1] += raised<E>(load_first(point + channel, map.channels - channel), exponent);
-      }
-      out[pixel - begin] = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      V sums[width] = {channel_sums(pixel)};
+      out[pixel - begin] = horizontal_sums(sums)[0];
     } else {
+      const T* point = point_at(pixel);
       A total = 0;
       for (int64 first = 0; first < map.channels; first += width) {
         V gathered = {};

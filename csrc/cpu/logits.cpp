@@ -195,10 +195,11 @@ void logits_backward(
   for (int part = 0; part < 3; ++part) {
     check_on_cpu(grads[part], "grads");
     STD_TORCH_CHECK(
-        grads[part].scalar_type() == accumulate_type(call.element) && grads[part].is_contiguous() &&
+        grads[part].scalar_type() == accumulate_type(call.element) && grads[part].dim() == 1 &&
             grads[part].numel() >= needed,
-        "grads[", part, "] has shape ", shape_text(grads[part]), ", but at least ", needed,
-        " contiguous elements in the accumulate dtype were wanted.");
+        "grads[", part, "] has shape ", shape_text(grads[part]), ", but one axis of at least ", needed,
+        " elements in the accumulate dtype was wanted.");
+    kernel_call.grad_strides[part] = grads[part].strides()[0];
     kernel_call.grads[part] = grads[part].data_ptr();
     for (std::int64_t index = 0; index < count; ++index) call.heads[index].scales[part] = scales[3 * index + part];
   }

@@ -347,8 +347,9 @@ void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, 
       if (fresh) {
         cross = 0;
       } else if (teacher_rise != A(0)) {
-        cross = cross * exponential(L::splat(-teacher_rise * inverse_temperature))[0] -
-                teacher_sums.tempered * teacher_rise;
+        // Where everything before vanishes, so does what a masked class may have made of it (0 times infinity).
+        const A kept = exponential(L::splat(-teacher_rise * inverse_temperature))[0];
+        cross = kept == A(0) ? A(0) : cross * kept - teacher_sums.tempered * teacher_rise;
       }
       teacher_label -= mass * teacher_rise;
       teacher_shifted -= before * teacher_rise;
@@ -530,8 +531,8 @@ inline RowGradient<A> row_gradient(
   for (int part = 0; part < 3; ++part) {
     if (head.scales[part] == 0.0) continue;
     const A* grads = static_cast<const A*>(call.grads[part]);
-    upstream[part] =
-        grads[index * call.grad_head_stride + row * call.grad_row_stride] * static_cast<A>(head.scales[part]);
+    const int64 place = index * call.grad_head_stride + row * call.grad_row_stride;
+    upstream[part] = grads[place * call.grad_strides[part]] * static_cast<A>(head.scales[part]);
   }
   const A inverse_valid = call.inverse_valid == nullptr ? A(1) : static_cast<const A*>(call.inverse_valid)[index];
   g.grad_student = upstream[0] * inverse_valid;

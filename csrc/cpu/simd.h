@@ -305,6 +305,27 @@ inline __attribute__((always_inline)) auto horizontal_sum(V value) {
   }
 }
 
+// Lane i of the result is the sum of the lanes of values[i]: as many sums at once as a vector has lanes.
+inline __attribute__((always_inline)) Float8 horizontal_sums(const Float8 values[8]) {
+#ifdef FRSKD_AVX2
+  __m256 pairs[4];
+  for (int k = 0; k < 4; ++k) {
+    pairs[k] = _mm256_hadd_ps(bits_of<__m256>(values[2 * k]), bits_of<__m256>(values[2 * k + 1]));
+  }
+  const __m256 low = _mm256_hadd_ps(pairs[0], pairs[1]), high = _mm256_hadd_ps(pairs[2], pairs[3]);
+  return bits_of<Float8>(
+      _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+#else
+  Float8 sums = {};
+  for (int k = 0; k < 8; ++k) sums[k] = horizontal_sum(values[k]);
+  return sums;
+#endif
+}
+inline Double4 horizontal_sums(const Double4 values[4]) {
+  return Double4{
+      horizontal_sum(values[0]), horizontal_sum(values[1]), horizontal_sum(values[2]), horizontal_sum(values[3])};
+}
+
 // NaN wins: a maximum that dropped a NaN would hide it.
 template <typename V>
 inline __attribute__((always_inline)) V maximum(V first, V second) {

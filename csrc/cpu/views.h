@@ -80,6 +80,7 @@ struct Logits {
   void* statistics;     // (6, rows)
   void* inverse_valid;  // (count,): written forward; read backward, or null
   const void* grads[3];
+  std::int64_t grad_strides[3];  // 0 where one number serves all
   std::int64_t grad_head_stride;
   std::int64_t grad_row_stride;
   bool kd_to_teacher;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, overload
 
+import torch
 from torch import Tensor, nn
 
 from frskd_fast import _dispatch
@@ -145,6 +146,11 @@ class FRSKDLoss(nn.Module):
             raise ValueError(
                 f"student_feats[0] has batch size {students[0].shape[0]}, but student_logits has {student_logits.shape[0]} "
                 "and one batch size was wanted."
+            )
+        if (students[0].dtype == torch.float64) != (student_logits.dtype == torch.float64):
+            raise TypeError(
+                f"student_feats[0] has dtype {students[0].dtype}, but student_logits has {student_logits.dtype} and either both "
+                "or neither in float64 was wanted; cast one of them."
             )
         name = _dispatch.choose(self.impl, student_logits.device.type, student_logits.dtype)
         labels = logits.checked_labels(

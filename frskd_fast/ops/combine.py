@@ -126,6 +126,9 @@ def objective(
 
     The arguments are already checked. KD and the feature term are detached from the self-teacher, its CE is not.
     """
+    teachers = [teacher.detach() for teacher in teachers]
+    if not labels.first:
+        teacher_logits = teacher_logits.detach()
     if impl != "reference":
         counts = (len(labels.first), len(labels.second))
         total, parts = _Objective.apply(
@@ -149,8 +152,7 @@ def objective(
     kd = kd_rows.sum() / max(kd_rows.numel(), 1)
     feature = kd.new_zeros(())
     if students:
-        detached = [teacher.detach() for teacher in teachers]
-        rows = attention_reference.attention_transfer(students, detached, settings.exponent)
+        rows = attention_reference.attention_transfer(students, teachers, settings.exponent)
         feature = rows.sum().to(kd.dtype) / max(rows.shape[1], 1)
     total = reference.combine(ce_student, ce_teacher, kd, feature, settings.alpha, settings.beta)
     return total, torch.stack([total, ce_student, ce_teacher, kd, feature]).detach()

@@ -47,7 +47,7 @@ def raw_forward(
     temperature: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw forward of implementation ``impl``: losses (4, R), statistics (6, R), inverse_valid (heads,)."""
+    """Raw forward of implementation ``impl``: losses (4, R), statistics, inverse_valid (heads,)."""
     _dispatch.record("logits", impl)
     losses, statistics, inverse_valid = _dispatch.raw("logits", impl).forward(
         students, teachers, targets, targets_b, mix, label_smoothing, ignore_index, temperature
@@ -107,9 +107,10 @@ def _fake_forward(
     first = students[0]
     dtype = accumulate_dtype(first.dtype)
     rows = sum(_rows(student) for student in students)
+    saved = 4 if impl == "triton" else 6  # what an implementation saves for its backward is its own business
     return (
         first.new_empty((4, rows), dtype=dtype),
-        first.new_empty((6, rows), dtype=dtype),
+        first.new_empty((saved, rows), dtype=dtype),
         first.new_empty((len(students),), dtype=dtype),
     )
 
@@ -198,8 +199,11 @@ class _LogitLosses(torch.autograd.Function):
         losses, statistics, inverse_valid = forward_call(students, teachers, targets, targets_b, *settings, impl)
         ctx.save_for_backward(losses, statistics, inverse_valid, *tensors)
         ctx.settings = (heads, settings, reduction, detach_teacher, impl, counts)
+        absent = (not targets, not targets or not teachers, not teachers)
         if reduction == "none":
-            return losses[0].clone(), losses[1].clone(), losses[2].clone()
+            rows_of_parts = losses[0].clone(), losses[1].clone(), losses[2].clone()
+            ctx.mark_non_differentiable(*(part for part, gone in zip(rows_of_parts, absent, strict=True) if gone))
+            return rows_of_parts
         parts = []
         begin = 0
         for head, student in enumerate(students):
@@ -211,13 +215,15 @@ class _LogitLosses(torch.autograd.Function):
                 parts.append((sums[0] * divisor, sums[1] * divisor, sums[2] / max(rows, 1)))
             else:
                 parts.append((sums[0].clone(), sums[1].clone(), sums[2].clone()))
-        if heads == 1:
-            return parts[0]
-        return (
-            torch.stack([part[0] for part in parts]),
-            torch.stack([part[1] for part in parts]),
-            torch.stack([part[2] for part in parts]),
-        )
+        result = parts[0]
+        if heads > 1:
+            result = (
+                torch.stack([part[0] for part in parts]),
+                torch.stack([part[1] for part in parts]),
+                torch.stack([part[2] for part in parts]),
+            )
+        ctx.mark_non_differentiable(*(part for part, gone in zip(result, absent, strict=True) if gone))
+        return result
 
     @staticmethod
     @once_differentiable
@@ -415,6 +421,8 @@ def logit_losses(
         if not torch.compiler.is_compiling():
             _dispatch.record("logits", name)
         return _reference(students, teachers, labels, settings, reduction, detach_teacher, several)
+    if detach_teacher and not labels.first:
+        teachers = tuple(teacher.detach() for teacher in teachers)
     counts = (len(teachers), len(labels.first), len(labels.second))
     parts: tuple[Tensor, Tensor, Tensor] = _LogitLosses.apply(
         len(students),

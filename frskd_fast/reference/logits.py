@@ -24,10 +24,15 @@ def tempered_divergence(student_logits: Tensor, teacher_logits: Tensor, temperat
 def index_cross_entropy(
     logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
-    """CE = lse(z) - (1 - s) z_y - s mean_k z_k for each row, and whether the row counts (1) or is ignored (0)."""
+    """CE = lse(z) - (1 - s) z_y - s mean_k z_k for each row, and whether the row counts (1) or is ignored (0).
+
+    A label outside [0, K) that is not ignored gives NaN: on a device it must not end the process.
+    """
     log_probability = torch.log_softmax(logits.to(accumulate_dtype(logits.dtype)), 1)
     kept = labels != ignore_index
-    picked = log_probability.gather(1, labels.where(kept, 0).unsqueeze(1)).squeeze(1)
+    known = (labels >= 0) & (labels < logits.shape[1])
+    picked = log_probability.gather(1, labels.where(known, 0).unsqueeze(1)).squeeze(1)
+    picked = picked.masked_fill(~known & kept, float("nan"))
     loss = -(1.0 - label_smoothing) * picked
     if label_smoothing > 0.0:
         loss = loss - label_smoothing * log_probability.mean(1)
