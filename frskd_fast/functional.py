@@ -148,7 +148,8 @@ def cross_entropy_kd(
         teacher_logits: the same shape, dtype and device, or as many heads; ``None`` leaves CE(teacher) and KD at 0.
         targets: ``None`` (both CE are 0); class indices (N,), (N, W) or (N, H, W); ``(targets_a, targets_b, lam)`` for
             lam * CE(., a) + (1 - lam) * CE(., b), where an ignored label takes its weight out of the mean (a traced graph
-            holds lam as a constant: compiled code with a new lam each step passes probabilities instead); probabilities of the logits' shape; or a list with one entry per head.
+            holds lam as a constant: compiled code with a new lam each step passes probabilities instead);
+            probabilities of the logits' shape; or a list with one entry per head.
         temperature: T > 0 of the KD term; the cross-entropies are at temperature 1.
         label_smoothing: in [0, 1].
         ignore_index: class index whose rows count in neither CE; the KD term keeps them, as FRSKD does.

@@ -53,6 +53,8 @@ def test_every_environment_variable_is_documented() -> None:
         used.update(re.findall(r"environ(?:\.get)?[(\[]\s*\"(\w+)\"", source.read_text(encoding="utf-8")))
     rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "environment.md").read_text(encoding="utf-8"), re.MULTILINE)
     documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    for source in (ROOT / "csrc").rglob("*.cpp"):
+        used.update(re.findall(r"getenv\(\"(\w+)\"", source.read_text(encoding="utf-8")))
     assert {"FRSKD_FAST_IMPL", "FRSKD_FAST_BUILD"} <= used
     assert used <= documented, f"used but not documented: {sorted(used - documented)}"
     assert documented <= used, f"documented but not used: {sorted(documented - used)}"
@@ -70,7 +72,7 @@ def test_documented_default_architectures_are_those_of_the_build() -> None:
 def test_make_targets_named_in_the_documents_exist() -> None:
     defined = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        named = set(re.findall(r"`?\bmake ([a-z][\w-]*)`", document.read_text(encoding="utf-8")))
+        named = set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", document.read_text(encoding="utf-8"), re.MULTILINE))
         assert named and named <= defined, document.name
 
 

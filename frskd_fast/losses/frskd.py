@@ -149,8 +149,8 @@ class FRSKDLoss(nn.Module):
             )
         if (students[0].dtype == torch.float64) != (student_logits.dtype == torch.float64):
             raise TypeError(
-                f"student_feats[0] has dtype {students[0].dtype}, but student_logits has {student_logits.dtype} and either both "
-                "or neither in float64 was wanted; cast one of them."
+                f"student_feats[0] has dtype {students[0].dtype}, but student_logits has {student_logits.dtype} and "
+                "either both or neither in float64 was wanted; cast one of them."
             )
         name = _dispatch.choose(self.impl, student_logits.device.type, student_logits.dtype)
         labels = logits.checked_labels(
