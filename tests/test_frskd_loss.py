@@ -18,7 +18,6 @@ import frskd_fast
 from frskd_fast.losses import FRSKDLoss
 
 GOLDEN = Path(__file__).parent / "golden"
-# triton runs interpreted where there is no device
 IMPLEMENTATIONS = ["reference", "cpu"]
 CASES = {"default": (2.0, 100.0, 4.0), "cold": (1.0, 50.0, 1.0), "hot": (3.0, 200.0, 10.0)}
 
@@ -44,7 +43,7 @@ def _inputs(
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "triton"])
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case: str, impl: str) -> None:
-    """Loss and gradients computed by the original implementation, float32."""
+    """Loss and gradients computed by the original implementation, float32; triton is interpreted without a device."""
     _skip_without_triton(impl)
     stored = load_file(GOLDEN / f"frskd_loss_{case}.safetensors")
     weights = CASES[case]
@@ -330,6 +329,7 @@ def test_bad_input_is_refused_in_a_sentence(impl: str) -> None:
         ((student, teacher, students, teachers, targets + 100), "holds the label"),
         ((student, teacher, students, teachers, targets.float()), "targets has dtype torch.float32"),
         ((student, teacher[:, :5], students, teachers), "same classes"),
+        ((student, teacher, [s.double() for s in students], [t.double() for t in teachers]), "either both or neither"),
         ((student, teacher, students, [t[:, :, :-1] for t in teachers]), r"teacher_feats\[0\] has maps of \(7, 8\)"),
     ]
     for arguments, message in cases:
