@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/attention_math.h"
+#include "parallel.h"
 #include "simd.h"
 #include "views.h"
 
@@ -67,11 +68,6 @@ inline __attribute__((always_inline)) V derivative(V value, double exponent) {
   if constexpr (E == Exponent::kOne) return sign;
   return sign * lanes_power(absolute(value), exponent - 1.0);
 }
-
-template <int Value>
-struct Constant {
-  static constexpr int kValue = Value;
-};
 
 // out[pixel] = sum_c |f|^p for the pixels [begin, end) of one sample.
 template <Exponent E, typename T, typename A>
@@ -251,26 +247,6 @@ void finish_sample(
     }
   }
 }
-
-template <typename A>
-struct Scratch {
-  explicit Scratch(int64 count) : data(static_cast<A*>(__builtin_malloc(sizeof(A) * (count > 0 ? count : 1)))) {
-    if (data == nullptr) __builtin_trap();
-  }
-  ~Scratch() { __builtin_free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  A* data;
-};
-
-template <typename Body>
-void parallel(ParallelFor run, int64 count, int64 grain, const Body& body) {
-  run(
-      count, grain, [](int64 begin, int64 end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
-
-inline int64 pixels_of(const Map& map) { return map.height * map.width; }
 
 // Elements of one sample over all levels and both sides: the work of one step of the sample loop.
 inline int64 sample_elements(const Map* maps, int64 levels) {

@@ -90,6 +90,7 @@ inline void check_number(double value, double least, const char* name) {
 }
 
 const Kernels& kernels();
+const FusionKernels& fusion_kernels();
 void run_parallel(std::int64_t count, std::int64_t grain, ParallelBody body, void* context);
 int thread_count();
 

@@ -7,21 +7,39 @@
 namespace frskd {
 namespace {
 
-const Kernels& chosen_kernels() {
+bool has_avx2() {
 #if defined(__x86_64__)
   const char* forced = std::getenv("FRSKD_FAST_CPU");
   const bool baseline = forced != nullptr && std::strcmp(forced, "baseline") == 0;
-  if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return kAvx2Kernels;
-  }
+  return !baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+const Kernels& chosen_kernels() {
+#if defined(__x86_64__)
+  if (has_avx2()) return kAvx2Kernels;
 #endif
   return kBaselineKernels;
+}
+
+const FusionKernels& chosen_fusion_kernels() {
+#if defined(__x86_64__)
+  if (has_avx2()) return kAvx2FusionKernels;
+#endif
+  return kBaselineFusionKernels;
 }
 
 }  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = chosen_kernels();
+  return chosen;
+}
+
+const FusionKernels& fusion_kernels() {
+  static const FusionKernels& chosen = chosen_fusion_kernels();
   return chosen;
 }
 

@@ -89,6 +89,38 @@ struct Logits {
   bool has_probabilities;
 };
 
+// One input of a weighted fusion. Absent parts are null.
+struct FusionInput {
+  Map map;
+  Map gradient;
+  int resample;
+  const void* statistics;  // (>= 2, C): mean, inverse deviation
+  const void* gamma;       // (C,)
+  const void* beta;
+  const void* sums;  // (2, C) of the first backward pass, read by the second
+  void* sums_out;    // the same, written by the first
+};
+
+struct Fusion {
+  FusionInput inputs[4];
+  int count;
+  std::int64_t batch;
+  Map out;  // backward: the upstream gradient
+  int pre;
+  int act;
+  int weighting;
+  double epsilon;
+  const void* weight;     // (count,)
+  void* weight_gradient;  // (count,), or null
+};
+
+struct FusionStatistics {
+  Map input;
+  std::int64_t batch;
+  double epsilon;
+  void* statistics;  // (3, C): mean, inverse deviation, biased variance
+};
+
 // Runs body(begin, end) over [0, count) on the threads PyTorch was told to use.
 using ParallelBody = void (*)(std::int64_t begin, std::int64_t end, void* context);
 using ParallelFor = void (*)(std::int64_t count, std::int64_t grain, ParallelBody body, void* context);
@@ -102,9 +134,18 @@ struct Kernels {
   void (*logits_backward)(const Logits&, Element, ParallelFor, int threads);
 };
 
+// Those of the weighted fusion: a table and files of their own, which compile beside the others.
+struct FusionKernels {
+  void (*statistics)(const FusionStatistics&, Element, ParallelFor, int threads);
+  void (*forward)(const Fusion&, Element, ParallelFor, int threads);
+  void (*backward)(const Fusion&, Element, ParallelFor, int threads);
+};
+
 extern const Kernels kBaselineKernels;
+extern const FusionKernels kBaselineFusionKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const FusionKernels kAvx2FusionKernels;
 #endif
 
 }  // namespace frskd

@@ -1,0 +1,932 @@
+// Weighted fusion on the CPU. Both layouts compute on lines: runs of contiguous elements of one row of the map. In
+// channels_last a line is the channels of a pixel, otherwise it is the row of a channel; the per-channel numbers of a
+// line are laid out beside its elements, so that one set of inner loops serves both.
+#pragma once
+
+#include "../common/fusion_math.h"
+#include "parallel.h"
+
+namespace frskd {
+namespace {
+
+constexpr int64 kFusionBuffer = 4096;       // elements of a row buffer: stays in the first-level cache
+constexpr int64 kMostFusionChannels = 256;  // channels of a block
+constexpr int64 kSampleGroups = 32;         // partial sums over the batch; their number may not depend on the threads
+constexpr int64 kRowsBeforeDouble = 32;     // elements added in float before they join the total in double
+
+template <typename V>
+inline __attribute__((always_inline)) V sigmoid(V value) {
+  const V one = V{} + 1;
+  const V highest = V{} + 87;  // beyond it the exponential leaves float's range and the result is 0
+  const V negative = -value > highest ? highest : -value;
+  return one / (one + exponential(negative));
+}
+
+// relu and no activation share their code: below `threshold`, 0 or NaN (with which nothing compares), a value is replaced
+// by it and its slope is 0.
+template <bool Silu, typename V>
+inline __attribute__((always_inline)) V activated(V value, V threshold) {
+  if constexpr (Silu) return value * sigmoid(value);
+  return value < threshold ? threshold : value;
+}
+
+// grad * d activated(value) / d value
+template <bool Silu, typename V>
+inline __attribute__((always_inline)) V times_slope(V grad, V value, V threshold) {
+  if constexpr (Silu) {
+    const V one = V{} + 1;
+    const V gate = sigmoid(value);
+    return grad * (gate * (one + value * (one - gate)));
+  }
+  return value <= threshold ? V{} : grad;
+}
+
+template <typename A>
+inline typename Lanes<A>::Vector threshold_of(int activation) {
+  return Lanes<A>::splat(activation == kActivationRelu ? A(0) : static_cast<A>(__builtin_nan("")));
+}
+
+template <typename Body>
+inline void with_activation(int activation, const Body& body) {
+  if (activation == kActivationSilu) {
+    body(Constant<1>{});
+  } else {
+    body(Constant<0>{});
+  }
+}
+
+// What the elements of a line are normalised with: y = (x - mean) * scale + beta, and for the gradient
+// dx = scale * (dy - mean_dy - (x - mean) * mean_dot).
+template <typename A>
+struct Coefficients {
+  A* mean;
+  A* scale;
+  A* beta;
+  A* mean_dy;
+  A* mean_dot;  // inverse deviation times the mean of dy * xhat
+};
+
+// Lines of one row of one input.
+template <typename T>
+struct Lines {
+  T* data;
+  const int64* offsets;  // of each line; null: 0
+  int64 stride;          // of a line number in `offsets`' place: line k starts at offsets[k] * stride
+  T* line(int64 k) const { return data + (offsets == nullptr ? k : offsets[k]) * stride; }
+};
+
+template <typename T>
+inline __attribute__((always_inline)) auto load_some(const T* pointer, int64 rest, int64 width)
+    -> decltype(load(pointer)) {
+  return rest >= width ? load(pointer) : load_first(pointer, rest);
+}
+
+// sums += weight * pre(normalise(x)) over `lines` lines of `count` elements; a line of sums is `padded` elements long.
+template <bool Normalised, bool Silu, typename T, typename A>
+void add_lines(
+    const Lines<const T>& input,
+    int64 lines,
+    int64 count,
+    int64 padded,
+    const Coefficients<A>& coefficients,
+    A weight,
+    typename Lanes<A>::Vector threshold,
+    A* sums) {
+  using L = Lanes<A>;
+  using V = typename L::Vector;
+  const V w = L::splat(weight);
+  const auto add = [&](V x, int64 element, A* place) __attribute__((always_inline)) {
+    if constexpr (Normalised) {
+      x = (x - load(coefficients.mean + element)) * load(coefficients.scale + element) +
+          load(coefficients.beta + element);
+    }
+    store(load(place) + w * activated<Silu>(x, threshold), place);
+  };
+  const int64 whole = count - count % L::kWidth;
+  for (int64 k = 0; k < lines; ++k) {
+    const T* x = input.line(k);
+    A* place = sums + k * padded;
+    for (int64 element = 0; element < whole; element += L::kWidth) add(load(x + element), element, place + element);
+    if (whole < count) add(load_first(x + whole, count - whole), whole, place + whole);
+  }
+}
+
+enum class FusionPass { kGradient, kSums, kWeightOnly };
+
+// One row of gradients of one input. `upstream` holds dL / ds summed over the outputs that read the element, or dL / dy
+// itself (Direct, after pooling).
+template <bool Normalised, FusionPass Pass, bool Silu, bool Direct, typename T, typename A>
+void gradient_lines(
+    const Lines<const T>& input,
+    const Lines<const A>& upstream,
+    const Lines<T>& gradient,
+    int64 lines,
+    int64 count,
+    const Coefficients<A>& coefficients,
+    A weight,
+    typename Lanes<A>::Vector threshold,
+    A* sum_dy,   // per element of a line
+    A* sum_dot,  // of dy * (x - mean)
+    typename Lanes<A>::Vector& derivative) {
+  using L = Lanes<A>;
+  using V = typename L::Vector;
+  const V w = L::splat(weight);
+  const int64 whole = count - count % L::kWidth;
+  const auto step = [&](V x, V grad, int64 element, V& result) __attribute__((always_inline)) {
+    V centred = x, y = x, scale;
+    if constexpr (Normalised) {
+      scale = load(coefficients.scale + element);
+      centred = x - load(coefficients.mean + element);
+      y = centred * scale + load(coefficients.beta + element);
+    }
+    V dy = grad;
+    if constexpr (!Direct) {
+      derivative += grad * activated<Silu>(y, threshold);
+      dy = w * times_slope<Silu>(grad, y, threshold);
+    }
+    if constexpr (Pass == FusionPass::kSums) {
+      store(load(sum_dy + element) + dy, sum_dy + element);
+      store(load(sum_dot + element) + dy * centred, sum_dot + element);
+    } else if constexpr (Pass == FusionPass::kGradient) {
+      if constexpr (Normalised) {
+        result = scale * ((dy - load(coefficients.mean_dy + element)) - centred * load(coefficients.mean_dot + element));
+      } else {
+        result = dy;
+      }
+    }
+  };
+  for (int64 k = 0; k < lines; ++k) {
+    const T* x = input.line(k);
+    const A* grad = upstream.line(k);
+    for (int64 element = 0; element < whole; element += L::kWidth) {
+      V result = {};
+      step(load(x + element), load(grad + element), element, result);
+      if constexpr (Pass == FusionPass::kGradient) store(result, gradient.line(k) + element);
+    }
+    if (whole < count) {
+      V result = {};
+      step(load_first(x + whole, count - whole), load_first(grad + whole, count - whole), whole, result);
+      if constexpr (Pass == FusionPass::kGradient) store_first(result, gradient.line(k) + whole, count - whole);
+    }
+  }
+}
+
+// Which elements one call computes: a group of samples and a block of channels.
+struct FusionBlock {
+  int64 first_sample, last_sample;
+  int64 first_channel, channels;
+};
+
+// The walk over a map: `lines` lines of `count` elements make a row.
+struct FusionPlan {
+  bool along_channels;
+  int64 block_channels;
+  int64 groups, blocks;
+};
+
+inline bool channels_are_contiguous(const Map& map) { return map.stride_c == 1 || map.channels == 1; }
+
+inline FusionPlan plan_fusion(const Fusion& call, bool with_gradients) {
+  FusionPlan plan;
+  plan.along_channels = channels_are_contiguous(call.out) && call.out.channels > 1;
+  int64 widest = call.out.width;
+  for (int i = 0; i < call.count; ++i) {
+    const FusionInput& input = call.inputs[i];
+    plan.along_channels = plan.along_channels && channels_are_contiguous(input.map);
+    if (with_gradients && input.gradient.data != nullptr) {
+      plan.along_channels = plan.along_channels && channels_are_contiguous(input.gradient);
+    }
+    widest = input.map.width > widest ? input.map.width : widest;
+  }
+  int64 channels = kFusionBuffer / (widest > 0 ? widest : 1) / 16 * 16;
+  channels = channels < 16 ? 16 : channels > kMostFusionChannels ? kMostFusionChannels : channels;
+  plan.block_channels = channels < call.out.channels ? channels : call.out.channels;
+  plan.groups = call.batch < kSampleGroups ? call.batch : kSampleGroups;
+  plan.blocks = (call.out.channels + plan.block_channels - 1) / plan.block_channels;
+  return plan;
+}
+
+inline FusionBlock block_of(const Fusion& call, const FusionPlan& plan, int64 unit) {
+  const int64 group = unit / plan.blocks, block = unit % plan.blocks;
+  FusionBlock result;
+  result.first_sample = call.batch * group / plan.groups;
+  result.last_sample = call.batch * (group + 1) / plan.groups;
+  result.first_channel = block * plan.block_channels;
+  const int64 rest = call.out.channels - result.first_channel;
+  result.channels = rest < plan.block_channels ? rest : plan.block_channels;
+  return result;
+}
+
+// Buffers and per-channel numbers of one thread.
+template <typename T, typename A>
+struct FusionWorker {
+  static constexpr int64 kWidth = Lanes<A>::kWidth;
+  const Fusion& call;
+  const bool along_channels;
+  const FusionWeights<A>& weights;
+  int64 longest_row = 0;   // elements of the longest row buffer, lines padded
+  int64 longest_line = 0;  // elements of the longest line, padded
+  int64 table_size = 0;
+  Scratch<A> numbers;
+  Scratch<T> copies;
+  Scratch<int64> tables;
+  Coefficients<A> coefficients[kMostFusionInputs];
+  A* sums;                              // (a row) the fused sum, or dL / ds
+  A* values;                            // (a row) of an input that is to be up-sampled
+  A* upstream[kMostFusionInputs];       // up: (a row of the input); pool: four rows of it
+  A* sum_dy[kMostFusionInputs];         // (a line)
+  A* sum_dot[kMostFusionInputs];
+  int64* source[kMostFusionInputs];     // the input column that an output column reads
+  int64 pending[kMostFusionInputs] = {};  // elements in sum_dy and sum_dot
+  double* totals[kMostFusionInputs];    // (2, channels of the block): sum of dy, of dy * (x - mean)
+  double derivative[kMostFusionInputs] = {};
+
+  static int64 padded(int64 count) { return (count + kWidth - 1) / kWidth * kWidth; }
+  static int64 row_elements(const FusionPlan& plan, int64 width) {
+    return plan.along_channels ? width * padded(plan.block_channels) : padded(width);
+  }
+  static int64 line_elements(const FusionPlan& plan, int64 widest) {
+    return padded(plan.along_channels ? plan.block_channels : widest);
+  }
+  static int64 widest_of(const Fusion& call) {
+    int64 widest = call.out.width;
+    for (int i = 0; i < call.count; ++i) widest = call.inputs[i].map.width > widest ? call.inputs[i].map.width : widest;
+    return widest;
+  }
+
+  FusionWorker(const Fusion& call, const FusionPlan& plan, const FusionWeights<A>& weights)
+      : call(call),
+        along_channels(plan.along_channels),
+        weights(weights),
+        longest_row(row_elements(plan, widest_of(call))),
+        longest_line(line_elements(plan, widest_of(call))),
+        table_size(call.out.width),
+        numbers(longest_row * (2 + 4 * kMostFusionInputs) + longest_line * 7 * kMostFusionInputs +
+                2 * kMostFusionInputs * longest_line * static_cast<int64>(sizeof(double) / sizeof(A)) + 16),
+        copies(longest_line * 8),
+        tables(table_size * kMostFusionInputs) {
+    A* next = numbers.data;
+    const auto take = [&next](int64 count) {
+      A* taken = next;
+      next += count;
+      return taken;
+    };
+    for (int i = 0; i < kMostFusionInputs; ++i) {
+      totals[i] = reinterpret_cast<double*>(take(2 * longest_line * static_cast<int64>(sizeof(double) / sizeof(A))));
+    }
+    sums = take(longest_row);
+    values = take(longest_row);
+    for (int i = 0; i < kMostFusionInputs; ++i) {
+      upstream[i] = take(4 * longest_row);
+      coefficients[i] = {take(longest_line), take(longest_line), take(longest_line), take(longest_line),
+                         take(longest_line)};
+      sum_dy[i] = take(longest_line);
+      sum_dot[i] = take(longest_line);
+      source[i] = tables.data + i * table_size;
+      if (i >= call.count) continue;
+      const FusionInput& input = call.inputs[i];
+      for (int64 x = 0; x < call.out.width; ++x) {
+        source[i][x] = input.resample == kResampleUp ? nearest_source(static_cast<int>(x), static_cast<int>(input.map.width),
+                                                                      static_cast<int>(call.out.width))
+                                                     : x;
+      }
+    }
+  }
+
+  // Lays the per-channel numbers of channels [first, first + count) beside the elements of a line: one each along
+  // channels, `repeat` times the same along a row.
+  void prepare(int i, int64 first, int64 count, int64 repeat) {
+    const FusionInput& input = call.inputs[i];
+    if (input.statistics == nullptr) return;
+    const A* mean = static_cast<const A*>(input.statistics);
+    const A* inverse = mean + input.map.channels;
+    const A* gamma = static_cast<const A*>(input.gamma);
+    const A* beta = static_cast<const A*>(input.beta);
+    const A* given = static_cast<const A*>(input.sums);
+    const double elements = static_cast<double>(call.batch * pixels_of(input.map));
+    const Coefficients<A>& into = coefficients[i];
+    const int64 size = padded(count * repeat);
+    for (int64 k = 0; k < size; ++k) {
+      const int64 channel = first + (repeat > 1 || count == 1 ? 0 : (k < count ? k : count - 1));
+      into.mean[k] = mean[channel];
+      into.scale[k] = inverse[channel] * gamma[channel];
+      into.beta[k] = beta[channel];
+      into.mean_dy[k] = given == nullptr ? A(0) : static_cast<A>(given[channel] / elements);
+      into.mean_dot[k] = given == nullptr
+                             ? A(0)
+                             : static_cast<A>(given[input.map.channels + channel] / elements * inverse[channel]);
+    }
+  }
+
+  // A row of the map for channel block or channel `first_channel`, as lines. A row whose elements are not contiguous is
+  // copied to `copy` first.
+  template <typename Pointer>
+  Lines<Pointer> row_of(const Map& map, int64 sample, int64 first_channel, int64 y, const int64* offsets) {
+    Pointer* start =
+        static_cast<Pointer*>(map.data) + sample * map.stride_n + first_channel * map.stride_c + y * map.stride_h;
+    return {start, offsets, map.stride_w};
+  }
+
+  const T* gathered(const Map& map, int64 sample, int64 channel, int64 y, int place) {
+    const T* start = static_cast<const T*>(map.data) + sample * map.stride_n + channel * map.stride_c + y * map.stride_h;
+    if (map.stride_w == 1) return start;
+    T* copy = copies.data + place * longest_line;
+    for (int64 x = 0; x < map.width; ++x) copy[x] = start[x * map.stride_w];
+    return copy;
+  }
+
+  template <typename Body>
+  void with_input(int i, const Body& body) {
+    with_activation(call.pre, [&](auto pre) {
+      if (call.inputs[i].statistics != nullptr) {
+        body(Constant<1>{}, pre);
+      } else {
+        body(Constant<0>{}, pre);
+      }
+    });
+  }
+
+  // The element of a pooling window, normalised; `tap` is null in the padding.
+  template <bool Normalised, typename V>
+  inline __attribute__((always_inline)) V tap_value(const T* tap, const Coefficients<A>& k, int64 element, int64 rest) {
+    if (tap == nullptr) return V{};
+    const V x = load_some(tap + element, rest, kWidth);
+    if constexpr (!Normalised) return x;
+    return (x - load(k.mean + element)) * load(k.scale + element) + load(k.beta + element);
+  }
+
+  // The nine elements that output (y, x) is the maximum of; null in the padding.
+  void window(const Map& map, const T* base, int64 y, int64 x, const T* taps[9]) {
+    const int64 top = 2 * y - map.height % 2, left = 2 * x - map.width % 2;
+    for (int t = 0; t < 9; ++t) {
+      const int64 row = top + t / 3, column = left + t % 3;
+      const bool inside = row >= 0 && row < map.height && column >= 0 && column < map.width;
+      taps[t] = inside ? base + row * map.stride_h + column * map.stride_w : nullptr;
+    }
+  }
+
+  // sums = sum_i w_i * pre(v_i) for one row of the output; a line is the channel block, or the row of one channel.
+  void fuse_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
+    const int64 lines = along_channels ? call.out.width : 1;
+    const int64 count = along_channels ? channels : call.out.width;
+    const int64 pitch = padded(count);
+    for (int64 k = 0; k < lines * pitch; ++k) sums[k] = 0;
+    for (int i = 0; i < call.count; ++i) {
+      const FusionInput& input = call.inputs[i];
+      const A weight = weights.normalised[i];
+      with_input(i, [&](auto normalised, auto pre) {
+        constexpr bool Normalised = decltype(normalised)::kValue != 0;
+        constexpr bool Silu = decltype(pre)::kValue != 0;
+        if (input.resample == kResamplePool) {
+          pool_row<Normalised, Silu>(i, sample, first_channel, channels, y);
+          return;
+        }
+        const bool up = input.resample == kResampleUp;
+        const int64 row = up ? nearest_source(static_cast<int>(y), static_cast<int>(input.map.height),
+                                              static_cast<int>(call.out.height))
+                             : y;
+        if (along_channels) {
+          const Lines<const T> given = row_of<const T>(input.map, sample, first_channel, row, source[i]);
+          add_lines<Normalised, Silu>(given, lines, count, pitch, coefficients[i], weight, threshold_of<A>(call.pre), sums);
+          return;
+        }
+        const Lines<const T> given{gathered(input.map, sample, first_channel, row, i), nullptr, 0};
+        if (!up) {
+          add_lines<Normalised, Silu>(given, 1, count, pitch, coefficients[i], weight, threshold_of<A>(call.pre), sums);
+          return;
+        }
+        const int64 width = input.map.width;
+        for (int64 k = 0; k < padded(width); ++k) values[k] = 0;
+        add_lines<Normalised, Silu>(given, 1, width, padded(width), coefficients[i], weight, threshold_of<A>(call.pre), values);
+        for (int64 x = 0; x < call.out.width; ++x) sums[x] += values[source[i][x]];
+      });
+    }
+  }
+
+  template <bool Normalised, bool Silu>
+  void pool_row(int i, int64 sample, int64 first_channel, int64 channels, int64 y) {
+    using V = typename Lanes<A>::Vector;
+    const Map& map = call.inputs[i].map;
+    const A weight = weights.normalised[i];
+    const V threshold = threshold_of<A>(call.pre);
+    const T* base = static_cast<const T*>(map.data) + sample * map.stride_n + first_channel * map.stride_c;
+    const int64 pitch = padded(channels);
+    for (int64 x = 0; x < call.out.width; ++x) {
+      const T* taps[9];
+      window(map, base, y, x, taps);
+      if (!along_channels) {
+        A best = 0;
+        for (int t = 0; t < 9; ++t) {
+          const A value = scalar_tap<Normalised>(taps[t], coefficients[i]);
+          if (t == 0 || value > best || value != value) best = value;
+        }
+        sums[x] += (weight * activated<Silu>(V{best}, threshold))[0];
+        continue;
+      }
+      for (int64 element = 0; element < channels; element += kWidth) {
+        const int64 rest = channels - element;
+        V best = tap_value<Normalised, V>(taps[0], coefficients[i], element, rest);
+        for (int t = 1; t < 9; ++t) {
+          const V value = tap_value<Normalised, V>(taps[t], coefficients[i], element, rest);
+          best = (value > best) | (value != value) ? value : best;
+        }
+        A* place = sums + x * pitch + element;
+        store(load(place) + Lanes<A>::splat(weight) * activated<Silu>(best, threshold), place);
+      }
+    }
+  }
+
+  template <bool Normalised>
+  A scalar_tap(const T* tap, const Coefficients<A>& k) {
+    if (tap == nullptr) return A(0);
+    const A x = to_scalar(*tap);
+    return Normalised ? (x - k.mean[0]) * k.scale[0] + k.beta[0] : x;
+  }
+
+  void write_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
+    const int64 lines = along_channels ? call.out.width : 1;
+    const int64 count = along_channels ? channels : call.out.width;
+    const int64 pitch = padded(count);
+    T* start = static_cast<T*>(call.out.data) + sample * call.out.stride_n + first_channel * call.out.stride_c +
+               y * call.out.stride_h;
+    const auto threshold = threshold_of<A>(call.act);
+    with_activation(call.act, [&](auto act) {
+      constexpr bool Silu = decltype(act)::kValue != 0;
+      for (int64 k = 0; k < lines; ++k) {
+        const A* from = sums + k * pitch;
+        T* to = start + (along_channels ? k * call.out.stride_w : 0);
+        if (!along_channels && call.out.stride_w != 1) {
+          for (int64 x = 0; x < count; ++x) {
+            from_scalar(activated<Silu>(typename Lanes<A>::Vector{from[x]}, threshold)[0], to + x * call.out.stride_w);
+          }
+          continue;
+        }
+        int64 element = 0;
+        for (; element + kWidth <= count; element += kWidth) store(activated<Silu>(load(from + element), threshold), to + element);
+        if (element < count) store_first(activated<Silu>(load(from + element), threshold), to + element, count - element);
+      }
+    });
+  }
+
+  // sums = dL / ds for one row of the output: the upstream gradient times the slope of the last activation.
+  void upstream_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
+    const int64 lines = along_channels ? call.out.width : 1;
+    const int64 count = along_channels ? channels : call.out.width;
+    const int64 pitch = padded(count);
+    if (call.act != kActivationNone) fuse_row(sample, first_channel, channels, y);
+    const T* start = static_cast<const T*>(call.out.data) + sample * call.out.stride_n +
+                     first_channel * call.out.stride_c + y * call.out.stride_h;
+    const auto threshold = threshold_of<A>(call.act);
+    with_activation(call.act, [&](auto act) {
+      constexpr bool Silu = decltype(act)::kValue != 0;
+      for (int64 k = 0; k < lines; ++k) {
+        A* place = sums + k * pitch;
+        const T* from = along_channels ? start + k * call.out.stride_w
+                                       : gathered(call.out, sample, first_channel, y, kMostFusionInputs);
+        for (int64 element = 0; element < count; element += kWidth) {
+          const auto grad = load_some(from + element, count - element, kWidth);
+          store(times_slope<Silu>(grad, load(place + element), threshold), place + element);
+        }
+      }
+    });
+  }
+
+  // Gradients of one row of input i, whose `given` is dL / ds summed over its outputs (or dL / dy: Direct).
+  template <bool Direct>
+  void finish_row(int i, const Lines<const A>& given, int64 sample, int64 first_channel, int64 channels, int64 row) {
+    const FusionInput& input = call.inputs[i];
+    const int64 lines = along_channels ? input.map.width : 1;
+    const int64 count = along_channels ? channels : input.map.width;
+    const Lines<const T> x = along_channels ? row_of<const T>(input.map, sample, first_channel, row, nullptr)
+                                            : Lines<const T>{gathered(input.map, sample, first_channel, row, i), nullptr, 0};
+    typename Lanes<A>::Vector derivatives = {};
+    const auto run = [&](auto normalised, auto pre, auto pass, const Lines<T>& out) {
+      gradient_lines<decltype(normalised)::kValue != 0, static_cast<FusionPass>(decltype(pass)::kValue),
+                     !Direct && decltype(pre)::kValue != 0, Direct>(
+          x, given, out, lines, count, coefficients[i], weights.normalised[i], threshold_of<A>(call.pre), sum_dy[i], sum_dot[i], derivatives);
+    };
+    with_input(i, [&](auto normalised, auto pre) {
+      if (input.sums_out != nullptr) {
+        run(normalised, pre, Constant<static_cast<int>(FusionPass::kSums)>{}, Lines<T>{nullptr, nullptr, 0});
+        return;
+      }
+      if (input.gradient.data == nullptr) {
+        if constexpr (!Direct) {
+          run(normalised, pre, Constant<static_cast<int>(FusionPass::kWeightOnly)>{}, Lines<T>{nullptr, nullptr, 0});
+        }
+        return;
+      }
+      const Map& out = input.gradient;
+      if (along_channels || out.stride_w == 1) {
+        const Lines<T> to = along_channels ? row_of<T>(out, sample, first_channel, row, nullptr)
+                                           : row_of<T>(out, sample, first_channel, row, nullptr);
+        run(normalised, pre, Constant<static_cast<int>(FusionPass::kGradient)>{}, to);
+        return;
+      }
+      T* copy = copies.data + (kMostFusionInputs + 1) * longest_line;
+      run(normalised, pre, Constant<static_cast<int>(FusionPass::kGradient)>{}, Lines<T>{copy, nullptr, 0});
+      T* to = row_of<T>(out, sample, first_channel, row, nullptr).data;
+      for (int64 column = 0; column < out.width; ++column) to[column * out.stride_w] = copy[column];
+    });
+    derivative[i] += horizontal_sum(derivatives);
+    if (input.sums_out != nullptr) {
+      pending[i] += lines > 1 ? lines : 1;
+      if (pending[i] >= kRowsBeforeDouble) settle(i, count);
+    }
+  }
+
+  // Moves the sums in float to the totals in double.
+  void settle(int i, int64 count) {
+    if (pending[i] == 0) return;
+    pending[i] = 0;
+    if (along_channels) {
+      for (int64 k = 0; k < count; ++k) {
+        totals[i][k] += sum_dy[i][k];
+        totals[i][longest_line + k] += sum_dot[i][k];
+        sum_dy[i][k] = sum_dot[i][k] = 0;
+      }
+      return;
+    }
+    double dy = 0, dot = 0;
+    for (int64 k = 0; k < padded(count); ++k) {
+      dy += sum_dy[i][k];
+      dot += sum_dot[i][k];
+      sum_dy[i][k] = sum_dot[i][k] = 0;
+    }
+    totals[i][0] += dy;
+    totals[i][longest_line] += dot;
+  }
+
+  // Whether input i has anything to compute in this pass.
+  bool wanted(int i) const {
+    const FusionInput& input = call.inputs[i];
+    return input.sums_out != nullptr || input.gradient.data != nullptr || call.weight_gradient != nullptr;
+  }
+
+  // All rows of one sample and one channel block (or one channel), in order.
+  void backward_map(int64 sample, int64 first_channel, int64 channels) {
+    const int64 lines = along_channels ? call.out.width : 1;
+    const int64 count = along_channels ? channels : call.out.width;
+    const int64 pitch = padded(count);
+    int64 next_row[kMostFusionInputs] = {};
+    for (int i = 0; i < call.count; ++i) {
+      if (call.inputs[i].resample == kResampleNone || !wanted(i)) continue;
+      const int64 row = along_channels ? call.inputs[i].map.width * pitch : padded(call.inputs[i].map.width);
+      for (int64 k = 0; k < 4 * row; ++k) upstream[i][k] = 0;
+    }
+    for (int64 y = 0; y < call.out.height; ++y) {
+      upstream_row(sample, first_channel, channels, y);
+      for (int i = 0; i < call.count; ++i) {
+        if (!wanted(i)) continue;
+        const FusionInput& input = call.inputs[i];
+        if (input.resample == kResampleNone) {
+          finish_row<false>(i, Lines<const A>{sums, nullptr, pitch}, sample, first_channel, channels, y);
+          continue;
+        }
+        const int64 row = along_channels ? input.map.width * pitch : padded(input.map.width);
+        if (input.resample == kResampleUp) {
+          gather_up(i, lines, pitch);
+          while (next_row[i] < input.map.height &&
+                 first_destination(static_cast<int>(next_row[i] + 1), static_cast<int>(input.map.height),
+                                   static_cast<int>(call.out.height)) <= y + 1) {
+            finish_row<false>(i, Lines<const A>{upstream[i], nullptr, pitch}, sample, first_channel, channels, next_row[i]);
+            for (int64 k = 0; k < row; ++k) upstream[i][k] = 0;
+            ++next_row[i];
+          }
+          continue;
+        }
+        with_input(i, [&](auto normalised, auto pre) {
+          scatter_pool<decltype(normalised)::kValue != 0, decltype(pre)::kValue != 0>(i, sample, first_channel, channels, y, row);
+        });
+        // Rows that no later window reaches.
+        const int64 reached = y + 1 == call.out.height ? input.map.height : 2 * (y + 1) - input.map.height % 2;
+        for (; next_row[i] < reached; ++next_row[i]) {
+          A* ready = upstream[i] + next_row[i] % 4 * row;
+          finish_row<true>(i, Lines<const A>{ready, nullptr, pitch}, sample, first_channel, channels, next_row[i]);
+          for (int64 k = 0; k < row; ++k) ready[k] = 0;
+        }
+      }
+    }
+    for (int i = 0; i < call.count; ++i) settle(i, along_channels ? channels : call.inputs[i].map.width);
+  }
+
+  void gather_up(int i, int64 lines, int64 pitch) {
+    if (!along_channels) {
+      for (int64 x = 0; x < call.out.width; ++x) upstream[i][source[i][x]] += sums[x];
+      return;
+    }
+    for (int64 x = 0; x < lines; ++x) {
+      A* to = upstream[i] + source[i][x] * pitch;
+      const A* from = sums + x * pitch;
+      for (int64 k = 0; k < pitch; k += kWidth) store(load(to + k) + load(from + k), to + k);
+    }
+  }
+
+  template <bool Normalised, bool Silu>
+  void scatter_pool(int i, int64 sample, int64 first_channel, int64 channels, int64 y, int64 row_elements_of_input) {
+    using L = Lanes<A>;
+    using V = typename L::Vector;
+    using M = typename L::Mask;
+    const Map& map = call.inputs[i].map;
+    const A weight = weights.normalised[i];
+    const V threshold = threshold_of<A>(call.pre);
+    const T* base = static_cast<const T*>(map.data) + sample * map.stride_n + first_channel * map.stride_c;
+    const int64 pitch = padded(channels);
+    const int64 top = 2 * y - map.height % 2, left_of_first = -(map.width % 2);
+    V derivatives = {};
+    for (int64 x = 0; x < call.out.width; ++x) {
+      const T* taps[9];
+      window(map, base, y, x, taps);
+      const int64 left = left_of_first + 2 * x;
+      if (!along_channels) {
+        A best = 0;
+        int chosen = 0;
+        for (int t = 0; t < 9; ++t) {
+          const A value = scalar_tap<Normalised>(taps[t], coefficients[i]);
+          if (t == 0 || value > best || value != value) {
+            best = value;
+            chosen = t;
+          }
+        }
+        const V value = V{best}, grad = V{sums[x]};
+        derivative[i] += (grad * activated<Silu>(value, threshold))[0];
+        if (taps[chosen] != nullptr) {
+          upstream[i][(top + chosen / 3) % 4 * row_elements_of_input + left + chosen % 3] +=
+              weight * times_slope<Silu>(grad, value, threshold)[0];
+        }
+        continue;
+      }
+      for (int64 element = 0; element < channels; element += kWidth) {
+        const int64 rest = channels - element;
+        V best = tap_value<Normalised, V>(taps[0], coefficients[i], element, rest);
+        M chosen = {};
+        for (int t = 1; t < 9; ++t) {
+          const V value = tap_value<Normalised, V>(taps[t], coefficients[i], element, rest);
+          const auto larger = (value > best) | (value != value);
+          best = larger ? value : best;
+          chosen = larger ? M{} + t : chosen;
+        }
+        const V grad = load_some(sums + x * pitch + element, rest, kWidth);
+        derivatives += grad * activated<Silu>(best, threshold);
+        const V dy = L::splat(weight) * times_slope<Silu>(grad, best, threshold);
+        for (int t = 0; t < 9; ++t) {
+          if (taps[t] == nullptr) continue;
+          A* to = upstream[i] + (top + t / 3) % 4 * row_elements_of_input + (left + t % 3) * pitch + element;
+          store(load(to) + (chosen == M{} + t ? dy : V{}), to);
+        }
+      }
+    }
+    derivative[i] += horizontal_sum(derivatives);
+  }
+};
+
+template <typename A>
+FusionWeights<A> weights_of(const Fusion& call) {
+  return normalise_fusion_weights(
+      static_cast<const A*>(call.weight), call.count, call.weighting, static_cast<A>(call.epsilon), [](A x) {
+        if constexpr (sizeof(A) == 4) return __builtin_expf(x);
+        return static_cast<A>(__builtin_exp(x));
+      });
+}
+
+template <typename T, typename A>
+void fusion_forward_typed(const Fusion& call, ParallelFor run, int) {
+  if (call.batch == 0) return;
+  const FusionPlan plan = plan_fusion(call, false);
+  const FusionWeights<A> weights = weights_of<A>(call);
+  parallel(run, plan.groups * plan.blocks, 1, [&](int64 begin, int64 end) {
+    FusionWorker<T, A> worker(call, plan, weights);
+    for (int64 unit = begin; unit < end; ++unit) {
+      const FusionBlock block = block_of(call, plan, unit);
+      const int64 step = plan.along_channels ? block.channels : 1;
+      for (int64 channel = 0; channel < block.channels; channel += step) {
+        const int64 first = block.first_channel + channel;
+        for (int i = 0; i < call.count; ++i) {
+          worker.prepare(i, first, step, plan.along_channels ? 1 : call.inputs[i].map.width);
+        }
+        for (int64 sample = block.first_sample; sample < block.last_sample; ++sample) {
+          for (int64 y = 0; y < call.out.height; ++y) {
+            worker.fuse_row(sample, first, step, y);
+            worker.write_row(sample, first, step, y);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Both backward passes: sums where an input's `sums_out` is given, gradients where its `gradient` is.
+template <typename T, typename A>
+void fusion_backward_typed(const Fusion& call, ParallelFor run, int) {
+  const FusionPlan plan = plan_fusion(call, true);
+  const FusionWeights<A> weights = weights_of<A>(call);
+  const int64 channels = call.out.channels, units = plan.groups * plan.blocks;
+  Scratch<double> sums(plan.groups * call.count * 2 * channels), derivatives(units * kMostFusionInputs);
+  parallel(run, units, 1, [&](int64 begin, int64 end) {
+    FusionWorker<T, A> worker(call, plan, weights);
+    for (int64 unit = begin; unit < end; ++unit) {
+      const FusionBlock block = block_of(call, plan, unit);
+      const int64 step = plan.along_channels ? block.channels : 1;
+      for (int i = 0; i < call.count; ++i) worker.derivative[i] = 0;
+      for (int64 channel = 0; channel < block.channels; channel += step) {
+        const int64 first = block.first_channel + channel;
+        for (int i = 0; i < call.count; ++i) {
+          worker.prepare(i, first, step, plan.along_channels ? 1 : call.inputs[i].map.width);
+          for (int64 k = 0; k < worker.longest_line; ++k) {
+            worker.sum_dy[i][k] = worker.sum_dot[i][k] = 0;
+            worker.totals[i][k] = worker.totals[i][worker.longest_line + k] = 0;
+          }
+        }
+        for (int64 sample = block.first_sample; sample < block.last_sample; ++sample) {
+          worker.backward_map(sample, first, step);
+        }
+        for (int i = 0; i < call.count; ++i) {
+          if (call.inputs[i].sums_out == nullptr) continue;
+          double* to = sums.data + (unit / plan.blocks * call.count + i) * 2 * channels + first;
+          for (int64 k = 0; k < step; ++k) {
+            to[k] = worker.totals[i][k];
+            to[channels + k] = worker.totals[i][worker.longest_line + k];
+          }
+        }
+      }
+      for (int i = 0; i < call.count; ++i) derivatives.data[unit * kMostFusionInputs + i] = worker.derivative[i];
+    }
+  });
+  for (int i = 0; i < call.count; ++i) {
+    if (call.inputs[i].sums_out == nullptr) continue;
+    A* out = static_cast<A*>(call.inputs[i].sums_out);
+    const A* inverse = static_cast<const A*>(call.inputs[i].statistics) + channels;
+    for (int64 channel = 0; channel < channels; ++channel) {
+      double dy = 0, dot = 0;
+      for (int64 group = 0; group < plan.groups; ++group) {
+        const double* from = sums.data + (group * call.count + i) * 2 * channels + channel;
+        dy += from[0];
+        dot += from[channels];
+      }
+      out[channel] = static_cast<A>(dy);
+      out[channels + channel] = static_cast<A>(dot * inverse[channel]);
+    }
+  }
+  if (call.weight_gradient != nullptr) {
+    // In double, because the gradient is a small difference of large sums.
+    double weight[kMostFusionInputs] = {}, derivative[kMostFusionInputs] = {}, gradient[kMostFusionInputs] = {};
+    for (int i = 0; i < call.count; ++i) {
+      weight[i] = static_cast<const A*>(call.weight)[i];
+      for (int64 unit = 0; unit < units; ++unit) derivative[i] += derivatives.data[unit * kMostFusionInputs + i];
+    }
+    const FusionWeights<double> exact = normalise_fusion_weights(
+        weight, call.count, call.weighting, call.epsilon, [](double x) { return __builtin_exp(x); });
+    fusion_weight_gradient(exact, weight, derivative, call.count, gradient);
+    for (int i = 0; i < call.count; ++i) static_cast<A*>(call.weight_gradient)[i] = static_cast<A>(gradient[i]);
+  }
+}
+
+constexpr int64 kStatisticsBlock = 128;  // channels
+constexpr int64 kStatisticsTile = 32;    // pixels
+
+// Mean and sum of squared deviations of a part; parts merge without cancellation (Chan et al.).
+struct Moments {
+  double mean, squares;
+};
+
+inline void merge(Moments& total, double total_count, double mean, double squares, double count) {
+  const double all = total_count + count;
+  const double difference = mean - total.mean;
+  total.mean += difference * (count / all);
+  total.squares += squares + difference * difference * (total_count * count / all);
+}
+
+template <typename T, typename A>
+void fusion_statistics_typed(const FusionStatistics& call, ParallelFor run, int) {
+  using L = Lanes<A>;
+  using V = typename L::Vector;
+  const Map& map = call.input;
+  const int64 channels = map.channels, pixels = pixels_of(map);
+  const int64 groups = call.batch < kSampleGroups ? call.batch : kSampleGroups;
+  const bool along_channels = channels_are_contiguous(map) && channels > 1;
+  const int64 block = channels < kStatisticsBlock ? channels : kStatisticsBlock;
+  const int64 blocks = (channels + block - 1) / block;
+  Scratch<Moments> parts(groups * channels);
+  const T* data = static_cast<const T*>(map.data);
+  parallel(run, groups * blocks, 1, [&](int64 begin, int64 end) {
+    const int64 width = L::kWidth;
+    for (int64 unit = begin; unit < end; ++unit) {
+      const int64 group = unit / blocks, first = unit % blocks * block;
+      const int64 last = first + block < channels ? first + block : channels;
+      const int64 first_sample = call.batch * group / groups, last_sample = call.batch * (group + 1) / groups;
+      Moments* into = parts.data + group * channels;
+      for (int64 channel = first; channel < last; ++channel) into[channel] = {0, 0};
+      double counted = 0;
+      for (int64 sample = first_sample; sample < last_sample; ++sample) {
+        if (along_channels) {
+          // Twice over pixels that stay in the first-level cache: their mean, then the deviations from it.
+          const int64 size = last - first, padded = (size + width - 1) / width * width;
+          for (int64 tile = 0; tile < pixels; tile += kStatisticsTile) {
+            const int64 count = pixels - tile < kStatisticsTile ? pixels - tile : kStatisticsTile;
+            A mean[kStatisticsBlock] = {}, squares[kStatisticsBlock] = {}, drift[kStatisticsBlock] = {};
+            const auto each_pixel = [&](const auto& body) __attribute__((always_inline)) {
+              for (int64 pixel = tile; pixel < tile + count; ++pixel) {
+                const T* point = data + sample * map.stride_n + first + pixel / map.width * map.stride_h +
+                                 pixel % map.width * map.stride_w;
+                for (int64 k = 0; k < padded; k += width) body(load_some(point + k, size - k, width), k);
+              }
+            };
+            each_pixel([&](V x, int64 k) __attribute__((always_inline)) { store(load(mean + k) + x, mean + k); });
+            const A inverse = A(1) / static_cast<A>(count);
+            for (int64 k = 0; k < padded; ++k) mean[k] *= inverse;
+            each_pixel([&](V x, int64 k) __attribute__((always_inline)) {
+              const V deviation = x - load(mean + k);
+              store(load(squares + k) + deviation * deviation, squares + k);
+              store(load(drift + k) + deviation, drift + k);
+            });
+            for (int64 k = 0; k < size; ++k) {
+              // What rounding left of the deviations' sum, which would be 0 of the exact mean.
+              const double left = drift[k], shift = left / static_cast<double>(count);
+              merge(into[first + k], counted, mean[k] + shift, squares[k] - left * shift, static_cast<double>(count));
+            }
+            counted += static_cast<double>(count);
+          }
+          continue;
+        }
+        for (int64 channel = first; channel < last; ++channel) {
+          double sample_counted = counted;
+          const T* plane = data + sample * map.stride_n + channel * map.stride_c;
+          const bool flat = map.stride_w == 1 && (map.stride_h == map.width || map.height == 1);
+          const int64 rows = flat ? (pixels + 1023) / 1024 : map.height;
+          for (int64 row = 0; row < rows; ++row) {
+            const T* line = flat ? plane + row * 1024 : plane + row * map.stride_h;
+            const int64 count = !flat ? map.width : pixels - row * 1024 < 1024 ? pixels - row * 1024 : 1024;
+            const int64 whole = map.stride_w == 1 ? count - count % width : 0;
+            V sums = {};
+            for (int64 x = 0; x < whole; x += width) sums += load(line + x);
+            A sum = horizontal_sum(sums);
+            for (int64 x = whole; x < count; ++x) sum += to_scalar(line[x * map.stride_w]);
+            const A mean = sum / static_cast<A>(count);
+            V squares = {}, drifts = {};
+            for (int64 x = 0; x < whole; x += width) {
+              const V deviation = load(line + x) - mean;
+              squares += deviation * deviation;
+              drifts += deviation;
+            }
+            double square = horizontal_sum(squares), left = horizontal_sum(drifts);
+            for (int64 x = whole; x < count; ++x) {
+              const A deviation = to_scalar(line[x * map.stride_w]) - mean;
+              square += static_cast<double>(deviation) * static_cast<double>(deviation);
+              left += deviation;
+            }
+            const double shift = left / static_cast<double>(count);
+            merge(into[channel], sample_counted, static_cast<double>(mean) + shift, square - left * shift,
+                  static_cast<double>(count));
+            sample_counted += static_cast<double>(count);
+          }
+        }
+        if (!along_channels) counted += static_cast<double>(pixels);
+      }
+    }
+  });
+  A* out = static_cast<A*>(call.statistics);
+  for (int64 channel = 0; channel < channels; ++channel) {
+    Moments total = {0, 0};
+    double counted = 0;
+    for (int64 group = 0; group < groups; ++group) {
+      const int64 samples = call.batch * (group + 1) / groups - call.batch * group / groups;
+      const double count = static_cast<double>(samples * pixels);
+      const Moments& part = parts.data[group * channels + channel];
+      merge(total, counted, part.mean, part.squares, count);
+      counted += count;
+    }
+    const double variance = total.squares / counted;
+    out[channel] = static_cast<A>(total.mean);
+    out[channels + channel] = static_cast<A>(1.0 / __builtin_sqrt(variance + call.epsilon));
+    out[2 * channels + channel] = static_cast<A>(variance);
+  }
+}
+
+#define FRSKD_FOR_ELEMENTS(function, call)                        \
+  switch (element) {                                              \
+    case Element::kFloat32:                                       \
+      return function<float, float>(call, run, threads);          \
+    case Element::kFloat64:                                       \
+      return function<double, double>(call, run, threads);        \
+    case Element::kBFloat16:                                      \
+      return function<BFloat16, float>(call, run, threads);       \
+    case Element::kFloat16:                                       \
+      return function<Half, float>(call, run, threads);           \
+  }
+
+void fusion_statistics(const FusionStatistics& call, Element element, ParallelFor run, int threads) {
+  FRSKD_FOR_ELEMENTS(fusion_statistics_typed, call)
+}
+
+void fusion_forward(const Fusion& call, Element element, ParallelFor run, int threads) {
+  FRSKD_FOR_ELEMENTS(fusion_forward_typed, call)
+}
+
+void fusion_backward(const Fusion& call, Element element, ParallelFor run, int threads) {
+  FRSKD_FOR_ELEMENTS(fusion_backward_typed, call)
+}
+
+#undef FRSKD_FOR_ELEMENTS
+
+}  // namespace
+}  // namespace frskd

@@ -1,0 +1,473 @@
+"""Operation ``fusion``: a weighted sum of feature maps (one node of a BiFPN), BatchNorm, resampling and activations folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from frskd_fast import _dispatch
+from frskd_fast.ops import _checks, _library
+from frskd_fast.ops._autograd import once_differentiable
+from frskd_fast.reference import fusion as reference
+
+DEAD_NODES = ("zero", "uniform")
+MOST_INPUTS = 4
+
+
+class Settings(NamedTuple):
+    """The numbers of one node; all plain Python, so that a traced graph holds them as constants."""
+
+    resamples: tuple[int, ...]
+    pre: int
+    act: int
+    weighting: int
+    epsilon: float
+
+
+def raw_statistics(inputs: Sequence[Tensor], epsilons: Sequence[float], impl: str) -> list[Tensor]:
+    """(3, C) for each input: mean, 1 / sqrt(variance + epsilon), biased variance."""
+    statistics: list[Tensor] = _dispatch.raw("fusion", impl).batch_statistics(inputs, epsilons)
+    return statistics
+
+
+def raw_forward(
+    inputs: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    weight: Tensor,
+    resamples: Sequence[int],
+    pre: int,
+    act: int,
+    weighting: int,
+    epsilon: float,
+    size: Sequence[int],
+    impl: str,
+) -> Tensor:
+    """The fused map by implementation ``impl``."""
+    _dispatch.record("fusion", impl)
+    out: Tensor = _dispatch.raw("fusion", impl).forward(
+        inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, size
+    )
+    return out
+
+
+def raw_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    weight: Tensor,
+    resamples: Sequence[int],
+    pre: int,
+    act: int,
+    weighting: int,
+    epsilon: float,
+    trains: Sequence[bool],
+    need_inputs: Sequence[bool],
+    need_weight: bool,
+    impl: str,
+) -> list[Tensor]:
+    """Gradients of the needed inputs, then gradients of gamma and beta of each normalised input, then the weight's (or empty).
+
+    ``trains[i]`` says that the statistics of input i are those of this batch and depend on it.
+    """
+    raw = _dispatch.raw("fusion", impl)
+    node = (inputs, statistics, gammas, betas, weight)
+    settings = (resamples, pre, act, weighting, epsilon)
+    weight_gradient = weight.new_empty(0)
+    sums = [weight_gradient] * len(inputs)
+    normalised = [statistic.numel() > 0 for statistic in statistics]
+    if any(normalised):
+        sums, weight_gradient = raw.backward_sums(grad, *node, *settings)
+        need_weight = False
+    used = [s if trained else weight.new_empty(0) for s, trained in zip(sums, trains, strict=True)]
+    gradients: list[Tensor] = []
+    if need_weight or any(need_inputs):
+        gradients, found = raw.backward(grad, *node, used, *settings, need_inputs, need_weight)
+        weight_gradient = found if need_weight else weight_gradient
+    for s, is_normalised in zip(sums, normalised, strict=True):
+        if is_normalised:
+            gradients += [s[1].clone(), s[0].clone()]
+    return [*gradients, weight_gradient]
+
+
+def _fake_statistics(inputs: Sequence[Tensor], epsilons: Sequence[float], impl: str) -> list[Tensor]:
+    return [x.new_empty((3, x.shape[1]), dtype=reference.accumulate_dtype(x.dtype)) for x in inputs]
+
+
+def _fake_forward(
+    inputs: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    weight: Tensor,
+    resamples: Sequence[int],
+    pre: int,
+    act: int,
+    weighting: int,
+    epsilon: float,
+    size: Sequence[int],
+    impl: str,
+) -> Tensor:
+    from frskd_fast.native.fusion import empty_output
+
+    return empty_output(inputs[0], size)
+
+
+def _fake_backward(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    weight: Tensor,
+    resamples: Sequence[int],
+    pre: int,
+    act: int,
+    weighting: int,
+    epsilon: float,
+    trains: Sequence[bool],
+    need_inputs: Sequence[bool],
+    need_weight: bool,
+    impl: str,
+) -> list[Tensor]:
+    gradients = [torch.empty_like(x) for x, needed in zip(inputs, need_inputs, strict=True) if needed]
+    normalised = [gamma for gamma in gammas if gamma.numel() > 0]
+    for gamma in normalised:
+        gradients += [torch.empty_like(gamma), torch.empty_like(gamma)]
+    return [*gradients, torch.empty_like(weight) if need_weight or normalised else weight.new_empty(0)]
+
+
+_NODE = "Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, Tensor weight"
+_SETTINGS = "int[] resamples, int pre, int act, int weighting, float epsilon"
+_statistics_operator = _library.register(
+    "fusion_statistics(Tensor[] inputs, float[] epsilons, str impl) -> Tensor[]", raw_statistics, _fake_statistics
+)
+_forward_operator = _library.register(
+    f"fusion_forward({_NODE}, {_SETTINGS}, SymInt[] size, str impl) -> Tensor", raw_forward, _fake_forward
+)
+_backward_operator = _library.register(
+    f"fusion_backward(Tensor grad, {_NODE}, {_SETTINGS}, bool[] trains, bool[] need_inputs, bool need_weight, str impl) "
+    "-> Tensor[]",
+    raw_backward,
+    _fake_backward,
+)
+
+
+class _Fusion(torch.autograd.Function):
+    """Saves the inputs as they came (raw convolution outputs where BatchNorm is folded in) and a few numbers per channel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        count: int,
+        settings: Settings,
+        size: tuple[int, int],
+        trains: tuple[bool, ...],
+        impl: str,
+        weight: Tensor,
+        *tensors: Tensor,  # count inputs, then as many statistics, gammas and betas
+    ) -> Tensor:
+        inputs, statistics, gammas, betas = (list(tensors[k * count : (k + 1) * count]) for k in range(4))
+        call = _forward_operator if torch.compiler.is_compiling() else raw_forward
+        out: Tensor = call(inputs, statistics, gammas, betas, weight, *settings, size, impl)
+        ctx.save_for_backward(weight, *tensors)
+        ctx.settings = (count, settings, trains, impl)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count, settings, trains, impl = ctx.settings
+        weight, *tensors = ctx.saved_tensors
+        inputs, statistics, gammas, betas = (list(tensors[k * count : (k + 1) * count]) for k in range(4))
+        need_weight, *need_tensors = ctx.needs_input_grad[5:]
+        need_inputs = need_tensors[:count]
+        call = _backward_operator if torch.compiler.is_compiling() else raw_backward
+        found = call(
+            grad, inputs, statistics, gammas, betas, weight, *settings, trains, need_inputs, need_weight, impl
+        )
+        rest = iter(found)
+        input_gradients = [next(rest) if needed else None for needed in need_inputs]
+        gamma_gradients: list[Tensor | None] = []
+        beta_gradients: list[Tensor | None] = []
+        for gamma in gammas:
+            normalised = gamma.numel() > 0
+            gamma_gradients.append(next(rest) if normalised else None)
+            beta_gradients.append(next(rest) if normalised else None)
+        weight_gradient = next(rest) if need_weight else None
+        nothing: list[Tensor | None] = [None] * count
+        return (None, None, None, None, None, weight_gradient, *input_gradients, *nothing, *gamma_gradients, *beta_gradients)
+
+
+class Normalisation(NamedTuple):
+    """What BatchNorm does to one input: statistics (>= 2, C) of the batch or running ones, gamma and beta (C,)."""
+
+    statistics: Tensor
+    gamma: Tensor
+    beta: Tensor
+    trains: bool  # the statistics are those of the input itself, and the gradient goes through them
+
+
+class RunningUpdate(NamedTuple):
+    """What a BatchNorm has to remember of a batch; applied by ``update_running_statistics``."""
+
+    batch_norm: nn.BatchNorm2d
+    statistics: Tensor  # (3, C)
+    count: int  # elements a channel's statistics are taken over
+
+
+def foldable(module: nn.Module | None) -> bool:
+    """Whether ``module`` computes exactly nn.BatchNorm2d: subclasses (SyncBatchNorm's kin) and hooked modules run as they are."""
+    return (
+        type(module) is nn.BatchNorm2d
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def normalisation_of(
+    batch_norm: nn.BatchNorm2d, x: Tensor, impl: str, copies: int = 1
+) -> tuple[Normalisation, RunningUpdate | None]:
+    """The affine map that ``batch_norm`` applies to ``x``, and the update of its running statistics that is still to be made.
+
+    ``copies``: how many times each element of ``x`` counts in the unbiased variance (4 where the original normalises a map that
+    was up-sampled twofold first).
+    """
+    dtype = reference.accumulate_dtype(x.dtype)
+    ones = batch_norm.weight.to(dtype) if batch_norm.weight is not None else x.new_ones(x.shape[1], dtype=dtype)
+    zeros = batch_norm.bias.to(dtype) if batch_norm.bias is not None else x.new_zeros(x.shape[1], dtype=dtype)
+    trains = batch_norm.training or batch_norm.running_mean is None
+    if not trains:
+        mean, variance = batch_norm.running_mean, batch_norm.running_var
+        assert mean is not None and variance is not None
+        statistics = torch.stack([mean.to(dtype), torch.rsqrt(variance.to(dtype) + batch_norm.eps)])
+        return Normalisation(statistics, ones, zeros, False), None
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if count * copies <= 1:
+        raise ValueError(
+            f"a BatchNorm in training mode got an input of shape {tuple(x.shape)}, but more than one value per channel was "
+            "wanted; use a larger batch, or eval()."
+        )
+    if impl == "reference":
+        statistics = reference.batch_statistics(x, batch_norm.eps)
+    elif torch.compiler.is_compiling():
+        statistics = _statistics_operator([x.detach()], [batch_norm.eps], impl)[0]
+    else:
+        statistics = raw_statistics([x.detach()], [batch_norm.eps], impl)[0]
+    update = None
+    if batch_norm.training and batch_norm.track_running_stats and batch_norm.running_mean is not None:
+        update = RunningUpdate(batch_norm, statistics.detach(), count * copies)
+    return Normalisation(statistics, ones, zeros, True), update
+
+
+@torch.no_grad()
+def update_running_statistics(updates: Sequence[RunningUpdate]) -> None:
+    """running = (1 - momentum) * running + momentum * batch for mean and unbiased variance, as nn.BatchNorm2d does.
+
+    All the updates of a forward pass together take three calls, and they stand apart from it, so that a recomputed forward
+    pass does not make them twice.
+    """
+    means, variances, counters = [], [], []
+    new_means, new_variances = [], []
+    momenta = {update.batch_norm.momentum for update in updates}
+    for batch_norm, statistics, count in updates:
+        assert batch_norm.running_mean is not None and batch_norm.running_var is not None
+        means.append(batch_norm.running_mean)
+        variances.append(batch_norm.running_var)
+        new_means.append(statistics[0].to(batch_norm.running_mean.dtype))
+        new_variances.append((statistics[2] * (count / max(count - 1, 1))).to(batch_norm.running_var.dtype))
+        if batch_norm.num_batches_tracked is not None:
+            counters.append(batch_norm.num_batches_tracked)
+    if counters:
+        torch._foreach_add_(counters, 1)
+    momentum = momenta.pop() if len(momenta) == 1 else None
+    if momentum is not None:
+        torch._foreach_lerp_(means, new_means, momentum)
+        torch._foreach_lerp_(variances, new_variances, momentum)
+        return
+    for update, mean, variance, new_mean, new_variance in zip(
+        updates, means, variances, new_means, new_variances, strict=True
+    ):
+        batch_norm = update.batch_norm
+        if batch_norm.momentum is None:
+            # The average of all batches so far; the counter stays on its device.
+            assert batch_norm.num_batches_tracked is not None
+            share = batch_norm.num_batches_tracked.to(mean.dtype).reciprocal()
+            mean.add_((new_mean - mean) * share)
+            variance.add_((new_variance - variance) * share)
+        else:
+            mean.lerp_(new_mean, batch_norm.momentum)
+            variance.lerp_(new_variance, batch_norm.momentum)
+
+
+def fuse(
+    inputs: Sequence[Tensor],
+    normalisations: Sequence[Normalisation | None],
+    weight: Tensor,  # (K,), of accumulate dtype
+    settings: Settings,
+    size: tuple[int, int],
+    impl: str,
+) -> Tensor:
+    """The node by implementation ``impl``; the arguments are already checked."""
+    statistics = [None if n is None else n.statistics for n in normalisations]
+    gammas = [None if n is None else n.gamma for n in normalisations]
+    betas = [None if n is None else n.beta for n in normalisations]
+    if impl == "reference":
+        if not torch.compiler.is_compiling():
+            _dispatch.record("fusion", impl)
+        return reference.fuse(
+            inputs,
+            statistics,
+            gammas,
+            betas,
+            weight,
+            [reference.RESAMPLES[resample] for resample in settings.resamples],
+            reference.ACTIVATIONS[settings.pre],
+            reference.ACTIVATIONS[settings.act],
+            reference.WEIGHTINGS[settings.weighting],
+            settings.epsilon,
+            size,
+        )
+    empty = weight.detach().new_empty(0)
+    trains = tuple(n is not None and n.trains for n in normalisations)
+    tensors = [empty if tensor is None else tensor for tensor in (*statistics, *gammas, *betas)]
+    out: Tensor = _Fusion.apply(len(inputs), settings, size, trains, impl, weight, *inputs, *tensors)
+    return out
+
+
+def _position(value: Any, names: tuple[str, ...], argument: str) -> int:
+    if value not in names:
+        raise ValueError(f"{argument} is {value!r}, but one of {', '.join(map(repr, names))} was wanted.")
+    return names.index(value)
+
+
+def _checked_size(maps: Sequence[Tensor], resample: Sequence[str], size: Any) -> tuple[int, int]:
+    """(H, W) of the output: ``size``, else that of the first input that is not up-sampled."""
+    if size is not None:
+        if (
+            not isinstance(size, Sequence)
+            or len(size) != 2
+            or not all(isinstance(side, int | torch.SymInt) and side > 0 for side in size)
+        ):
+            raise ValueError(f"size is {size!r}, but two positive integers (height, width) were wanted.")
+        wanted = (size[0], size[1])
+    else:
+        for x, name in zip(maps, resample, strict=True):
+            if name != "up":
+                height, width = x.shape[2:] if name == "none" else reference.pooled_size(x.shape[2:])
+                wanted = (height, width)
+                break
+        else:
+            raise ValueError("every input is up-sampled, so the output's size is unknown; pass size=(height, width).")
+    for position, (x, name) in enumerate(zip(maps, resample, strict=True)):
+        given = tuple(x.shape[2:])
+        if name == "up":
+            if given[0] > wanted[0] or given[1] > wanted[1]:
+                raise ValueError(
+                    f"inputs[{position}] has {given} pixels and is to be up-sampled, but at most {wanted}, the output's, were "
+                    "wanted; pool it, or pass another size."
+                )
+        elif (given if name == "none" else reference.pooled_size(given)) != wanted:
+            what = "unchanged" if name == "none" else "halved by pooling (rounded up)"
+            raise ValueError(
+                f"inputs[{position}] has {given} pixels, {what}, but the output has {wanted} and equal sizes were wanted; set "
+                f"resample[{position}] to 'up' or 'pool', or resize it first."
+            )
+    return wanted
+
+
+def checked_maps(inputs: Any) -> list[Tensor]:
+    """The inputs as a list of one to four feature maps of one batch, channel count, dtype and device."""
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
+        raise TypeError(f"inputs is a {type(inputs).__name__}, but a list of feature maps (N, C, H, W) was wanted.")
+    if not 1 <= len(inputs) <= MOST_INPUTS:
+        raise ValueError(f"inputs has {len(inputs)} maps, but 1 to {MOST_INPUTS} were wanted; fuse more in two steps.")
+    maps = [_checks.feature_map(x, f"inputs[{position}]") for position, x in enumerate(inputs)]
+    for position, x in enumerate(maps[1:], 1):
+        _checks.same(maps[0], "inputs[0]", x, f"inputs[{position}]")
+        if x.shape[:2] != maps[0].shape[:2]:
+            raise ValueError(
+                f"inputs[{position}] has shape {tuple(x.shape)}, but the batch and channels of inputs[0], "
+                f"{tuple(maps[0].shape[:2])}, were wanted; bring it to that width by a 1x1 convolution."
+            )
+    return maps
+
+
+def weighted_fusion(
+    inputs: Any,
+    weight: Any,
+    resample: Any,
+    pre: str,
+    act: str,
+    weighting: str,
+    epsilon: float,
+    dead_node: str,
+    size: Any,
+    batch_norms: Any,
+    impl: str,
+) -> Tensor:
+    """Checks, choice of implementation and autograd of ``functional.weighted_fusion``."""
+    maps = checked_maps(inputs)
+    resample = ["none"] * len(maps) if resample is None else list(resample)
+    if len(resample) != len(maps):
+        raise ValueError(f"resample has {len(resample)} entries, but one for each of the {len(maps)} inputs was wanted.")
+    positions = tuple(_position(name, reference.RESAMPLES, f"resample[{k}]") for k, name in enumerate(resample))
+    if weighting == "relu_or_uniform":
+        raise ValueError("weighting is 'relu_or_uniform', but 'sum', 'relu' or 'softmax' was wanted; pass dead_node='uniform'.")
+    weighting_position = _position(weighting, reference.WEIGHTINGS, "weighting")
+    if _position(dead_node, DEAD_NODES, "dead_node") == 1 and weighting == "relu":
+        weighting_position = reference.WEIGHTINGS.index("relu_or_uniform")
+    settings = Settings(
+        positions,
+        _position(pre, reference.ACTIVATIONS, "pre"),
+        _position(act, reference.ACTIVATIONS, "act"),
+        weighting_position,
+        _checks.finite_number(epsilon, "epsilon"),
+    )
+    if settings.epsilon < 0:
+        raise ValueError(f"epsilon is {settings.epsilon}, but 0 or more was wanted.")
+    dtype = reference.accumulate_dtype(maps[0].dtype)
+    if weight is None:
+        if weighting != "sum":
+            raise ValueError(f"weight is None, but {len(maps)} numbers were wanted; or pass weighting='sum'.")
+        weight = maps[0].new_ones(len(maps), dtype=dtype)
+    weight = _checks.floating_tensor(weight, "weight")
+    if tuple(weight.shape) != (len(maps),):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, but ({len(maps)},), one number for each input, was wanted."
+        )
+    if weight.device != maps[0].device:
+        raise ValueError(f"weight is on {weight.device}, but inputs[0] is on {maps[0].device} and one device was wanted.")
+    out_size = _checked_size(maps, resample, size)
+    name = _dispatch.choose(impl, maps[0].device.type, maps[0].dtype)
+    folded = [None] * len(maps) if batch_norms is None else list(batch_norms)
+    if len(folded) != len(maps):
+        raise ValueError(
+            f"batch_norms has {len(folded)} entries, but a module or None for each of the {len(maps)} inputs was wanted."
+        )
+    normalisations: list[Normalisation | None] = []
+    updates: list[RunningUpdate] = []
+    for position, module in enumerate(folded):
+        normalisation = None
+        if foldable(module):
+            if module.num_features != maps[position].shape[1]:
+                raise ValueError(
+                    f"batch_norms[{position}] has {module.num_features} channels, but inputs[{position}] has "
+                    f"{maps[position].shape[1]} and the same number was wanted."
+                )
+            normalisation, update = normalisation_of(module, maps[position], name)
+            updates += [] if update is None else [update]
+        elif module is not None:
+            maps[position] = module(maps[position])
+        normalisations.append(normalisation)
+    out = fuse(maps, normalisations, weight.to(dtype).contiguous(), settings, out_size, name)
+    update_running_statistics(updates)
+    return out

@@ -1,0 +1,100 @@
+"""Weighted fusion of feature maps (one node of a BiFPN), as a formula, with each input's BatchNorm folded in.
+
+out = act( sum_i w^_i * pre( resample_i( normalise_i(x_i) ) ) )
+
+Ji et al., CVPR 2021 (arXiv 2103.08273), section 3.1; Tan et al., "EfficientDet", CVPR 2020, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from frskd_fast.reference.attention import accumulate_dtype
+
+# The raw functions of all implementations take the position of a name in these tuples.
+RESAMPLES = ("none", "up", "pool")
+ACTIVATIONS = ("none", "relu", "silu")
+# "relu_or_uniform" is "relu" with equal weights where none is positive.
+WEIGHTINGS = ("sum", "relu", "softmax", "relu_or_uniform")
+
+
+def normalise_weight(weight: Tensor, weighting: str, epsilon: float) -> Tensor:
+    """w^ (K,) from w (K,): relu(w) / (sum relu(w) + epsilon), softmax(w), or ones for "sum"."""
+    if weighting == "sum":
+        return torch.ones_like(weight)
+    if weighting == "softmax":
+        return torch.softmax(weight, 0)
+    positive = F.relu(weight)
+    normalised = positive / (positive.sum() + epsilon)
+    if weighting == "relu":
+        return normalised
+    # The gradient of softmax at equal weights, so that a dead node can come back to life.
+    uniform = torch.softmax(weight - weight.detach(), 0)
+    return torch.where((weight > 0).any(), normalised, uniform)
+
+
+def pooled_size(size: Sequence[int]) -> tuple[int, ...]:
+    """Sizes after same-max-pooling: halved, rounded up."""
+    return tuple((side + 1) // 2 for side in size)
+
+
+def same_max_pool(x: Tensor) -> Tensor:
+    """Maximum over 3x3 windows of stride 2 of the zero-padded map; an odd size is padded on both sides, an even at its end."""
+    top, left = x.shape[2] % 2, x.shape[3] % 2
+    return F.max_pool2d(F.pad(x, (left, 1, top, 1)), 3, stride=2)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """max(x, 0), x * sigmoid(x), or x itself."""
+    return F.relu(x) if name == "relu" else F.silu(x) if name == "silu" else x
+
+
+def resampled(x: Tensor, resample: str, size: Sequence[int]) -> Tensor:
+    """``x`` at ``size``: as it is, by nearest neighbour, or by same-max-pooling."""
+    if resample == "up":
+        return F.interpolate(x, size=tuple(size), mode="nearest")
+    return same_max_pool(x) if resample == "pool" else x
+
+
+def batch_statistics(x: Tensor, epsilon: float) -> Tensor:
+    """(3, C): mean, 1 / sqrt(variance + epsilon) and the biased variance over batch and pixels."""
+    variance, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), (0, 2, 3), correction=0)
+    return torch.stack([mean, torch.rsqrt(variance + epsilon), variance])
+
+
+def normalised(x: Tensor, statistics: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """(x - mean) / sqrt(variance + epsilon) * gamma + beta for each channel."""
+    mean, inverse_deviation = (row.view(1, -1, 1, 1) for row in statistics[:2].unbind(0))
+    return (x - mean) * (inverse_deviation * gamma.view(1, -1, 1, 1)) + beta.view(1, -1, 1, 1)
+
+
+def fuse(
+    inputs: Sequence[Tensor],  # K x (N, C, H_i, W_i)
+    statistics: Sequence[Tensor | None],  # K x (>= 2, C): mean, 1 / sqrt(variance + epsilon); None: not normalised
+    gammas: Sequence[Tensor | None],  # K x (C,)
+    betas: Sequence[Tensor | None],  # K x (C,)
+    weight: Tensor,  # (K,)
+    resamples: Sequence[str],
+    pre: str,
+    act: str,
+    weighting: str,
+    epsilon: float,
+    size: Sequence[int],  # (H, W) of the output
+) -> Tensor:
+    """act( sum_i w^_i * pre( resample_i( normalise_i(x_i) ) ) ) in the accumulate dtype, rounded once: (N, C, H, W)."""
+    dtype = accumulate_dtype(inputs[0].dtype)
+    normalised_weight = normalise_weight(weight.to(dtype), weighting, epsilon)
+    total: Tensor | None = None
+    for position, (x, resample) in enumerate(zip(inputs, resamples, strict=True)):
+        value = x.to(dtype)
+        stats, gamma, beta = statistics[position], gammas[position], betas[position]
+        if stats is not None and gamma is not None and beta is not None:
+            value = normalised(value, stats, gamma, beta)
+        term = normalised_weight[position] * activate(resampled(value, resample, size), pre)
+        total = term if total is None else total + term
+    assert total is not None
+    return activate(total, act).to(inputs[0].dtype)
