@@ -21,6 +21,8 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SOURCE = re.compile(r"<!-- bench:source (\S+) -->")
 BASELINES = ("eager", "compile")
 MISSING = "-"
+# student, three parts of the self-teacher, loss
+PART_COLOURS = ("#9aa5b1", "#2a6f97", "#61a5c2", "#a9d6e5", "#e07a5f")
 
 Document = dict[str, Any]
 Row = dict[str, Any]
@@ -130,6 +132,52 @@ LEGEND = (
 )
 
 
+STEP_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("row", lambda row: str(row["implementation"])),
+    ("ms", lambda row: significant(row["ms"])),
+    ("images/s", lambda row: significant(row["images_per_second"])),
+    ("of plain", lambda row: ratio(row["times_plain"])),
+    ("vs shipped", lambda row: ratio(row["times_shipped"])),
+    ("vs original", lambda row: ratio(row["times_eager"])),
+    ("vs compiled original", lambda row: ratio(row["times_compile"])),
+    ("saved MB", lambda row: megabytes(row["saved_bytes"])),
+    ("peak MB", lambda row: megabytes(row["peak_bytes"])),
+    ("compile s", lambda row: significant(row["compile_seconds"], 2)),
+    ("loss error", lambda row: error(row["loss_error"])),
+    ("gradient error", lambda row: error(row["gradient_error"])),
+    ("remark", lambda row: "; ".join(filter(None, (row["status"].removeprefix("ok"), row["note"])))),
+)
+
+SELF_TEACHER_LEGEND = (
+    "self_teacher: must move counts what our order of operations reads and writes once (docs/performance.md), bf16 is "
+    "autocast, and the gradients' error is ||error|| / ||truth|| of all of them as one vector: in a network a rounding "
+    "across the kink of a ReLU removes a whole term. Ours must also agree with the original in float64."
+)
+
+STEP_LEGEND = (
+    "A step is forward, loss and backward without the optimiser, which costs all rows the same. of plain: this time / "
+    "that of plain cross-entropy, eager, in the same dtype and layout. vs shipped, vs original, vs compiled original: how "
+    "many times faster than the original's order of operations in fp32 NCHW eager, in the same setting, and compiled. "
+    "bf16 is autocast. saved MB: what forward keeps for backward, each storage once, without parameters and batch; peak "
+    "MB: highest allocation of a step, gradients included. Errors are against float64, of the gradients as one vector."
+)
+
+
+def brief(row: Any) -> str:
+    """One row while the benchmark runs: its name and its time, or why it has none."""
+    return f"{row.implementation} {row.status if row.ms is None else significant(row.ms) + ' ms'}"
+
+
+def step_rows(document: Document) -> list[Row]:
+    """The rows of whole training steps; results from before that suite have none."""
+    return list(document.get("steps", []))
+
+
+def all_rows(document: Document) -> list[Row]:
+    """Those of the cases, then those of the steps."""
+    return [*document["rows"], *step_rows(document)]
+
+
 def by_case(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """Rows grouped by case, in the order of the run."""
     return [(name, list(group)) for name, group in itertools.groupby(rows, key=lambda row: str(row["case"]))]
@@ -137,17 +185,17 @@ def by_case(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 def is_ours(row: Row) -> bool:
     """Whether the row measures frskd_fast."""
-    return row["implementation"] not in BASELINES
+    return row["implementation"].removesuffix(" compiled") not in (*BASELINES, "plain", "original")
 
 
 def failures(document: Document) -> list[Row]:
     """Rows of ours that are wrong or broke."""
-    return [row for row in document["rows"] if is_ours(row) and row["status"] in ("WRONG", "failed")]
+    return [row for row in all_rows(document) if is_ours(row) and row["status"] in ("WRONG", "failed")]
 
 
 def slower(document: Document, baseline: str) -> list[Row]:
     """Rows of ours that lose to `baseline`."""
-    ratios = [(row, row[f"times_{baseline}"]) for row in document["rows"] if is_ours(row)]
+    ratios = [(row, row[f"times_{baseline}"]) for row in all_rows(document) if is_ours(row)]
     return [row for row, times in ratios if times is not None and round(times, 2) < 1.0]
 
 
@@ -155,7 +203,7 @@ def verdicts(document: Document) -> list[str]:
     """Where ours loses, is wrong or is missing, as sentences."""
     lines = []
     for baseline, name in (("compile", "torch.compile"), ("eager", "eager PyTorch")):
-        compared = [row for row in document["rows"] if is_ours(row) and row[f"times_{baseline}"]]
+        compared = [row for row in all_rows(document) if is_ours(row) and row[f"times_{baseline}"]]
         losses = slower(document, baseline)
         if losses:
             key = f"times_{baseline}"
@@ -165,7 +213,7 @@ def verdicts(document: Document) -> list[str]:
             lines.append(f"Slower than {name} in none of {len(compared)}.")
     bad = failures(document)
     if bad:
-        listed = "; ".join(f"{row['case']} ({row['implementation']}): {remark(row)}" for row in bad)
+        listed = "; ".join(f"{row['case']} ({row['implementation']}): {row['status']}; {row['note']}" for row in bad)
         lines.append(f"Wrong or failed: {listed}.")
     return lines
 
@@ -195,27 +243,49 @@ def header(document: Document) -> list[str]:
 
 
 def text(document: Document) -> str:
-    """The table for a terminal: a title for each case, aligned columns."""
-    titles = [title for title, _ in COLUMNS]
-    groups = by_case(document["rows"])
-    cells = [[[column(row) for _, column in COLUMNS] for row in rows] for _, rows in groups]
-    # The bytes are the same for all rows of a case and stand in its title.
-    shown = [index for index, title in enumerate(titles) if title != "must move MB"]
-    widths = {index: max(len(line[index]) for line in [titles, *itertools.chain(*cells)]) for index in shown}
+    """The tables for a terminal: a title for each case, aligned columns."""
+    out = [*header(document), ""]
+    if document["rows"]:
+        # The bytes are the same for all rows of a case and stand in its title.
+        shown = [column for column in COLUMNS if column[0] != "must move MB"]
+        out += aligned(document["rows"], shown, lambda row: f", must move {megabytes(row['bytes_moved'])} MB")
+    out += aligned(step_rows(document), STEP_COLUMNS, lambda row: "")
+    out += [*verdicts(document), "", *legends(document)]
+    return "\n".join(out)
+
+
+def aligned(
+    rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]], more: Callable[[Row], str]
+) -> list[str]:
+    """Lines of a table for each case; `more` is what its title says of the case behind its name."""
+    titles = [title for title, _ in columns]
+    groups = by_case(rows)
+    cells = [[[column(row) for _, column in columns] for row in group] for _, group in groups]
+    widths = [max(map(len, values)) for values in zip(titles, *itertools.chain(*cells), strict=True)]
+    left = {0, titles.index("remark")}
 
     def line(values: Sequence[str]) -> str:
-        left = {titles.index("implementation"), titles.index("remark")}
         padded = (
-            values[index].ljust(widths[index]) if index in left else values[index].rjust(widths[index])
-            for index in shown
+            value.ljust(width) if index in left else value.rjust(width)
+            for index, (value, width) in enumerate(zip(values, widths, strict=True))
         )
         return "  ".join(padded).rstrip()
 
-    out = [*header(document), ""]
-    for (name, rows), table in zip(groups, cells, strict=True):
-        out += [f"{name}, must move {megabytes(rows[0]['bytes_moved'])} MB", line(titles), *map(line, table), ""]
-    out += [*verdicts(document), "", LEGEND]
-    return "\n".join(out)
+    out = []
+    for (name, group), table in zip(groups, cells, strict=True):
+        out += [f"{name}{more(group[0])}", line(titles), *map(line, table), ""]
+    return out
+
+
+def legends(document: Document) -> list[str]:
+    """What the columns mean, for the tables that are there."""
+    suites = {row["suite"] for row in all_rows(document)}
+    shown = {
+        LEGEND: bool(document["rows"]),
+        SELF_TEACHER_LEGEND: "self_teacher" in suites,
+        STEP_LEGEND: "step" in suites,
+    }
+    return [legend for legend, there in shown.items() if there]
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: int) -> list[str]:
@@ -234,8 +304,25 @@ def markdown(document: Document) -> str:
             continue
         lines = [[row["case"].removeprefix(f"{suite} "), *(column(row) for _, column in COLUMNS)] for row in rows]
         out += ["", f"### {suite}", "", *table(titles, lines, numbers_from=2)]
-    out += ["", *(f"- {line}" for line in verdicts(document)), "", LEGEND, ""]
+    if step_rows(document):
+        out += ["", "### step", "", *step_table(document)]
+    out += ["", *(f"- {line}" for line in verdicts(document)), ""]
+    for legend in legends(document):
+        out += [legend, ""]
     return "\n".join(out)
+
+
+def step_table(document: Document) -> list[str]:
+    """A markdown table of whole training steps, the setting in the first column."""
+    # A remark only where there is one, and compilation where something was compiled.
+    rows = step_rows(document)
+    columns = [
+        (title, column)
+        for title, column in STEP_COLUMNS
+        if title not in ("remark", "compile s") or any(column(row) not in ("", MISSING) for row in rows)
+    ]
+    lines = [[row["case"].removeprefix("step "), *(column(row) for _, column in columns)] for row in rows]
+    return table(["setting", *(title for title, _ in columns)], lines, numbers_from=2)
 
 
 def summary(document: Document) -> list[str]:
@@ -275,6 +362,8 @@ def summary(document: Document) -> list[str]:
                 )
         if lines:
             out += [f"**{suite}**", "", *table(titles, lines, numbers_from=2), ""]
+    if step_rows(document):
+        out += ["**step**", "", *step_table(document), ""]
     return out
 
 
@@ -292,7 +381,8 @@ def block(sources: Sequence[tuple[str, Document]]) -> str:
             f"All rows: [`{name}`]({name}), or `python bench/report.py {name} --markdown`.",
             "",
         ]
-    return "\n".join([*out, LEGEND, END])
+    found = dict.fromkeys(legend for _, document in sources for legend in legends(document))
+    return "\n".join([*out, "\n\n".join(found), END])
 
 
 def split(readme: str) -> tuple[str, str, str]:
@@ -335,20 +425,13 @@ def plot(document: Document, path: Path) -> None:
     Raises:
         ValueError: when matplotlib is not installed or nothing was timed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a plot needs matplotlib, which is not installed: pip install matplotlib.") from None
     timed = [row for row in document["rows"] if row["ms"] is not None]
     if not timed:
         raise ValueError("no row of the results has a time, so there is nothing to plot.")
     groups = by_case(timed)
     implementations = list(dict.fromkeys(row["implementation"] for row in timed))
     height = 0.8 / len(implementations)
-    figure = Figure(figsize=(9.0, 1.5 + 0.25 * len(timed)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = empty_figure(1.5 + 0.25 * len(timed))
     for position, implementation in enumerate(implementations):
         offset = (position - (len(implementations) - 1) / 2) * height
         places, lengths, low, high, labels = [], [], [], [], []
@@ -373,6 +456,72 @@ def plot(document: Document, path: Path) -> None:
     axes.set_title(f"{here['device_name']}, torch {here['torch']}, {document['date']}", fontsize=9)
     figure.legend(loc="outside lower right", ncols=len(implementations), fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def empty_figure(height: float) -> tuple[Any, Any]:
+    """A figure of this height in inches, and its axes.
+
+    Raises:
+        ValueError: when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a plot needs matplotlib, which is not installed: pip install matplotlib.") from None
+    figure = Figure(figsize=(9.0, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def plot_steps(document: Document, path: Path) -> None:
+    """A stacked bar for each setting and row with a breakdown: where the time of a training step goes.
+
+    Raises:
+        ValueError: when matplotlib is not installed or no step was broken down.
+    """
+    rows = [row for row in step_rows(document) if row.get("parts_ms")]
+    if not rows:
+        raise ValueError("no step of the results is broken down into parts; run bench/run.py step --plot PATH.png.")
+    figure, axes = empty_figure(1.7 + 0.35 * len(rows))
+    parts = list(dict.fromkeys(part for row in rows for part in row["parts_ms"]))
+    begin = [0.0] * len(rows)
+    for position, part in enumerate(parts):
+        lengths = [row["parts_ms"].get(part, 0.0) for row in rows]
+        bars = axes.barh(
+            range(len(rows)), lengths, 0.7, left=begin, label=part, color=PART_COLOURS[position % len(PART_COLOURS)]
+        )
+        wide = [significant(length) if length > 0.06 * max(row["ms"] for row in rows) else "" for length in lengths]
+        axes.bar_label(bars, wide, label_type="center", fontsize=7)
+        begin = [start + length for start, length in zip(begin, lengths, strict=True)]
+    for place, row in enumerate(rows):
+        axes.annotate(
+            f"{significant(row['ms'])} ms ({ratio(row['times_plain'])} of plain)",
+            (begin[place], place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7,
+        )  # fmt: skip
+    names = [f"{row['case'].removeprefix('step ')}: {row['implementation']}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("median ms of a step (forward, loss, backward), divided as in one profiled step")
+    here = document["environment"]
+    axes.set_title(f"{here['device_name']}, torch {here['torch']}, {document['date']}", fontsize=9)
+    figure.legend(loc="outside lower right", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plots(document: Document, path: Path) -> list[Path]:
+    """Draw the cases to `path` and the steps beside it, or to `path` where there are only steps; the files written."""
+    written = []
+    if document["rows"] or not step_rows(document):
+        plot(document, path)
+        written.append(path)
+    if any(row.get("parts_ms") for row in step_rows(document)):
+        beside = path.with_stem(f"{path.stem}-step") if written else path
+        plot_steps(document, beside)
+        written.append(beside)
+    return written
 
 
 def parser() -> argparse.ArgumentParser:
@@ -412,7 +561,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 1
             print(f"{arguments.readme} {'was up to date' if current else 'was rewritten'}.")
         if arguments.plot is not None:
-            plot(documents[0], arguments.plot)
+            plots(documents[0], arguments.plot)
     except (OSError, ValueError) as problem:
         print(f"bench/report.py: {problem}", file=sys.stderr)
         return 2

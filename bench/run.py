@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ if __name__ == "__main__":
     # Last, so that an installed frskd_fast with its compiled libraries comes before the checkout.
     sys.path.append(str(ROOT))
 
-from bench.cases import SUITES, cases_of  # noqa: E402
+from bench.cases import STEP, SUITES, cases_of  # noqa: E402
+
+ALL_SUITES = (*SUITES, STEP)
 
 # glibc gives a freed block of this size class back to the system and asks for fresh pages at the next call; a training
 # process keeps them. One arena, no mmap, no trimming; no small-block caches, which split freed aligned blocks.
@@ -72,20 +75,31 @@ def positive(kind: type) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    known = ", ".join(SUITES)
+    known = ", ".join(ALL_SUITES)
     result = argparse.ArgumentParser(
         prog="bench/run.py",
-        description="Time distillation losses: eager PyTorch (the original's operations), torch.compile of the same "
-        "function, and the implementations of frskd_fast. A result that is wrong gets no time.",
+        description="Time distillation losses, the self-teacher and whole training steps: eager PyTorch (the "
+        "original's operations), torch.compile of the same function, and the implementations of frskd_fast. A result "
+        "that is wrong gets no time.",
     )
     result.add_argument("suites", nargs="*", metavar="SUITE", help=f"which suites to run, of: {known} (default: all)")
     result.add_argument("--suite", nargs="+", default=[], metavar="NAME", help="the same as an option")
-    result.add_argument("--quick", action="store_true", help="float32, NCHW, small cases only: under 2 minutes")
+    result.add_argument("--quick", action="store_true", help="float32, NCHW, small cases only: a few minutes")
+    result.add_argument(
+        "--full",
+        action="store_true",
+        help="also what takes long on a CPU: float16 of every suite, bfloat16 networks, each node in each dtype, and a "
+        "compiled training step in every setting",
+    )
     result.add_argument("--device", choices=CHOICES["device"], help="default: cuda where torch sees a GPU, else cpu")
-    result.add_argument("--dtype", type=several("dtype"), help="comma-separated: fp32,bf16,fp16 (default: all)")
+    result.add_argument(
+        "--dtype", type=several("dtype"), help="comma-separated: fp32,bf16,fp16 (default: all; on a CPU no fp16)"
+    )
     result.add_argument("--layout", type=several("layout"), help="comma-separated: nchw,channels_last (default: both)")
     result.add_argument(
-        "--batch", type=positive(int), help="batch size N of every case (default: 128; logits: by shape)"
+        "--batch",
+        type=positive(int),
+        help="batch size N of every case (default: 128; logits: by shape; fusion, self_teacher, step: 32)",
     )
     result.add_argument(
         "--input",
@@ -100,7 +114,13 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--json", type=Path, metavar="PATH", help="write the results to PATH")
     result.add_argument("--save", action="store_true", help="write them to bench/results/<date>-<device>.json")
-    result.add_argument("--plot", type=Path, metavar="PATH.png", help="write a bar plot (needs matplotlib)")
+    result.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PATH.png",
+        help="write a bar plot; beside it, where the suite step runs, PATH-step.png: where a step's time goes (needs "
+        "matplotlib)",
+    )
     result.add_argument("--threads", type=positive(int), help="CPU threads (default: what torch takes)")
     result.add_argument(
         "--repeats", type=positive(int), help="runs of each implementation (default: by --target-seconds)"
@@ -149,6 +169,45 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def default_dtypes(arguments: argparse.Namespace, device: str) -> tuple[str, ...]:
+    """All; float32 alone for a quick run, no float16 on a CPU, which is slow at it, except in a full run."""
+    if arguments.quick:
+        return ("fp32",)
+    return CHOICES["dtype"] if arguments.full or device == "cuda" else ("fp32", "bf16")
+
+
+def measure_steps(
+    arguments: argparse.Namespace, selection: Any, implementations: Sequence[str], target_seconds: float, clock: Any
+) -> list[dict[str, Any]]:
+    """Run the suite `step`."""
+    from bench import harness, report
+    from bench.cases import step
+
+    forced = [name for name in implementations if name in harness.OURS]
+    measurement = step.Measurement(
+        selection.device,
+        clock,
+        # the only one of ours that was asked for
+        impl=forced[0] if len(forced) == 1 else "auto",
+        target_seconds=target_seconds,
+        repeats=arguments.repeats,
+        plot=arguments.plot is not None,
+    )
+    settings = step.settings(selection, implementations, dtypes_named=arguments.dtype is not None)
+    batch = selection.batch or step.BATCH
+    if not settings:
+        return []  # nothing but float16 was asked for
+    given = step.problem(batch)
+    rows = []
+    for number, setting in enumerate(settings, 1):
+        print(f"[{number}/{len(settings)}] {setting.name(batch)} ... ", end="", flush=True)
+        begin = time.perf_counter()
+        found = step.run_setting(setting, given, measurement)
+        rows += [dataclasses.asdict(row) for row in found]
+        print(f"{', '.join(map(report.brief, found))}  ({time.perf_counter() - begin:.0f} s)", flush=True)
+    return rows
+
+
 def measure(
     arguments: argparse.Namespace, suites: list[str], device: str, host_allocator: dict[str, Any]
 ) -> dict[str, Any]:
@@ -162,11 +221,12 @@ def measure(
         torch.set_num_threads(arguments.threads)
     selection = harness.Selection(
         device=device,
-        dtypes=arguments.dtype or (("fp32",) if arguments.quick else CHOICES["dtype"]),
+        dtypes=arguments.dtype or default_dtypes(arguments, device),
         layouts=arguments.layout or (("nchw",) if arguments.quick else CHOICES["layout"]),
         batch=arguments.batch,
         input_kind=arguments.input,
         quick=arguments.quick,
+        full=arguments.full,
     )
     settings = harness.Settings(
         device=device,
@@ -175,7 +235,7 @@ def measure(
         repeats=arguments.repeats,
         host_time_of_compile=not arguments.quick,
     )
-    cases = [case for suite in suites for case in cases_of(suite, selection)]
+    cases = [case for suite in suites if suite in SUITES for case in cases_of(suite, selection)]
     document: dict[str, Any] = {
         "schema": report.SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -188,9 +248,10 @@ def measure(
         print(line)
     if any("features" in name for case in cases for name in case.tiny()):
         print("Preparing the features ...", flush=True)
-        document["inputs"] = inputs.distillation_inputs(selection.batch or 128, selection.input_kind).source
+        document["inputs"] = inputs.distillation_inputs(2, selection.input_kind).source
         print(f"Inputs: {document['inputs']}.")
-    print(f"{len(cases)} cases, each with {', '.join(settings.implementations)}:", flush=True)
+    if cases:
+        print(f"{len(cases)} cases, each with {', '.join(settings.implementations)}:", flush=True)
 
     clock = harness.Clock(device)
     copy = harness.CopyMeter(device, clock)
@@ -202,17 +263,19 @@ def measure(
         others.append(harness.busy_cores())
         case_rows = harness.run_case(case, settings, clock, copy)
         rows += [dataclasses.asdict(row) for row in case_rows]
-        found = []
-        for row in case_rows:
-            time_or_status = row.status if row.ms is None else f"{report.significant(row.ms)} ms"
-            found.append(f"{row.implementation} {time_or_status}")
-        print(f"{', '.join(found)}  ({time.perf_counter() - case_begin:.0f} s)", flush=True)
+        print(f"{', '.join(map(report.brief, case_rows))}  ({time.perf_counter() - case_begin:.0f} s)", flush=True)
+    steps: list[dict[str, Any]] = []
+    if STEP in suites:
+        print("Whole training steps:", flush=True)
+        others.append(harness.busy_cores())
+        steps = measure_steps(arguments, selection, settings.implementations, settings.target_seconds, clock)
     document["copy_gigabytes_per_second"] = statistics.median(copy.samples) if copy.samples else None
     known = [busy for busy in others if busy is not None]
     document["others_busy_cores"] = statistics.median(known) if known else None
     document["seconds"] = time.perf_counter() - begin
     # A round trip, so that what is printed now and what is read from the file later cannot differ.
     document["rows"] = json.loads(json.dumps(report.jsonable(rows)))
+    document["steps"] = json.loads(json.dumps(report.jsonable(steps)))
     return document
 
 
@@ -220,10 +283,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the suites asked for; 1 if an implementation of ours is wrong or fails."""
     command_line = parser()
     arguments = command_line.parse_args(argv)
-    suites = list(dict.fromkeys([*arguments.suites, *arguments.suite])) or list(SUITES)
+    suites = list(dict.fromkeys([*arguments.suites, *arguments.suite])) or list(ALL_SUITES)
     for suite in suites:
-        if suite not in SUITES:
-            command_line.error(f"suite {suite!r} is not one of {', '.join(SUITES)}")
+        if suite not in ALL_SUITES:
+            command_line.error(f"suite {suite!r} is not one of {', '.join(ALL_SUITES)}")
+    if arguments.quick and arguments.full:
+        command_line.error("--quick and --full exclude each other")
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.absolute().parent.is_dir():
             command_line.error(f"the folder of {path} does not exist; create it or name another path")
@@ -255,8 +320,8 @@ def main(argv: list[str] | None = None) -> int:
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(f"Wrote {path}; `python bench/report.py {path} --markdown` makes tables of it.")
     if arguments.plot is not None:
-        report.plot(document, arguments.plot)
-        print(f"Wrote {arguments.plot}.")
+        for written in report.plots(document, arguments.plot):
+            print(f"Wrote {written}.")
     return 1 if report.failures(document) else 0
 
 

@@ -6,11 +6,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from frskd_fast import functional, losses, models
+from frskd_fast import functional, losses, models, tasks
 from frskd_fast._dispatch import last_impl, use_impl
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "functional", "last_impl", "losses", "models", "use_impl"]
+__all__ = ["__version__", "functional", "last_impl", "losses", "models", "tasks", "use_impl"]
 
 
 def _adopt_kernels_of_a_checkout() -> None:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from frskd_fast.ops import attention as _attention
+from frskd_fast.ops import fusion as _fusion
 from frskd_fast.ops import logits as _logits
 
-__all__ = ["CrossEntropyKD", "attention_map", "attention_transfer", "cross_entropy_kd", "kd_loss"]
+__all__ = ["CrossEntropyKD", "attention_map", "attention_transfer", "cross_entropy_kd", "kd_loss", "weighted_fusion"]
 
 
 class CrossEntropyKD(NamedTuple):
@@ -185,3 +186,56 @@ def cross_entropy_kd(
         impl,
     )
     return CrossEntropyKD(ce_student, ce_teacher, kd)
+
+
+def weighted_fusion(
+    inputs: Any,
+    weight: Tensor | None = None,
+    *,
+    resample: Any = None,
+    pre: str = "relu",
+    act: str = "none",
+    weighting: str = "relu",
+    epsilon: float = 1e-6,
+    dead_node: str = "zero",
+    size: Any = None,
+    batch_norms: Any = None,
+    impl: str = "auto",
+) -> Tensor:
+    """act( sum_i w^_i * pre( resample_i( batch_norm_i(x_i) ) ) ): one node of a BiFPN, in one pass over the data each way.
+
+    Args:
+        inputs: list of K = 1 to 4 maps (N, C, H_i, W_i); one dtype (float32, bfloat16, float16 or float64), any strides.
+        weight: (K,) raw weights w of any floating dtype; may be None for ``weighting="sum"``.
+        resample: K of ``"none"``, ``"up"`` (nearest neighbour to the output's size) and ``"pool"`` (3x3 maximum of stride 2 over
+            the zero-padded map, size halved and rounded up); None: nothing is resampled.
+        pre: ``"none"``, ``"relu"`` or ``"silu"``, applied to each input.
+        act: the same, applied to the sum.
+        weighting: w^ = ``"relu"``: relu(w) / (sum relu(w) + epsilon), ``"softmax"``: softmax(w), ``"sum"``: 1.
+        epsilon: 1e-6 in FRSKD, 1e-4 in EfficientDet.
+        dead_node: what ``"relu"`` gives where no weight is positive: ``"zero"``, as the original, or ``"uniform"``, equal weights
+            with the gradient of softmax, so that the node can recover.
+        size: (H, W) of the output; None: that of the first input that is not up-sampled.
+        batch_norms: K of nn.BatchNorm2d or None, folded into the reading of raw convolution outputs: batch statistics and running
+            updates in training mode, running statistics in eval mode. Other modules (SyncBatchNorm) are applied as they are.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        (N, C, H, W) in the inputs' dtype, channels_last if the first input is. Arithmetic is float32 (float64).
+
+    Raises:
+        TypeError, ValueError: inputs, sizes or settings do not fit; the sentence names the input.
+        RuntimeError: when ``impl`` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> fine, coarse = torch.ones(1, 2, 4, 4), torch.full((1, 2, 2, 2), 3.0)
+        >>> fused = weighted_fusion([fine, coarse], torch.ones(2), resample=["none", "up"])
+        >>> tuple(fused.shape), round(fused[0, 0, 0, 0].item(), 3)
+        ((1, 2, 4, 4), 2.0)
+
+    Source: Tan et al., CVPR 2020, section 3.3; FRSKD (arXiv 2103.08273), section 3.1, whose ReLU comes before the weight.
+    """
+    return _fusion.weighted_fusion(
+        inputs, weight, resample, pre, act, weighting, epsilon, dead_node, size, batch_norms, impl
+    )

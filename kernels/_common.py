@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -59,6 +60,12 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, nu
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
+
+
+def high_and_low(value: float) -> tuple[float, float]:
+    """Two float32 numbers whose sum is ``value`` to 48 bits: floats inside a tuple reach a kernel as float32."""
+    high = float(np.float32(value))
+    return high, value - high
 
 
 def power_of_two(extent: int, low: int, high: int) -> int:

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench import harness, report, run  # noqa: E402
-from bench.cases import SUITES, attention, cases_of, logits, loss  # noqa: E402
+from bench import harness, report, run, traffic  # noqa: E402
+from bench.cases import SUITES, attention, cases_of, fusion, logits, loss, self_teacher, step  # noqa: E402
+
+LOSS_SUITES = ("attention", "logits", "loss")
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +74,7 @@ def test_full_run_covers_the_documented_shapes_dtypes_and_layouts() -> None:
             assert ("logits", f"2x{classes}", dtype, "rows", True) in found
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", LOSS_SUITES)
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 def test_byte_counts_are_those_of_the_tensors(suite: str, dtype: str) -> None:
     for case in cases_of(suite, harness.Selection(dtypes=(dtype,), batch=2, input_kind="random")):
@@ -87,6 +89,21 @@ def test_byte_counts_are_those_of_the_tensors(suite: str, dtype: str) -> None:
             assert len(gradients) == sum(len(harness.tensors_in(operands[name])) for name in case.differentiated)
             moved += sum(gradient.nbytes for gradient in gradients)
         assert case.bytes_moved == moved, case.name
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+def test_byte_counts_of_fusion_are_those_of_the_maps(dtype: str) -> None:
+    for case in cases_of("fusion", harness.Selection(dtypes=(dtype,), batch=2, full=True)):
+        operands = harness.place(case.operands(), case, harness.DTYPES[dtype], "cpu")
+        call = harness.Call(case, case.original, operands)
+        output = call()
+        maps = sum(tensor.nbytes for tensor in operands["inputs"])
+        passes = 2 if "batch_norms" in operands else 1
+        moved = passes * maps + output.nbytes
+        if case.backward:
+            moved += passes * (maps + output.nbytes) + sum(tensor.grad.nbytes for tensor in operands["inputs"])
+        assert case.bytes_moved == moved, case.name
+        assert output.dtype == harness.DTYPES[dtype] and operands["weight"].dtype == torch.float32
 
 
 def test_operands_get_the_dtype_layout_and_gradients_of_the_case() -> None:
@@ -110,6 +127,206 @@ def test_original_is_the_objective_of_the_library() -> None:
             for name, value in case.tiny().items()
         }
         torch.testing.assert_close(case.original(**exact), case.ours("reference")(**exact), rtol=1e-12, atol=1e-14)
+
+
+def test_full_run_covers_the_settings_of_the_networks() -> None:
+    def found(suite: str, **changes: Any) -> set[tuple[str, str, bool]]:
+        return {(case.dtype, case.layout, case.backward) for case in small_cases(**changes) if case.suite == suite}
+
+    layouts = ("nchw", "channels_last")
+    assert found("self_teacher") == {("fp32", layout, True) for layout in layouts}
+    assert found("self_teacher", full=True) == {
+        (dtype, layout, True) for dtype in ("fp32", "bf16") for layout in layouts
+    }
+    assert {("fp16", layout, True) for layout in layouts} <= found("fusion")
+    nodes = [case for case in small_cases(full=True, dtypes=("bf16",)) if case.suite == "fusion"]
+    assert len(nodes) == len(fusion.NODES) * 2 * 2
+
+    # A network takes a minute or more to compile.
+    networks = [case.compiles for case in small_cases(dtypes=("fp32",)) if case.suite == "self_teacher"]
+    assert networks == [False, True]
+    implementations = ("eager", "compile", "cpu")
+    few = step.settings(harness.Selection(dtypes=("fp32", "bf16")), implementations, dtypes_named=False)
+    assert [(setting.dtype, setting.layout) for setting in few] == [("fp32", layout) for layout in layouts]
+    assert [any(variant.compiled for variant in setting.variants) for setting in few] == [False, True]
+    named = step.settings(harness.Selection(dtypes=("bf16",)), ("eager", "cpu"), dtypes_named=True)
+    assert {setting.dtype for setting in named} == {"bf16"}
+    every = step.settings(harness.Selection(full=True), implementations, dtypes_named=False)
+    assert len(every) == 4 and all(setting.variants == step.VARIANTS for setting in every)
+
+
+@pytest.mark.parametrize("node", fusion.NODES, ids=lambda node: node.name)
+def test_original_node_is_that_of_the_library(node: fusion.Node) -> None:
+    case = fusion.case(node, 2, "fp32", "nchw", True)
+    assert harness.agrees_in_float64(case, case.ours("reference"), "cpu")
+
+
+def test_a_map_starts_backward_from_the_same_noise_in_every_dtype() -> None:
+    case = fusion.case(fusion.NODES[0], 2, "bf16", "channels_last", True)
+    half = harness.Call(case, case.original, case.tiny()).upstream(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16))
+    assert half.is_contiguous(memory_format=torch.channels_last) and half.std() > 0.5
+    exact = harness.Call(case, case.original, case.tiny()).upstream(torch.zeros(2, 3, 4, 4, dtype=torch.float64))
+    assert torch.equal(half.double(), exact)
+
+
+def test_the_original_self_teacher_computes_what_the_module_does() -> None:
+    given = self_teacher.tiny()
+    network, features = given["self_teacher"].double(), [feature.double() for feature in given["features"]]
+    (theirs, their_logits), (ours, our_logits) = (
+        function(network, features) for function in (self_teacher.original, self_teacher.fast)
+    )
+    torch.testing.assert_close([*theirs, their_logits], [*ours, our_logits], rtol=1e-10, atol=1e-12)
+
+
+def test_the_original_self_teacher_issues_the_operations_of_the_original() -> None:
+    """Counted in the method's published code: 51 ReLU, 14 products, 14 sums, 25 BatchNorms."""
+    given = self_teacher.tiny()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        self_teacher.original(given["self_teacher"], given["features"])
+    counts = {event.key: event.count for event in profile.key_averages()}
+    # A BatchNorm in training mode counts its batches by one more addition.
+    names = ("aten::relu", "aten::mul", "aten::batch_norm")
+    assert [counts[name] for name in names] == [51, 14, 25]
+    assert counts["aten::add"] + counts["aten::add_"] == 14 + 25
+
+
+def test_multiply_adds_are_those_of_the_convolutions() -> None:
+    given = self_teacher.tiny()
+    found: list[int] = []
+
+    def count(module: nn.Conv2d, inputs: Any, output: Tensor) -> None:
+        found.append(output.numel() * module.weight[0].numel())
+
+    for module in given["self_teacher"].modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    self_teacher.original(given["self_teacher"], given["features"])
+    assert traffic.total(traffic.original(2, self_teacher.TINY_PYRAMID)).multiply_adds == sum(found)
+    ours = traffic.total(traffic.ours(2, self_teacher.TINY_PYRAMID)).multiply_adds
+    # Before up-sampling there is a quarter of the pixels.
+    saved = sum(
+        3 * 2 * side * side // 4 * 2 * channels * 4 * channels for channels, side in self_teacher.TINY_PYRAMID[:-1]
+    )
+    assert ours == sum(found) - saved
+
+
+def test_documented_traffic_is_the_counted_one() -> None:
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "\n".join(traffic.table(32)) in document
+
+
+def test_a_chain_is_judged_in_float64_too() -> None:
+    """A gradient that is wrong by less than the luck of roundings allows."""
+    case = cases_of("self_teacher", harness.Selection(dtypes=("fp32",), layouts=("nchw",)))[0]
+    case = dataclasses.replace(case, operands=case.tiny)
+
+    def wrong(features: Any, self_teacher: Any, targets: Tensor) -> Tensor:
+        features = [feature * (1 + 1e-6) - feature.detach() * 1e-6 for feature in features]
+        return case.original(features, self_teacher, targets)
+
+    assert harness.agrees_in_float64(case, case.original, "cpu")
+    assert not harness.agrees_in_float64(case, wrong, "cpu")
+    rows = run_tiny(dataclasses.replace(case, ours=lambda name: wrong), "eager", "cpu")
+    assert rows["eager"].ms is not None and rows["cpu"].status == "WRONG" and rows["cpu"].ms is None
+    rows = run_tiny(dataclasses.replace(case, ours=lambda name: case.original), "eager", "cpu")
+    assert rows["cpu"].status == "ok"
+
+
+class SmallBackbone(nn.Module):
+    """Four maps of 4 to 32 channels, each of half the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = [4, 8, 16, 32]
+        self.convolutions = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU())
+            for before, after in zip([3, 4, 8, 16], self.channels, strict=True)
+        )
+        self.fc = nn.Linear(32, 100)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        features = []
+        for convolution in self.convolutions:
+            images = convolution(images)
+            features.append(images)
+        return features, self.fc(images.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def small_problem() -> step.Problem:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return step.problem(2, SmallBackbone())
+
+
+def run_steps(given: step.Problem, layout: str) -> dict[str, step.StepRow]:
+    eager = tuple(variant for variant in step.VARIANTS if not variant.compiled)
+    measurement = step.Measurement("cpu", harness.Clock("cpu"), impl="reference", repeats=2, plot=True, shipped_ms=5.0)
+    rows = step.run_setting(step.Setting("fp32", layout, eager), given, measurement)
+    return {row.implementation: row for row in rows}
+
+
+def test_steps_are_measured_side_by_side(small_problem: step.Problem) -> None:
+    rows = run_steps(small_problem, "channels_last")
+    assert list(rows) == ["plain", "original", "ours", "ours memory=low"]
+    for row in rows.values():
+        assert row.status == "ok" and row.ms is not None and row.ms > 0 and row.runs == 2, row
+        assert row.images_per_second == pytest.approx(2e3 / row.ms)
+        assert row.times_shipped == pytest.approx(5.0 / row.ms)
+        assert row.saved_bytes is not None and row.peak_bytes is not None and row.peak_bytes > 0
+    plain, original, ours, low = rows.values()
+    assert plain.times_plain == 1.0 and plain.times_eager is None and plain.loss_error is None
+    assert ours.times_eager == pytest.approx(original.ms / ours.ms)
+    assert plain.saved_bytes <= low.saved_bytes < ours.saved_bytes <= original.saved_bytes
+    for row in (plain, original, ours):
+        assert row.parts_ms is not None and sum(row.parts_ms.values()) == pytest.approx(row.ms)
+        of_self_teacher = [time for part, time in row.parts_ms.items() if part.startswith("self-teacher")]
+        assert all((time > 0) == (row is not plain) for time in of_self_teacher)
+        assert row.parts_ms["student"] > 0 and row.parts_ms["loss"] > 0
+
+
+def test_a_wrong_step_gets_no_speed(small_problem: step.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frskd_fast import tasks
+
+    class Wrong(tasks.FRSKDTask):
+        def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
+            parts = super().forward(images, targets)
+            # the right value, and gradients 1e-6 too large
+            return {"loss": parts["loss"] * (1 + 1e-6) - parts["loss"].detach() * 1e-6}
+
+    monkeypatch.setattr(tasks, "FRSKDTask", Wrong)
+    rows = run_steps(small_problem, "nchw")
+    assert rows["original"].ms is not None
+    for name in ("ours", "ours memory=low"):
+        assert rows[name].status == "WRONG" and rows[name].ms is None and rows[name].saved_bytes is None
+
+
+def test_a_step_in_half_precision_runs_under_autocast(small_problem: step.Problem) -> None:
+    exact = step.truth(small_problem, "cpu")
+    setting = step.Setting("bf16", "channels_last", ())
+    eager, ours = (
+        step.errors(step.Step(variant, setting, small_problem, "cpu", "reference"), exact)
+        for variant in step.VARIANTS[1:3]
+    )
+    assert step.right(ours, eager, "bf16")
+    assert 1e-5 < ours.loss < 0.05, "the networks did not run in bfloat16"
+
+
+def test_saved_for_backward_counts_each_storage_once() -> None:
+    class Stub:
+        backbone, self_teacher = nn.Linear(4, 3), nn.Identity()
+        images, targets = torch.ones(2, 4), torch.zeros(2)
+
+        def drop_gradients(self) -> None:
+            pass
+
+        def forward(self) -> Tensor:
+            # The linear layer keeps batch and weight, exp its result, and the product that same result twice.
+            result = self.backbone(self.images).exp()
+            return (result * result).sum()
+
+    stub: Any = Stub()
+    assert step.saved_for_backward(stub) == 2 * 3 * 4
 
 
 def test_a_right_implementation_is_timed() -> None:
@@ -170,6 +387,11 @@ def test_a_baseline_that_is_nan_keeps_its_time_and_is_marked() -> None:
     assert rows["eager"].status == "NaN" and rows["eager"].ms is not None
     # Where eager is NaN only the floor is allowed, which the float32 reference keeps.
     assert rows["reference"].status == "ok"
+
+
+def test_a_case_that_must_not_compile_has_no_such_row() -> None:
+    rows = run_tiny(one_case(compiles=False), "eager", "compile", "reference")
+    assert list(rows) == ["eager", "reference"]
 
 
 def test_nan_of_eager_does_not_excuse_an_error() -> None:
@@ -334,6 +556,47 @@ def test_plot_is_written(document: dict[str, Any], tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to plot"):
         report.plot({**document, "rows": []}, path)
+
+
+@pytest.fixture
+def steps_document(document: dict[str, Any]) -> dict[str, Any]:
+    """The same with three rows of a training step: ours loses to the compiled original, and its saving form is wrong."""
+
+    def row(implementation: str, **figures: Any) -> dict[str, Any]:
+        made = step.StepRow("step N=32 fp32 nchw", "fp32", "nchw", implementation, 32)
+        return dataclasses.asdict(dataclasses.replace(made, **figures))
+
+    parts = dict.fromkeys(step.PARTS, 400.0)
+    document["steps"] = [
+        row("plain", ms=1000.0, times_plain=1.0, saved_bytes=90_000_000),
+        row("ours", ms=2000.0, times_plain=2.0, times_eager=1.25, times_compile=0.9, parts_ms=parts),
+        row("ours memory=low", status="WRONG", note="the result is wrong, so it is not timed"),
+    ]
+    return document
+
+
+def test_tables_show_steps(steps_document: dict[str, Any]) -> None:
+    block = report.block([("x.json", steps_document)])
+    for shown in (report.text(steps_document), report.markdown(steps_document), block):
+        assert "Slower than torch.compile in 2 of 2" in shown and "step N=32 fp32 nchw (ours) 0.90x" in shown
+        assert "step N=32 fp32 nchw (ours memory=low): WRONG; the result is wrong" in shown
+        assert "2,000" in shown and "2.00x" in shown and report.STEP_LEGEND in shown
+    assert "| N=32 fp32 nchw | plain | 1,000 |" in block and "compile s" not in block
+    for table in block.split("\n\n"):
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
+    only = {**steps_document, "rows": [], "suites": ["step"]}
+    assert report.LEGEND not in report.text(only) and "plain" in report.markdown(only)
+
+
+def test_plot_of_steps_is_written(steps_document: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    both = report.plots(steps_document, tmp_path / "plot.png")
+    assert [path.name for path in both] == ["plot.png", "plot-step.png"]
+    assert report.plots({**steps_document, "rows": []}, tmp_path / "only.png") == [tmp_path / "only.png"]
+    for path in (*both, tmp_path / "only.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no step"):
+        report.plot_steps({**steps_document, "steps": []}, tmp_path / "none.png")
 
 
 @pytest.mark.parametrize("script", ["run.py", "report.py"])

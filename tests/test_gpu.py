@@ -425,6 +425,121 @@ def test_the_tensors_device_is_used(impl: str) -> None:
         assert largest_error(leaf.grad.cpu(), gradient.cpu()) <= 1e-6 * float(gradient.abs().max())
 
 
+# (sizes, resamples): K maps, and how each comes to the output's size
+NODES: dict[str, tuple[list[tuple[int, int]], list[str]]] = {
+    "same size": ([(14, 14), (14, 14)], ["none", "none"]),
+    "up": ([(32, 32), (16, 16)], ["none", "up"]),
+    "pool": ([(8, 8), (8, 8), (16, 16)], ["none", "none", "pool"]),
+    "odd": ([(9, 7), (5, 4), (17, 14), (9, 7)], ["none", "up", "pool", "none"]),
+    "one pixel": ([(1, 1), (2, 1)], ["none", "pool"]),
+}
+SETTINGS: list[dict[str, str]] = [
+    {"pre": "relu", "act": "none", "weighting": "relu"},
+    {"pre": "none", "act": "silu", "weighting": "softmax"},
+    {"pre": "silu", "act": "relu", "weighting": "sum"},
+]
+
+
+def _maps(case: str, channels: int = 24, batch: int = 5) -> list[Tensor]:
+    return [_normal(batch, channels, *size) for size in NODES[case][0]]
+
+
+def _norms(count: int, channels: int, dtype: torch.dtype) -> list[nn.BatchNorm2d]:
+    """The same parameters for the same arguments; half precision keeps them in float32."""
+    generator = torch.Generator().manual_seed(3)
+    norms = []
+    for _ in range(count):
+        norm = nn.BatchNorm2d(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        with torch.no_grad():
+            norm.weight.copy_(torch.randn(channels, generator=generator))
+            norm.bias.copy_(torch.randn(channels, generator=generator))
+        norms.append(norm.cuda())
+    return norms
+
+
+def _fuse(
+    inputs: list[Tensor], case: str, impl: str, norms: list[nn.BatchNorm2d] | None = None, **settings: str
+) -> Tensor:
+    """The node of all inputs but the last, which is the weight where the weighting has one."""
+    weight = None if settings.get("weighting") == "sum" else inputs[-1]
+    return functional.weighted_fusion(
+        inputs[:-1], weight, resample=NODES[case][1], batch_norms=norms, impl=impl, **settings
+    )
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "BatchNorm"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings.values()))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fusion(layout: str, dtype: torch.dtype, settings: dict[str, str], normalised: bool, impl: str) -> None:
+    _skip_unsupported(impl, dtype)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    for case in NODES:
+        maps = [LAYOUTS[layout](x.to(dtype)) for x in _maps(case)]
+        weight = torch.rand(len(maps), device="cuda", dtype=accumulate) + 0.1
+        results = []
+        grad = _normal(5, 24, *NODES[case][0][0])
+        for name, kind in ((impl, dtype), ("reference", dtype), ("reference", torch.float64)):
+            leaves = [x.detach().to(kind).requires_grad_() for x in maps]
+            leaves.append(weight.detach().to(torch.float64 if kind == torch.float64 else accumulate).requires_grad_())
+            norms = _norms(len(maps), 24, kind) if normalised else None
+            out = _fuse(leaves, case, name, norms, **settings)
+            out.backward(grad.to(kind))
+            if name == impl:
+                assert frskd_fast.last_impl()["fusion"] == impl
+            if settings["weighting"] == "sum":
+                leaves.pop()
+            parameters = [parameter for norm in norms or [] for parameter in norm.parameters()]
+            buffers = [buffer for norm in norms or [] for buffer in (norm.running_mean, norm.running_var)]
+            gradients = [leaf.grad for leaf in [*leaves, *parameters]]
+            results.append([value for value in [out.detach(), *gradients, *buffers] if value is not None])
+        sizes = len(maps) * (1 + 4 * normalised) + 1 + (settings["weighting"] != "sum")
+        assert len(results[0]) == sizes
+        # The weights' gradient is a difference of (D_i - sum_j D_j w^_j) / divisor; the sum is about <grad, out>.
+        divisor = float(weight.sum()) if settings["weighting"] == "relu" else 1.0
+        scale = float((grad.double() * results[2][0]).sum().abs()) / divisor
+        for index, (ours, plain, truth) in enumerate(zip(*results, strict=True)):
+            is_weight = index == len(maps) + 1 and settings["weighting"] != "sum"
+            assert_close(ours, plain, truth, f"{case} {index}", scale if is_weight else 0.0)
+
+
+@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "BatchNorm"])
+def test_fusion_is_deterministic_and_capturable(normalised: bool, impl: str) -> None:
+    """The same bits a hundred times, without a synchronisation, and from a CUDA graph on new inputs."""
+    case = "odd"
+    static = [leaf.requires_grad_() for leaf in [*map(_channels_last, _maps(case)), torch.rand(4, device="cuda")]]
+    norms = _norms(4, 24, torch.float32) if normalised else None
+    leaves = [*static, *(parameter for norm in norms or [] for parameter in norm.parameters())]
+
+    def step() -> list[Tensor]:
+        out = _fuse(static, case, impl, norms, pre="relu", act="silu", weighting="relu")
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+    first = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        repeated = [step() for _ in range(99)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(left, right) for again in repeated for left, right in zip(again, first, strict=True))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf in static[:-1]:
+            leaf.normal_()
+    graph.replay()
+    replayed = [value.clone() for value in captured]
+    assert all(torch.equal(left, right) for left, right in zip(replayed, step(), strict=True))
+
+
 class _TwoHeads(nn.Module):
     """A student and a self-teacher, as small as they can be."""
 

@@ -73,6 +73,37 @@ def _logits(
     )  # fmt: skip
 
 
+def _fusion(
+    sizes: tuple[int, ...],  # of square maps, the first of which has the output's size
+    dtype: torch.dtype,
+    channels_last: bool = False,
+    normalised: bool = False,
+    act: int = 0,
+    batch: int = 2,
+    device: str = "cpu",
+) -> None:
+    from frskd_fast.kernels import fusion
+
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    inputs = [
+        torch.empty(batch, 64, size, size, dtype=dtype, device=device, memory_format=memory_format) for size in sizes
+    ]
+    resamples = [0 if size == sizes[0] else 1 if size < sizes[0] else 2 for size in sizes]
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.empty(len(sizes), dtype=accumulate, device=device)
+    absent = [torch.empty(0, dtype=accumulate, device=device)] * len(sizes)
+    settings = (resamples, 1, act, 1, 1e-4)
+    statistics, affine, sums = absent, absent, absent
+    if normalised:
+        statistics = fusion.batch_statistics(inputs, [1e-5] * len(sizes))
+        affine = [torch.empty(64, dtype=accumulate, device=device)] * len(sizes)
+    node = (inputs, statistics, affine, affine, weight)
+    out = fusion.forward(*node, *settings, (sizes[0], sizes[0]))
+    if normalised:
+        sums, _ = fusion.backward_sums(out, *node, *settings)
+    fusion.backward(out, *node, sums, *settings, [True] * len(sizes), not normalised)
+
+
 def _combine(rows: int) -> None:
     from frskd_fast.kernels import combine
 
@@ -99,6 +130,9 @@ CASES: dict[str, Callable[[], None]] = {
     "logits maps channels_last": lambda: _logits((2, 21, 65, 65), torch.float32, "indices", 4.0, channels_last=True),
     "logits maps float64": lambda: _logits((2, 21, 64, 64), torch.float64, "indices", 4.0),
     "logits maps, 64-bit offsets": lambda: _logits((16, 150, 1024, 1024), torch.bfloat16, "indices", device="meta"),
+    "fusion, normalised, bfloat16": lambda: _fusion((14, 7), torch.bfloat16, channels_last=True, normalised=True),
+    "fusion, pooled, SiLU, float32": lambda: _fusion((16, 16, 32), torch.float32, act=2),
+    "fusion float64, 64-bit offsets": lambda: _fusion((32, 16), torch.float64, batch=40_000, device="meta"),
     "combine": lambda: _combine(128),
     "combine, many rows": lambda: _combine(200_000),
 }
@@ -155,12 +189,12 @@ def _amd_resources(assembly: str) -> dict[str, int]:
 
 
 def _reports(target: str) -> Iterator[dict[str, Any]]:
-    from frskd_fast.kernels import attention, combine, logits
+    from frskd_fast.kernels import attention, combine, fusion, logits
 
     cuobjdump = _cuobjdump()
     for case, run in CASES.items():
         recorder = Recorder()
-        for module in (attention, combine, logits):
+        for module in (attention, combine, fusion, logits):
             module.launch = recorder
         run()
         for kernel, arguments, constants in recorder.calls:

@@ -1,4 +1,7 @@
-"""The registry of suites: one file per operation, named here, offers `cases(selection) -> list[Case]`."""
+"""The registry of suites: one file per operation, named here, offers `cases(selection) -> list[Case]`.
+
+The suite `step` compares whole training steps; bench/cases/step.py has rows and a runner of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ SUITES = {
     "attention": "bench.cases.attention",
     "logits": "bench.cases.logits",
     "loss": "bench.cases.loss",
+    "fusion": "bench.cases.fusion",
+    "self_teacher": "bench.cases.self_teacher",
 }
+
+STEP = "step"
 
 
 def cases_of(suite: str, selection: Selection) -> list[Case]:

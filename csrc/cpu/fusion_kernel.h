@@ -9,9 +9,14 @@
 namespace frskd {
 namespace {
 
-constexpr int64 kFusionBuffer = 4096;       // elements of a row buffer: stays in the first-level cache
-constexpr int64 kMostFusionChannels = 256;  // channels of a block
-constexpr int64 kSampleGroups = 32;         // partial sums over the batch; their number may not depend on the threads
+// Elements of a row buffer, which stays in the second-level cache. Blocks of channels should be as wide as the map: reading
+// half of every pixel's channels takes more than twice as long as reading all of them in one piece.
+constexpr int64 kFusionBuffer = 8192;
+constexpr int64 kLongestFlatRow = 65536;    // elements of a plane that is treated as one row
+constexpr int64 kMostFusionChannels = 1024;  // channels of a block
+// Partial sums over the batch; their number may not depend on the threads.
+constexpr int64 kSampleGroups = 32;
+constexpr int64 kPlaneSampleGroups = 8;  // where each channel of a group costs a preparation
 constexpr int64 kRowsBeforeDouble = 32;     // elements added in float before they join the total in double
 
 template <typename V>
@@ -81,33 +86,53 @@ inline __attribute__((always_inline)) auto load_some(const T* pointer, int64 res
   return rest >= width ? load(pointer) : load_first(pointer, rest);
 }
 
-// sums += weight * pre(normalise(x)) over `lines` lines of `count` elements; a line of sums is `padded` elements long.
-template <bool Normalised, bool Silu, typename T, typename A>
+// sums += weight * pre(normalise(x)) over `lines` lines of `count` elements; a line of sums is `padded` elements long. The
+// First input starts the sums, the Last one writes them to `out` instead (by `out_threshold`: activated or as they are).
+template <bool Normalised, bool Silu, bool First, bool Last, typename T, typename A>
 void add_lines(
     const Lines<const T>& input,
+    const Lines<T>& out,
     int64 lines,
     int64 count,
     int64 padded,
     const Coefficients<A>& coefficients,
     A weight,
     typename Lanes<A>::Vector threshold,
+    typename Lanes<A>::Vector out_threshold,
     A* sums) {
   using L = Lanes<A>;
   using V = typename L::Vector;
   const V w = L::splat(weight);
-  const auto add = [&](V x, int64 element, A* place) __attribute__((always_inline)) {
-    if constexpr (Normalised) {
-      x = (x - load(coefficients.mean + element)) * load(coefficients.scale + element) +
-          load(coefficients.beta + element);
-    }
-    store(load(place) + w * activated<Silu>(x, threshold), place);
+  // Copies: a store might change what is behind a reference.
+  const A *mean = coefficients.mean, *scale = coefficients.scale, *beta = coefficients.beta;
+  const auto sum = [=](V x, int64 element, const A* place) __attribute__((always_inline)) {
+    if constexpr (Normalised) x = (x - load(mean + element)) * load(scale + element) + load(beta + element);
+    V total = w * activated<Silu>(x, threshold);
+    if constexpr (!First) total += load(place);
+    if constexpr (Last) total = activated<false>(total, out_threshold);
+    return total;
   };
   const int64 whole = count - count % L::kWidth;
   for (int64 k = 0; k < lines; ++k) {
     const T* x = input.line(k);
     A* place = sums + k * padded;
-    for (int64 element = 0; element < whole; element += L::kWidth) add(load(x + element), element, place + element);
-    if (whole < count) add(load_first(x + whole, count - whole), whole, place + whole);
+    T* to = Last ? out.line(k) : nullptr;
+    for (int64 element = 0; element < whole; element += L::kWidth) {
+      const V total = sum(load(x + element), element, place + element);
+      if constexpr (Last) {
+        store(total, to + element);
+      } else {
+        store(total, place + element);
+      }
+    }
+    if (whole < count) {
+      const V total = sum(load_first(x + whole, count - whole), whole, place + whole);
+      if constexpr (Last) {
+        store_first(total, to + whole, count - whole);
+      } else {
+        store(total, place + whole);
+      }
+    }
   }
 }
 
@@ -132,16 +157,20 @@ void gradient_lines(
   using V = typename L::Vector;
   const V w = L::splat(weight);
   const int64 whole = count - count % L::kWidth;
-  const auto step = [&](V x, V grad, int64 element, V& result) __attribute__((always_inline)) {
-    V centred = x, y = x, scale;
+  // Copies: a store might change what is behind a reference.
+  const A *mean = coefficients.mean, *scale_of = coefficients.scale, *beta = coefficients.beta;
+  const A *mean_dy = coefficients.mean_dy, *mean_dot = coefficients.mean_dot;
+  V total = {};
+  const auto step = [=, &total](V x, V grad, int64 element, V& result) __attribute__((always_inline)) {
+    V centred = x, y = x, scale = {};
     if constexpr (Normalised) {
-      scale = load(coefficients.scale + element);
-      centred = x - load(coefficients.mean + element);
-      y = centred * scale + load(coefficients.beta + element);
+      scale = load(scale_of + element);
+      centred = x - load(mean + element);
+      y = centred * scale + load(beta + element);
     }
     V dy = grad;
     if constexpr (!Direct) {
-      derivative += grad * activated<Silu>(y, threshold);
+      total += grad * activated<Silu>(y, threshold);
       dy = w * times_slope<Silu>(grad, y, threshold);
     }
     if constexpr (Pass == FusionPass::kSums) {
@@ -149,7 +178,7 @@ void gradient_lines(
       store(load(sum_dot + element) + dy * centred, sum_dot + element);
     } else if constexpr (Pass == FusionPass::kGradient) {
       if constexpr (Normalised) {
-        result = scale * ((dy - load(coefficients.mean_dy + element)) - centred * load(coefficients.mean_dot + element));
+        result = scale * ((dy - load(mean_dy + element)) - centred * load(mean_dot + element));
       } else {
         result = dy;
       }
@@ -158,17 +187,19 @@ void gradient_lines(
   for (int64 k = 0; k < lines; ++k) {
     const T* x = input.line(k);
     const A* grad = upstream.line(k);
+    T* out = Pass == FusionPass::kGradient ? gradient.line(k) : nullptr;
     for (int64 element = 0; element < whole; element += L::kWidth) {
       V result = {};
       step(load(x + element), load(grad + element), element, result);
-      if constexpr (Pass == FusionPass::kGradient) store(result, gradient.line(k) + element);
+      if constexpr (Pass == FusionPass::kGradient) store(result, out + element);
     }
     if (whole < count) {
       V result = {};
       step(load_first(x + whole, count - whole), load_first(grad + whole, count - whole), whole, result);
-      if constexpr (Pass == FusionPass::kGradient) store_first(result, gradient.line(k) + whole, count - whole);
+      if constexpr (Pass == FusionPass::kGradient) store_first(result, out + whole, count - whole);
     }
   }
+  derivative += total;
 }
 
 // Which elements one call computes: a group of samples and a block of channels.
@@ -201,7 +232,8 @@ inline FusionPlan plan_fusion(const Fusion& call, bool with_gradients) {
   int64 channels = kFusionBuffer / (widest > 0 ? widest : 1) / 16 * 16;
   channels = channels < 16 ? 16 : channels > kMostFusionChannels ? kMostFusionChannels : channels;
   plan.block_channels = channels < call.out.channels ? channels : call.out.channels;
-  plan.groups = call.batch < kSampleGroups ? call.batch : kSampleGroups;
+  const int64 most = plan.along_channels ? kSampleGroups : kPlaneSampleGroups;
+  plan.groups = call.batch < most ? call.batch : most;
   plan.blocks = (call.out.channels + plan.block_channels - 1) / plan.block_channels;
   return plan;
 }
@@ -366,11 +398,18 @@ struct FusionWorker {
   }
 
   // sums = sum_i w_i * pre(v_i) for one row of the output; a line is the channel block, or the row of one channel.
-  void fuse_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
+  // With `write` the row is also activated and written to the output.
+  void fuse_row(int64 sample, int64 first_channel, int64 channels, int64 y, bool write) {
     const int64 lines = along_channels ? call.out.width : 1;
     const int64 count = along_channels ? channels : call.out.width;
     const int64 pitch = padded(count);
-    for (int64 k = 0; k < lines * pitch; ++k) sums[k] = 0;
+    const auto starts_sums = [&](int i) {
+      return i == 0 && (call.inputs[i].resample == kResampleNone || (call.inputs[i].resample == kResampleUp && along_channels));
+    };
+    if (!starts_sums(0)) {
+      for (int64 k = 0; k < lines * pitch; ++k) sums[k] = 0;
+    }
+    bool written = false;
     for (int i = 0; i < call.count; ++i) {
       const FusionInput& input = call.inputs[i];
       const A weight = weights.normalised[i];
@@ -385,22 +424,33 @@ struct FusionWorker {
         const int64 row = up ? nearest_source(static_cast<int>(y), static_cast<int>(input.map.height),
                                               static_cast<int>(call.out.height))
                              : y;
-        if (along_channels) {
-          const Lines<const T> given = row_of<const T>(input.map, sample, first_channel, row, source[i]);
-          add_lines<Normalised, Silu>(given, lines, count, pitch, coefficients[i], weight, threshold_of<A>(call.pre), sums);
+        const Lines<const T> given = along_channels
+                                         ? row_of<const T>(input.map, sample, first_channel, row, source[i])
+                                         : Lines<const T>{gathered(input.map, sample, first_channel, row, i), nullptr, 0};
+        const auto threshold = threshold_of<A>(call.pre), out_threshold = threshold_of<A>(call.act);
+        if (up && !along_channels) {
+          const int64 width = input.map.width;
+          add_lines<Normalised, Silu, true, false>(
+              given, Lines<T>{}, 1, width, padded(width), coefficients[i], weight, threshold, out_threshold, values);
+          for (int64 x = 0; x < call.out.width; ++x) sums[x] += values[source[i][x]];
           return;
         }
-        const Lines<const T> given{gathered(input.map, sample, first_channel, row, i), nullptr, 0};
-        if (!up) {
-          add_lines<Normalised, Silu>(given, 1, count, pitch, coefficients[i], weight, threshold_of<A>(call.pre), sums);
-          return;
+        const bool last = write && i == call.count - 1 && call.act != kActivationSilu &&
+                          (along_channels || call.out.stride_w == 1);
+        const Lines<T> out = last ? row_of<T>(call.out, sample, first_channel, y, nullptr) : Lines<T>{};
+        const auto add = [&](auto first, auto is_last) {
+          add_lines<Normalised, Silu, decltype(first)::kValue != 0, decltype(is_last)::kValue != 0>(
+              given, out, lines, count, pitch, coefficients[i], weight, threshold, out_threshold, sums);
+        };
+        written = last;
+        if (starts_sums(i)) {
+          last ? add(Constant<1>{}, Constant<1>{}) : add(Constant<1>{}, Constant<0>{});
+        } else {
+          last ? add(Constant<0>{}, Constant<1>{}) : add(Constant<0>{}, Constant<0>{});
         }
-        const int64 width = input.map.width;
-        for (int64 k = 0; k < padded(width); ++k) values[k] = 0;
-        add_lines<Normalised, Silu>(given, 1, width, padded(width), coefficients[i], weight, threshold_of<A>(call.pre), values);
-        for (int64 x = 0; x < call.out.width; ++x) sums[x] += values[source[i][x]];
       });
     }
+    if (write && !written) write_row(sample, first_channel, channels, y);
   }
 
   template <bool Normalised, bool Silu>
@@ -468,14 +518,20 @@ struct FusionWorker {
     });
   }
 
-  // sums = dL / ds for one row of the output: the upstream gradient times the slope of the last activation.
-  void upstream_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
+  // dL / ds for one row of the output: the upstream gradient times the slope of the last activation. Where that is the
+  // upstream gradient itself, in the accumulate type, the lines are its own.
+  Lines<const A> upstream_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
     const int64 lines = along_channels ? call.out.width : 1;
     const int64 count = along_channels ? channels : call.out.width;
     const int64 pitch = padded(count);
-    if (call.act != kActivationNone) fuse_row(sample, first_channel, channels, y);
+    if (call.act != kActivationNone) fuse_row(sample, first_channel, channels, y, false);
     const T* start = static_cast<const T*>(call.out.data) + sample * call.out.stride_n +
                      first_channel * call.out.stride_c + y * call.out.stride_h;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (call.act == kActivationNone && (along_channels || call.out.stride_w == 1)) {
+        return {start, nullptr, call.out.stride_w};
+      }
+    }
     const auto threshold = threshold_of<A>(call.act);
     with_activation(call.act, [&](auto act) {
       constexpr bool Silu = decltype(act)::kValue != 0;
@@ -489,6 +545,7 @@ struct FusionWorker {
         }
       }
     });
+    return {sums, nullptr, pitch};
   }
 
   // Gradients of one row of input i, whose `given` is dL / ds summed over its outputs (or dL / dy: Direct).
@@ -575,17 +632,17 @@ struct FusionWorker {
       for (int64 k = 0; k < 4 * row; ++k) upstream[i][k] = 0;
     }
     for (int64 y = 0; y < call.out.height; ++y) {
-      upstream_row(sample, first_channel, channels, y);
+      const Lines<const A> slopes = upstream_row(sample, first_channel, channels, y);
       for (int i = 0; i < call.count; ++i) {
         if (!wanted(i)) continue;
         const FusionInput& input = call.inputs[i];
         if (input.resample == kResampleNone) {
-          finish_row<false>(i, Lines<const A>{sums, nullptr, pitch}, sample, first_channel, channels, y);
+          finish_row<false>(i, slopes, sample, first_channel, channels, y);
           continue;
         }
         const int64 row = along_channels ? input.map.width * pitch : padded(input.map.width);
         if (input.resample == kResampleUp) {
-          gather_up(i, lines, pitch);
+          gather_up(i, slopes, lines, channels, pitch);
           while (next_row[i] < input.map.height &&
                  first_destination(static_cast<int>(next_row[i] + 1), static_cast<int>(input.map.height),
                                    static_cast<int>(call.out.height)) <= y + 1) {
@@ -596,7 +653,7 @@ struct FusionWorker {
           continue;
         }
         with_input(i, [&](auto normalised, auto pre) {
-          scatter_pool<decltype(normalised)::kValue != 0, decltype(pre)::kValue != 0>(i, sample, first_channel, channels, y, row);
+          scatter_pool<decltype(normalised)::kValue != 0, decltype(pre)::kValue != 0>(i, slopes, sample, first_channel, channels, y, row);
         });
         // Rows that no later window reaches.
         const int64 reached = y + 1 == call.out.height ? input.map.height : 2 * (y + 1) - input.map.height % 2;
@@ -610,20 +667,23 @@ struct FusionWorker {
     for (int i = 0; i < call.count; ++i) settle(i, along_channels ? channels : call.inputs[i].map.width);
   }
 
-  void gather_up(int i, int64 lines, int64 pitch) {
+  void gather_up(int i, const Lines<const A>& slopes, int64 lines, int64 channels, int64 pitch) {
     if (!along_channels) {
-      for (int64 x = 0; x < call.out.width; ++x) upstream[i][source[i][x]] += sums[x];
+      const A* row = slopes.data;
+      for (int64 x = 0; x < call.out.width; ++x) upstream[i][source[i][x]] += row[x];
       return;
     }
     for (int64 x = 0; x < lines; ++x) {
       A* to = upstream[i] + source[i][x] * pitch;
-      const A* from = sums + x * pitch;
-      for (int64 k = 0; k < pitch; k += kWidth) store(load(to + k) + load(from + k), to + k);
+      const A* from = slopes.line(x);
+      int64 k = 0;
+      for (; k + kWidth <= channels; k += kWidth) store(load(to + k) + load(from + k), to + k);
+      if (k < channels) store(load(to + k) + load_first(from + k, channels - k), to + k);
     }
   }
 
   template <bool Normalised, bool Silu>
-  void scatter_pool(int i, int64 sample, int64 first_channel, int64 channels, int64 y, int64 row_elements_of_input) {
+  void scatter_pool(int i, const Lines<const A>& slopes, int64 sample, int64 first_channel, int64 channels, int64 y, int64 row_elements_of_input) {
     using L = Lanes<A>;
     using V = typename L::Vector;
     using M = typename L::Mask;
@@ -648,7 +708,7 @@ struct FusionWorker {
             chosen = t;
           }
         }
-        const V value = V{best}, grad = V{sums[x]};
+        const V value = V{best}, grad = V{slopes.data[x]};
         derivative[i] += (grad * activated<Silu>(value, threshold))[0];
         if (taps[chosen] != nullptr) {
           upstream[i][(top + chosen / 3) % 4 * row_elements_of_input + left + chosen % 3] +=
@@ -666,7 +726,7 @@ struct FusionWorker {
           best = larger ? value : best;
           chosen = larger ? M{} + t : chosen;
         }
-        const V grad = load_some(sums + x * pitch + element, rest, kWidth);
+        const V grad = load_some(slopes.line(x) + element, rest, kWidth);
         derivatives += grad * activated<Silu>(best, threshold);
         const V dy = L::splat(weight) * times_slope<Silu>(grad, best, threshold);
         for (int t = 0; t < 9; ++t) {
@@ -689,9 +749,36 @@ FusionWeights<A> weights_of(const Fusion& call) {
       });
 }
 
+inline bool is_one_row(const Map& map) {
+  return map.data == nullptr || map.height == 1 || (map.stride_w == 1 && map.stride_h == map.width);
+}
+
+// The same node with every plane as a single row, where nothing is resampled and planes lie in one piece.
+inline Fusion flattened(const Fusion& call) {
+  Fusion flat = call;
+  bool possible = call.out.stride_c != 1 && is_one_row(call.out) && pixels_of(call.out) <= kLongestFlatRow;
+  for (int i = 0; i < call.count; ++i) {
+    const FusionInput& input = call.inputs[i];
+    possible = possible && input.resample == kResampleNone && is_one_row(input.map) && is_one_row(input.gradient);
+  }
+  if (!possible) return flat;
+  const auto flatten = [](Map& map) {
+    if (map.height > 1) map.stride_w = 1;
+    map.width *= map.height;
+    map.height = 1;
+  };
+  flatten(flat.out);
+  for (int i = 0; i < call.count; ++i) {
+    flatten(flat.inputs[i].map);
+    flatten(flat.inputs[i].gradient);
+  }
+  return flat;
+}
+
 template <typename T, typename A>
-void fusion_forward_typed(const Fusion& call, ParallelFor run, int) {
-  if (call.batch == 0) return;
+void fusion_forward_typed(const Fusion& given, ParallelFor run, int) {
+  if (given.batch == 0) return;
+  const Fusion call = flattened(given);
   const FusionPlan plan = plan_fusion(call, false);
   const FusionWeights<A> weights = weights_of<A>(call);
   parallel(run, plan.groups * plan.blocks, 1, [&](int64 begin, int64 end) {
@@ -706,8 +793,7 @@ void fusion_forward_typed(const Fusion& call, ParallelFor run, int) {
         }
         for (int64 sample = block.first_sample; sample < block.last_sample; ++sample) {
           for (int64 y = 0; y < call.out.height; ++y) {
-            worker.fuse_row(sample, first, step, y);
-            worker.write_row(sample, first, step, y);
+            worker.fuse_row(sample, first, step, y, true);
           }
         }
       }
@@ -717,7 +803,8 @@ void fusion_forward_typed(const Fusion& call, ParallelFor run, int) {
 
 // Both backward passes: sums where an input's `sums_out` is given, gradients where its `gradient` is.
 template <typename T, typename A>
-void fusion_backward_typed(const Fusion& call, ParallelFor run, int) {
+void fusion_backward_typed(const Fusion& given, ParallelFor run, int) {
+  const Fusion call = flattened(given);
   const FusionPlan plan = plan_fusion(call, true);
   const FusionWeights<A> weights = weights_of<A>(call);
   const int64 channels = call.out.channels, units = plan.groups * plan.blocks;
@@ -781,19 +868,25 @@ void fusion_backward_typed(const Fusion& call, ParallelFor run, int) {
   }
 }
 
-constexpr int64 kStatisticsBlock = 128;  // channels
-constexpr int64 kStatisticsTile = 32;    // pixels
+constexpr int64 kStatisticsBlock = 1024;  // channels
+constexpr int64 kStatisticsTile = 8192;   // elements read twice, which stay in the cache between
 
 // Mean and sum of squared deviations of a part; parts merge without cancellation (Chan et al.).
 struct Moments {
   double mean, squares;
 };
 
-inline void merge(Moments& total, double total_count, double mean, double squares, double count) {
-  const double all = total_count + count;
+// What a part of `count` elements weighs in a merge with `total_count` others.
+struct Share {
+  Share(double total_count, double count)
+      : of_mean(count / (total_count + count)), of_square(total_count * count / (total_count + count)) {}
+  double of_mean, of_square;
+};
+
+inline __attribute__((always_inline)) void merge(Moments& total, const Share& share, double mean, double squares) {
   const double difference = mean - total.mean;
-  total.mean += difference * (count / all);
-  total.squares += squares + difference * difference * (total_count * count / all);
+  total.mean += difference * share.of_mean;
+  total.squares += squares + difference * difference * share.of_square;
 }
 
 template <typename T, typename A>
@@ -810,6 +903,7 @@ void fusion_statistics_typed(const FusionStatistics& call, ParallelFor run, int)
   const T* data = static_cast<const T*>(map.data);
   parallel(run, groups * blocks, 1, [&](int64 begin, int64 end) {
     const int64 width = L::kWidth;
+    Scratch<A> scratch(3 * kStatisticsBlock);
     for (int64 unit = begin; unit < end; ++unit) {
       const int64 group = unit / blocks, first = unit % blocks * block;
       const int64 last = first + block < channels ? first + block : channels;
@@ -821,9 +915,13 @@ void fusion_statistics_typed(const FusionStatistics& call, ParallelFor run, int)
         if (along_channels) {
           // Twice over pixels that stay in the first-level cache: their mean, then the deviations from it.
           const int64 size = last - first, padded = (size + width - 1) / width * width;
-          for (int64 tile = 0; tile < pixels; tile += kStatisticsTile) {
-            const int64 count = pixels - tile < kStatisticsTile ? pixels - tile : kStatisticsTile;
-            A mean[kStatisticsBlock] = {}, squares[kStatisticsBlock] = {}, drift[kStatisticsBlock] = {};
+          const int64 step = kStatisticsTile / padded;
+          A* mean = scratch.data;
+          A* squares = mean + kStatisticsBlock;
+          A* drift = squares + kStatisticsBlock;
+          for (int64 tile = 0; tile < pixels; tile += step) {
+            const int64 count = pixels - tile < step ? pixels - tile : step;
+            for (int64 k = 0; k < padded; ++k) mean[k] = squares[k] = drift[k] = 0;
             const auto each_pixel = [&](const auto& body) __attribute__((always_inline)) {
               for (int64 pixel = tile; pixel < tile + count; ++pixel) {
                 const T* point = data + sample * map.stride_n + first + pixel / map.width * map.stride_h +
@@ -839,10 +937,12 @@ void fusion_statistics_typed(const FusionStatistics& call, ParallelFor run, int)
               store(load(squares + k) + deviation * deviation, squares + k);
               store(load(drift + k) + deviation, drift + k);
             });
+            const Share share(counted, static_cast<double>(count));
+            const double inverse_count = 1.0 / static_cast<double>(count);
             for (int64 k = 0; k < size; ++k) {
               // What rounding left of the deviations' sum, which would be 0 of the exact mean.
-              const double left = drift[k], shift = left / static_cast<double>(count);
-              merge(into[first + k], counted, mean[k] + shift, squares[k] - left * shift, static_cast<double>(count));
+              const double left = drift[k], shift = left * inverse_count;
+              merge(into[first + k], share, mean[k] + shift, squares[k] - left * shift);
             }
             counted += static_cast<double>(count);
           }
@@ -875,8 +975,8 @@ void fusion_statistics_typed(const FusionStatistics& call, ParallelFor run, int)
               left += deviation;
             }
             const double shift = left / static_cast<double>(count);
-            merge(into[channel], sample_counted, static_cast<double>(mean) + shift, square - left * shift,
-                  static_cast<double>(count));
+            merge(into[channel], Share(sample_counted, static_cast<double>(count)), static_cast<double>(mean) + shift,
+                  square - left * shift);
             sample_counted += static_cast<double>(count);
           }
         }
@@ -892,7 +992,7 @@ void fusion_statistics_typed(const FusionStatistics& call, ParallelFor run, int)
       const int64 samples = call.batch * (group + 1) / groups - call.batch * group / groups;
       const double count = static_cast<double>(samples * pixels);
       const Moments& part = parts.data[group * channels + channel];
-      merge(total, counted, part.mean, part.squares, count);
+      merge(total, Share(counted, count), part.mean, part.squares);
       counted += count;
     }
     const double variance = total.squares / counted;

@@ -1,14 +1,31 @@
-"""Backbones and self-teachers: `model(x, preact=False) -> (features, logits)`, finest feature map first."""
+"""Backbones and self-teachers: `model(x, preact=False) -> (features, logits)`, finest feature map first.
 
+`adapt_backbone` turns other networks into backbones.
+"""
+
+from .adapters import (
+    AdaptedBackbone,
+    ExtractorBackbone,
+    HookedBackbone,
+    OutputBackbone,
+    TimmBackbone,
+    adapt_backbone,
+)
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
 from .wide_resnet import WideResNet, wrn16x2
 
 __all__ = [
+    "AdaptedBackbone",
     "BiFPN",
     "BiFPNc",
+    "ExtractorBackbone",
+    "HookedBackbone",
+    "OutputBackbone",
     "ResNet",
+    "TimmBackbone",
     "WideResNet",
+    "adapt_backbone",
     "cifarresnet18",
     "resnet18",
     "resnet34",

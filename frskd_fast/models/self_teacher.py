@@ -1,200 +1,289 @@
-"""The self-teachers of FRSKD: bidirectional feature pyramids with their own classifier.
+"""The self-teachers of FRSKD, computed at the cost of their arithmetic.
 
-Ji et al., "Refine Myself by Teaching Myself: Feature Refinement via Self-Knowledge Distillation", CVPR 2021,
-section 3.1, after Tan et al., "EfficientDet", CVPR 2020 (weighted bidirectional feature pyramid).
-
-This is the plain form: one PyTorch operation for each step of the formulas.
+Parameters, keys and results are those of the plain form in `frskd_fast.reference.self_teacher`; docs/architecture.md derives
+each step that is saved. Ji et al., CVPR 2021 (arXiv 2103.08273), section 3.1; Tan et al., CVPR 2020.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frskd_fast import _dispatch
+from frskd_fast.ops import fusion
+from frskd_fast.reference import fusion as fusion_reference
+from frskd_fast.reference import self_teacher as reference
+
 from ._checks import check_features, check_positive_integer
 
-# Keeps the normalised fusion weights finite when none of them is positive.
-FUSION_EPSILON = 1e-6
+RELU = fusion_reference.ACTIVATIONS.index("relu")
+NONE = fusion_reference.ACTIVATIONS.index("none")
+NODE_WEIGHTING = fusion_reference.WEIGHTINGS.index("relu")
+NO_WEIGHTING = fusion_reference.WEIGHTINGS.index("sum")
+UNCHANGED, UP, POOL = (fusion_reference.RESAMPLES.index(name) for name in ("none", "up", "pool"))
 
 
-def normalise_fusion_weight(weight: Tensor) -> Tensor:
-    """relu(w) / (sum relu(w) + 1e-6), in at least float32, where the 1e-6 does not vanish next to the sum."""
-    weight = F.relu(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-    return weight / (weight.sum() + FUSION_EPSILON)
+class Branch:
+    """A map that is still to be normalised and rectified: relu(batch_norm(raw)), or relu(raw) without a BatchNorm.
 
-
-def weighted_sum(weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """sum_i w_i * x_i over normalised weights w, added from the left."""
-    normalised = normalise_fusion_weight(weight)
-    # A weight has no axes, so it does not change the dtype of the map it scales.
-    fused = normalised[0] * inputs[0]
-    for position in range(1, len(inputs)):
-        fused = fused + normalised[position] * inputs[position]
-    return fused
-
-
-class SameMaxPool2d(nn.Module):
-    """Maximum over 3x3 windows of stride 2 of the zero-padded map; output size = input size / 2, rounded up.
-
-    An even size is padded by one at its end, an odd one on both sides.
+    The statistics of a batch are taken once, however many nodes read the branch.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        top, left = x.shape[2] % 2, x.shape[3] % 2
-        return F.max_pool2d(F.pad(x, (left, 1, top, 1)), 3, stride=2)
+    def __init__(self, raw: Tensor, batch_norm: nn.Module | None = None, copies: int = 1) -> None:
+        self.raw = raw
+        self.batch_norm = batch_norm
+        self.copies = copies  # how often the original's BatchNorm sees each element
+        self.normalisation: fusion.Normalisation | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.raw.shape[2], self.raw.shape[3]
 
 
-class UpSample(nn.ModuleList):
-    """Nearest-neighbour up-sampling to `size`, then (item 1, BiFPNc only) a 1x1 convolution to the finer width.
+class Pass:
+    """One forward pass: the implementation it uses, and the updates of running statistics that it owes at its end."""
 
-    Item 0 has no parameters; it keeps the convolution at the key the original gives it.
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
+        self.updates: list[fusion.RunningUpdate] = []
+
+    def prepare(self, branch: Branch) -> fusion.Normalisation | None:
+        """The branch's affine map. A BatchNorm that cannot be folded in (SyncBatchNorm, hooks) runs as it is, once."""
+        if branch.batch_norm is None or branch.normalisation is not None:
+            return branch.normalisation
+        if fusion.foldable(branch.batch_norm):
+            batch_norm = cast(nn.BatchNorm2d, branch.batch_norm)
+            branch.normalisation, update = fusion.normalisation_of(batch_norm, branch.raw, self.impl, branch.copies)
+            self.updates += [] if update is None else [update]
+        else:
+            branch.raw, branch.batch_norm = branch.batch_norm(branch.raw), None
+        return branch.normalisation
+
+    def fuse(
+        self,
+        branches: Sequence[Branch],
+        resamples: Sequence[int] = (UNCHANGED,),
+        weight: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        pre: int = RELU,
+        depthwise: Tensor | None = None,
+    ) -> Tensor:
+        """sum_i w^_i * relu(resample_i(branch_i)), and the 3x3 depthwise convolution of that where one is given."""
+        normalisations = [self.prepare(branch) for branch in branches]
+        inputs = [branch.raw for branch in branches]
+        dtype = fusion_reference.accumulate_dtype(inputs[0].dtype)
+        weighting = NO_WEIGHTING if weight is None else NODE_WEIGHTING
+        numbers = inputs[0].new_ones(len(inputs), dtype=dtype) if weight is None else weight.to(dtype)
+        settings = fusion.Settings(tuple(resamples), pre, NONE, weighting, reference.FUSION_EPSILON)
+        return fusion.fuse(
+            inputs, normalisations, numbers, settings, branches[0].size if size is None else size, self.impl, depthwise
+        )
+
+    def finish(self) -> None:
+        """Make the updates of running statistics."""
+        if self.updates:
+            fusion.update_running_statistics(self.updates)
+
+
+def autocast_pair(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """The operands of a convolution in autocast's dtype, where that is on: a custom backward has to see them as computed."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if x.dtype == torch.float64:
+        dtype = x.dtype
+    return tuple(tensor.to(dtype) for tensor in (x, *weights))
+
+
+def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """d loss / d weight of a 1x1 convolution: grad^T x over all pixels, (out, in, 1, 1)."""
+    rows_of = (tensor.permute(0, 2, 3, 1) for tensor in (x, grad))
+    x_rows, grad_rows = (rows.reshape(-1, rows.shape[3]) for rows in rows_of)
+    return torch.mm(grad_rows.t(), x_rows).view(weight.shape)
+
+
+def pointwise_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a 1x1 convolution.
+
+    On a CPU the matrix product of channels_last maps is up to 1.5 times as fast as the convolution's own weight gradient.
+    """
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    product = need_weight and x.device.type == "cpu" and channels_last
+    x_gradient, by_convolution = None, None
+    if need_x or (need_weight and not product):
+        x_gradient, by_convolution, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [need_x, need_weight and not product, False]
+        )
+    return x_gradient, weight_gradient(x, grad, weight) if product else by_convolution
+
+
+class _Pointwise(torch.autograd.Function):
+    """1x1 convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return pointwise_backward(x, weight, grad, *ctx.needs_input_grad)
+
+
+class _Lateral(torch.autograd.Function):
+    """1x1 convolutions of relu(feature) by one or two weights, as one product; the rectified map is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(feature, *weights)
+        out = F.conv2d(F.relu(feature), torch.cat(weights) if len(weights) > 1 else weights[0])
+        return tuple(out.split([weight.shape[0] for weight in weights], 1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        feature, *weights = ctx.saved_tensors
+        stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+        grad = torch.cat(grads, 1) if len(grads) > 1 else grads[0]
+        need_feature, *need_weights = ctx.needs_input_grad
+        x_gradient, gradient = pointwise_backward(F.relu(feature), stacked, grad, need_feature, any(need_weights))
+        if x_gradient is not None:
+            x_gradient = torch.ops.aten.threshold_backward(x_gradient, feature, 0)
+        gradients: list[Tensor | None] = [None] * len(weights)
+        if gradient is not None:
+            gradients = list(gradient.split([weight.shape[0] for weight in weights]))
+        return (x_gradient, *gradients)
+
+
+def pointwise(x: Tensor, convolution: nn.Module) -> Tensor:
+    """The 1x1 convolution of `x`."""
+    out: Tensor = _Pointwise.apply(*autocast_pair(x, cast(Tensor, convolution.weight)))
+    return out
+
+
+class BiFPNLayer(reference.BiFPNLayer):
+    """`frskd_fast.reference.self_teacher.BiFPNLayer`, of the same parameters and results.
+
+    Maps travel between nodes as raw convolution outputs; a node normalises, rectifies, resamples and adds them as it reads.
     """
 
-    def __init__(self, convolution: nn.Module | None = None) -> None:
-        super().__init__([nn.Identity()] if convolution is None else [nn.Identity(), convolution])
-
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        x = F.interpolate(x, size=size, mode="nearest")
-        for convolution in self:
-            x = convolution(x)
-        return x
-
-
-class DepthConvBlock(nn.Module):
-    """kernel 1: relu(bn(conv1x1(x))); kernel 3: bn(pointwise(depthwise3x3(x))), `depth` times with ReLU in between.
-
-    Args:
-        in_channels, out_channels: channels of input and output.
-        kernel_size: 1 or 3.
-        depth: number of depthwise-separable convolutions; has no effect for kernel 1.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, depth: int = 1) -> None:
-        super().__init__()
-        if kernel_size == 1:
-            self.conv = nn.Sequential(
-                nn.Sequential(
-                    nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
-                )
-            )
-            return
-        separable = []
-        for position in range(depth):
-            channels = in_channels if position == 0 else out_channels
-            steps = [
-                nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-                nn.Conv2d(channels, out_channels, 1, bias=False),
-                nn.BatchNorm2d(out_channels),
-            ]
-            separable.append(nn.Sequential(*steps) if position == 0 else nn.Sequential(nn.ReLU(), *steps))
-        self.conv = nn.Sequential(*separable)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        return out
-
-
-class BiFPNLayer(nn.Module):
-    """One top-down and one bottom-up pass over a pyramid of L levels; R = relu, w^ = normalised fusion weights.
-
-        P_i = lat_conv_i(R(F_i))  (or R(F_i), without lat_conv);   Q_i = lat_conv2_i(R(F_i))
-        U_{L-1} = P_{L-1};   U_i = up_conv_i(w^0 R(P_i) + w^1 up_sample_i(R(U_{i+1})))
-        T_0 = U_0;   T_i = down_conv_i(w^0 R(Q_i) + w^1 R(U_i) + w^2 down_sample_i(R(T_{i-1})))
-        T_{L-1} = down_conv(w^0 R(Q_{L-1}) + w^1 down_sample(R(T_{L-2})))
-
-    Args:
-        in_channels: channels of each input level.
-        widths: channels of each output level.
-        depth: depthwise-separable convolutions in a node.
-        lateral: whether the layer has `lat_conv`; a layer without it takes inputs of the output widths.
-        convolve_samples: whether up- and down-sampling change the width by a 1x1 convolution.
-    """
-
-    def __init__(
-        self, in_channels: Sequence[int], widths: Sequence[int], depth: int, lateral: bool, convolve_samples: bool
-    ) -> None:
-        super().__init__()
-        levels = len(widths)
-        # The order of registration is the order of named_parameters() in the original.
-        self.lat_conv = nn.ModuleList(
-            DepthConvBlock(channels, width, 1) for channels, width in zip(in_channels, widths, strict=True) if lateral
-        )
-        self.lat_conv2 = nn.ModuleList(DepthConvBlock(in_channels[i], widths[i], 1) for i in range(1, levels))
-        self.up_conv = nn.ModuleList(DepthConvBlock(width, width, 3, depth) for width in widths[:-1])
-        self.up_weight = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in widths[:-1])
-        self.down_conv = nn.ModuleList(DepthConvBlock(width, width, 3, depth) for width in widths[1:])
-        self.down_weight = nn.ParameterList(
-            nn.Parameter(torch.ones(3 if i < levels - 1 else 2)) for i in range(1, levels)
-        )
-        self.down_sample = nn.ModuleList(
-            nn.Sequential(SameMaxPool2d(), DepthConvBlock(widths[i - 1], widths[i], 1))
-            if convolve_samples
-            else nn.Sequential(SameMaxPool2d())
-            for i in range(1, levels)
-        )
-        self.up_sample = nn.ModuleList(
-            UpSample(DepthConvBlock(widths[i + 1], widths[i], 1) if convolve_samples else None)
-            for i in range(levels - 1)
-        )
-
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+    def forward(  # type: ignore[override]
+        self, features: Sequence[Tensor], run: Pass, preact: bool = False
+    ) -> list[Tensor]:
         levels = len(features)
-        # Rectified inputs, lat_conv and lat_conv2 all end in a ReLU, so P and Q need no second one below.
-        rectified = [F.relu(feature) for feature in features]
-        lateral = rectified
-        if len(self.lat_conv) > 0:
-            lateral = [convolution(x) for convolution, x in zip(self.lat_conv, rectified, strict=True)]
-        lateral2 = [convolution(x) for convolution, x in zip(self.lat_conv2, rectified[1:], strict=True)]
+        lateral, lateral2 = self.laterals(features)
 
-        # Top-down: coarsest level first. The coarsest U is P itself; like P it is used rectified only.
+        # Top-down. The coarsest U is P itself; the others are raw outputs of their node's last convolution.
         up = [lateral[-1]]
         for i in range(levels - 2, -1, -1):
-            coarser = self.up_sample[i](F.relu(up[0]), lateral[i].shape[2:])
-            up.insert(0, self.up_conv[i](weighted_sum(self.up_weight[i], [lateral[i], coarser])))
+            size = lateral[i].size
+            coarser = self.up_sampled(i, up[0], size, run)
+            node = run.fuse(
+                [lateral[i], coarser], (UNCHANGED, UP), self.up_weight[i], size, depthwise=self.depthwise_of(self.up_conv[i])
+            )
+            up.insert(0, self.convolved(node, self.up_conv[i], run))
+            if i > 0:
+                # Read twice below, by the next up-sampling convolution and by the way up: written once.
+                up[0] = Branch(run.fuse([up[0]]))
 
-        # Bottom-up: finest level first; inner levels also take the top-down map, the coarsest has none of its own.
         outputs = [up[0]]
         for i in range(1, levels):
-            finer = self.down_sample[i - 1](F.relu(outputs[-1]))
-            own = [lateral2[i - 1], F.relu(up[i])] if i < levels - 1 else [lateral2[i - 1]]
-            outputs.append(self.down_conv[i - 1](weighted_sum(self.down_weight[i - 1], [*own, finer])))
-        return outputs
+            finer, resample = self.down_sampled(i - 1, outputs[-1], run)
+            own = [lateral2[i - 1], up[i]] if i < levels - 1 else [lateral2[i - 1]]
+            node = run.fuse(
+                [*own, finer],
+                (*[UNCHANGED] * len(own), resample),
+                self.down_weight[i - 1],
+                own[0].size,
+                depthwise=self.depthwise_of(self.down_conv[i - 1]),
+            )
+            outputs.append(self.convolved(node, self.down_conv[i - 1], run))
+        return [run.fuse([output], pre=NONE if preact else RELU) for output in outputs]
 
+    def laterals(self, features: Sequence[Tensor]) -> tuple[list[Branch], list[Branch]]:
+        """P of every level and Q of all but the finest, by one product a level."""
+        lateral, lateral2 = [], []
+        for i, feature in enumerate(features):
+            blocks = [self.lat_conv[i]] if len(self.lat_conv) > 0 else []
+            blocks += [self.lat_conv2[i - 1]] if i > 0 else []
+            convolutions = [cast(nn.Sequential, cast(nn.Sequential, block.conv)[0]) for block in blocks]
+            maps: tuple[Tensor, ...] = ()
+            if blocks:
+                weights = [cast(Tensor, convolution[0].weight) for convolution in convolutions]
+                maps = _Lateral.apply(*autocast_pair(feature, *weights))
+            branches = [Branch(raw, steps[1]) for raw, steps in zip(maps, convolutions, strict=True)]
+            lateral.append(branches.pop(0) if len(self.lat_conv) > 0 else Branch(feature))
+            lateral2 += branches
+        return lateral, lateral2
 
-class SelfTeacher(nn.Module):
-    """What `BiFPN` and `BiFPNc` share: `repeat` pyramid layers; a subclass adds the classifier under its own name."""
+    def up_sampled(self, i: int, coarser: Branch, size: tuple[int, int], run: Pass) -> Branch:
+        """What the node of level i adds from the level above, to be up-sampled by the node itself.
 
-    def __init__(
-        self, channels: Sequence[int], widths: Sequence[int], depth: int, repeat: int, convolve_samples: bool
-    ) -> None:
-        super().__init__()
-        self.channels = list(channels)
-        self.out_channels = list(widths)
-        self.layers = nn.ModuleList(
-            BiFPNLayer(channels if position == 0 else widths, widths, depth, position == 0, convolve_samples)
-            for position in range(repeat)
-        )
-
-    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
-        """The BatchNorm that makes each output map, finest first (for the margins of overhaul distillation).
-
-        Example:
-            >>> [batch_norm.num_features for batch_norm in BiFPNc([4, 8], 10).get_bn_before_relu()]
-            [8, 16]
+        A 1x1 convolution, BatchNorm and ReLU commute with nearest-neighbour up-sampling where every pixel is copied equally often.
         """
-        last = cast(BiFPNLayer, self.layers[-1])
-        nodes = [last.up_conv[0], *last.down_conv]
-        return [[module for module in node.modules() if isinstance(module, nn.BatchNorm2d)][-1] for node in nodes]
+        steps = list(self.up_sample[i])[1:]
+        if not steps:
+            return coarser
+        convolution = cast(nn.Sequential, cast(nn.Sequential, steps[0].conv)[0])
+        batch_norm = convolution[1]
+        x = coarser.raw if coarser.batch_norm is None else run.fuse([coarser])
+        whole = size[0] % coarser.size[0] == 0 and size[1] % coarser.size[1] == 0
+        if batch_norm.training and not (whole and fusion.foldable(batch_norm)):
+            return Branch(pointwise(F.interpolate(F.relu(x), size=size, mode="nearest"), convolution[0]), batch_norm)
+        copies = (size[0] // coarser.size[0]) * (size[1] // coarser.size[1])
+        return Branch(pointwise(x, convolution[0]), batch_norm, copies)
 
-    def refine(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The output maps before and after their last ReLU."""
+    def down_sampled(self, i: int, finer: Branch, run: Pass) -> tuple[Branch, int]:
+        """What the node of level i + 1 adds from the level below, and how the node has to resample it."""
+        steps = list(cast(nn.Sequential, self.down_sample[i]))[1:]
+        if not steps:
+            return finer, POOL
+        convolution = cast(nn.Sequential, cast(nn.Sequential, steps[0].conv)[0])
+        height, width = fusion_reference.pooled_size(finer.size)
+        pooled = run.fuse([finer], (POOL,), size=(height, width))
+        return Branch(pointwise(pooled, convolution[0]), convolution[1]), UNCHANGED
+
+    @staticmethod
+    def depthwise_of(block: nn.Module) -> Tensor:
+        """The weight of a node's first depthwise convolution."""
+        return cast(Tensor, cast(nn.Sequential, cast(nn.Sequential, block.conv)[0])[0].weight)
+
+    @staticmethod
+    def convolved(node: Tensor, block: nn.Module, run: Pass) -> Branch:
+        """The rest of a node's separable convolutions; `node` has been through the first depthwise one."""
+        stages = [cast(nn.Sequential, stage) for stage in cast(nn.Sequential, block.conv)]
+        branch = Branch(pointwise(node, stages[0][1]), stages[0][2])
+        for stage in stages[1:]:
+            node = run.fuse([branch], depthwise=cast(Tensor, stage[1].weight))
+            branch = Branch(pointwise(node, stage[2]), stage[3])
+        return branch
+
+
+class SelfTeacher(reference.SelfTeacher):
+    """What `BiFPN` and `BiFPNc` share."""
+
+    layer_type = BiFPNLayer
+
+    def refine(self, features: Sequence[Tensor], preact: bool = False) -> list[Tensor]:  # type: ignore[override]
+        """The output maps, after their last ReLU or (preact) before it."""
         check_features(features, self.channels)
-        before_relu = list(features)
-        for layer in self.layers:
-            before_relu = layer(before_relu)
-        return before_relu, [F.relu(feature) for feature in before_relu]
+        run = Pass(_dispatch.choose("auto", features[0].device.type, features[0].dtype))
+        maps = list(features)
+        for position, layer in enumerate(self.layers):
+            maps = layer(maps, run, preact and position == len(self.layers) - 1)
+        run.finish()
+        return maps
+
+    @staticmethod
+    def pooled(maps: Sequence[Tensor], preact: bool) -> Tensor:
+        """mean over pixels of relu(T_last): (N, C)."""
+        last = F.relu(maps[-1]) if preact else maps[-1]
+        return last.mean(dim=(2, 3))
 
 
 def check_arguments(channels: Sequence[int], num_classes: int, **positive: int) -> None:
@@ -264,9 +353,8 @@ class BiFPNc(SelfTeacher):
         self.fc = nn.Linear(self.out_channels[-1], num_classes)
 
     def forward(self, features: Sequence[Tensor], preact: bool = False) -> tuple[list[Tensor], Tensor]:
-        before_relu, refined = self.refine(features)
-        logits = self.fc(refined[-1].mean(dim=(2, 3)))
-        return (before_relu if preact else refined), logits
+        maps = self.refine(features, preact)
+        return maps, self.fc(self.pooled(maps, preact))
 
 
 class BiFPN(SelfTeacher):
@@ -306,6 +394,5 @@ class BiFPN(SelfTeacher):
         self.linear = nn.Linear(num_channels, num_classes)
 
     def forward(self, features: Sequence[Tensor], preact: bool = False) -> tuple[list[Tensor], Tensor]:
-        before_relu, refined = self.refine(features)
-        logits = self.linear(refined[-1].mean(dim=(2, 3)))
-        return (before_relu if preact else refined), logits
+        maps = self.refine(features, preact)
+        return maps, self.linear(self.pooled(maps, preact))

@@ -13,8 +13,8 @@ _ops = torch.ops.frskd_fast_native
 
 
 def empty_output(first: Tensor, size: Sequence[int]) -> Tensor:
-    """An empty (N, C, *size) in the dtype and memory format of ``first``."""
-    channels_last = not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
+    """An empty (N, C, *size) in the dtype of ``first``: channels_last where its channels (also a slice of them) lie together."""
+    channels_last = not first.is_contiguous() and first.stride(1) == 1 and first.shape[1] > 1
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (first.shape[0], first.shape[1], size[0], size[1])
     return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format)

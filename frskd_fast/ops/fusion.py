@@ -159,50 +159,69 @@ _backward_operator = _library.register(
 )
 
 
+def _node(
+    normalised: Sequence[bool], weight: Tensor, tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Inputs, statistics, gammas and betas (empty where an input is not normalised) and the weight."""
+    count = len(normalised)
+    inputs, rest = list(tensors[:count]), iter(tensors[count:])
+    empty = weight.new_empty(0)
+    channels = [[next(rest) for _ in range(3)] if is_normalised else [empty] * 3 for is_normalised in normalised]
+    statistics, gammas, betas = ([entry[k] for entry in channels] for k in range(3))
+    return inputs, statistics, gammas, betas, weight
+
+
+def _convolved(fused: Tensor, depthwise: Tensor) -> Tensor:
+    return torch.nn.functional.conv2d(fused, depthwise, padding=1, groups=fused.shape[1])
+
+
 class _Fusion(torch.autograd.Function):
-    """Saves the inputs as they came (raw convolution outputs where BatchNorm is folded in) and a few numbers per channel."""
+    """Saves the inputs as they came (raw convolution outputs where BatchNorm is folded in) and a few numbers per channel.
+
+    With a depthwise convolution behind it, the fused map is not kept: fusing again costs less than its memory.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        count: int,
+        normalised: tuple[bool, ...],  # for each input
         settings: Settings,
         size: tuple[int, int],
         trains: tuple[bool, ...],
         impl: str,
+        depthwise: Tensor | None,  # (C, 1, 3, 3)
         weight: Tensor,
-        *tensors: Tensor,  # count inputs, then as many statistics, gammas and betas
+        *tensors: Tensor,  # the inputs, then statistics, gamma and beta of each normalised one
     ) -> Tensor:
-        inputs, statistics, gammas, betas = (list(tensors[k * count : (k + 1) * count]) for k in range(4))
+        node = _node(normalised, weight, tensors)
         call = _forward_operator if torch.compiler.is_compiling() else raw_forward
-        out: Tensor = call(inputs, statistics, gammas, betas, weight, *settings, size, impl)
-        ctx.save_for_backward(weight, *tensors)
-        ctx.settings = (count, settings, trains, impl)
-        return out
+        out: Tensor = call(*node, *settings, size, impl)
+        ctx.save_for_backward(weight, depthwise, *tensors)
+        ctx.settings = (normalised, settings, size, trains, impl)
+        return out if depthwise is None else _convolved(out, depthwise)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count, settings, trains, impl = ctx.settings
-        weight, *tensors = ctx.saved_tensors
-        inputs, statistics, gammas, betas = (list(tensors[k * count : (k + 1) * count]) for k in range(4))
-        need_weight, *need_tensors = ctx.needs_input_grad[5:]
-        need_inputs = need_tensors[:count]
+        normalised, settings, size, trains, impl = ctx.settings
+        weight, depthwise, *tensors = ctx.saved_tensors
+        node = _node(normalised, weight, tensors)
+        need_depthwise, need_weight, *need_tensors = ctx.needs_input_grad[5:]
+        need_inputs = need_tensors[: len(normalised)]
+        depthwise_gradient = None
+        if depthwise is not None:
+            call = _forward_operator if torch.compiler.is_compiling() else raw_forward
+            fused = call(*node, *settings, size, impl)
+            grad, depthwise_gradient, _ = torch.ops.aten.convolution_backward(
+                grad, fused, depthwise, None, [1, 1], [1, 1], [1, 1], False, [0, 0], fused.shape[1],
+                [True, need_depthwise, False],
+            )  # fmt: skip
         call = _backward_operator if torch.compiler.is_compiling() else raw_backward
-        found = call(
-            grad, inputs, statistics, gammas, betas, weight, *settings, trains, need_inputs, need_weight, impl
-        )
-        rest = iter(found)
-        input_gradients = [next(rest) if needed else None for needed in need_inputs]
-        gamma_gradients: list[Tensor | None] = []
-        beta_gradients: list[Tensor | None] = []
-        for gamma in gammas:
-            normalised = gamma.numel() > 0
-            gamma_gradients.append(next(rest) if normalised else None)
-            beta_gradients.append(next(rest) if normalised else None)
-        weight_gradient = next(rest) if need_weight else None
-        nothing: list[Tensor | None] = [None] * count
-        return (None, None, None, None, None, weight_gradient, *input_gradients, *nothing, *gamma_gradients, *beta_gradients)
+        found = iter(call(grad, *node, *settings, trains, need_inputs, need_weight, impl))
+        gradients: list[Tensor | None] = [next(found) if needed else None for needed in need_inputs]
+        for is_normalised in normalised:
+            gradients += [None, next(found), next(found)] if is_normalised else []
+        return (*[None] * 5, depthwise_gradient, next(found) if need_weight else None, *gradients)
 
 
 class Normalisation(NamedTuple):
@@ -315,15 +334,16 @@ def fuse(
     settings: Settings,
     size: tuple[int, int],
     impl: str,
+    depthwise: Tensor | None = None,  # (C, 1, 3, 3)
 ) -> Tensor:
-    """The node by implementation ``impl``; the arguments are already checked."""
+    """The node by implementation ``impl``, then a depthwise convolution if given; the arguments are already checked."""
     statistics = [None if n is None else n.statistics for n in normalisations]
     gammas = [None if n is None else n.gamma for n in normalisations]
     betas = [None if n is None else n.beta for n in normalisations]
     if impl == "reference":
         if not torch.compiler.is_compiling():
             _dispatch.record("fusion", impl)
-        return reference.fuse(
+        fused = reference.fuse(
             inputs,
             statistics,
             gammas,
@@ -336,10 +356,15 @@ def fuse(
             settings.epsilon,
             size,
         )
-    empty = weight.detach().new_empty(0)
+        return fused if depthwise is None else _convolved(fused, depthwise)
+    normalised = tuple(normalisation is not None for normalisation in normalisations)
     trains = tuple(n is not None and n.trains for n in normalisations)
-    tensors = [empty if tensor is None else tensor for tensor in (*statistics, *gammas, *betas)]
-    out: Tensor = _Fusion.apply(len(inputs), settings, size, trains, impl, weight, *inputs, *tensors)
+    # An autograd.Function that torch.compile traces may get no tensor twice.
+    distinct = [x.view_as(x) if any(x is other for other in inputs[:k]) else x for k, x in enumerate(inputs)]
+    channels = [tensor for n in normalisations if n is not None for tensor in (n.statistics, n.gamma, n.beta)]
+    if depthwise is not None:
+        depthwise = depthwise.to(inputs[0].dtype)
+    out: Tensor = _Fusion.apply(normalised, settings, size, trains, impl, depthwise, weight, *distinct, *channels)
     return out
 
 
