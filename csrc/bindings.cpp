@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
       "float label_smoothing, int ignore_index, float temperature, Tensor(a!) losses, Tensor(b!) statistics, "
       "Tensor(c!) inverse_valid) -> ()");
   m.def(
+      "logits_with_gradients(Tensor student, Tensor teacher, Tensor[] targets, float mix, float label_smoothing, "
+      "int ignore_index, float temperature, bool mean, Tensor(a!)[] parts, Tensor(b!) gradients) -> ()");
+  m.def("logits_scale(Tensor gradients, Tensor[] grads, Tensor(a!) student, Tensor(b!)? teacher) -> ()");
+  m.def(
       "logits_backward(Tensor[] grads, int grad_head_stride, int grad_row_stride, float[] scales, "
       "Tensor? inverse_valid, Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
       "float label_smoothing, int ignore_index, float temperature, Tensor statistics, Tensor losses, "

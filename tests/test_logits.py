@@ -175,6 +175,78 @@ def test_reductions_follow_pytorch(smoothing: float, impl: str) -> None:
         torch.testing.assert_close(leaf.grad, again.grad)
 
 
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 1), (5, 3), (4, 7), (4, 8), (70, 100), (4, 1024), (4, 1025), (66, 1000)], ids=str
+)
+@pytest.mark.parametrize("kind", ["labels", "mix", "none"])
+def test_reduced_rows_with_gradients(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Small reduced calls compute gradients along with the losses; both sides of the limits of that path are here."""
+    grads = torch.tensor([0.3, -1.7, 2.5], dtype=torch.float64)
+    for reduction in ("batchmean", "sum"):
+        for temperature, smoothing in ((4.0, 0.0), (1.0, 0.1), (0.7, 0.0), (2.0, 0.3)):
+            student, teacher = ((3 * torch.randn(shape)).to(dtype) for _ in range(2))
+            targets = _targets(kind, shape)
+
+            def plain(
+                s: Tensor,
+                t: Tensor,
+                targets: Any = targets,
+                temperature: float = temperature,
+                smoothing: float = smoothing,
+                reduction: str = reduction,
+            ) -> list[Tensor]:
+                ce_student, ce_teacher, _ = _plain(s, t, targets, temperature, smoothing)
+                kd = formulas.divergence(s, t.detach(), temperature)
+                if reduction == "sum":
+                    return [ce_student.sum(), ce_teacher.sum(), kd.sum()]
+                mass = 1.0
+                if targets is not None:
+                    mass = torch.as_tensor(_distribution(targets, shape, s.dtype)[1]).sum()
+                return [ce_student.sum() / mass, ce_teacher.sum() / mass, kd.sum() / s.shape[0]]
+
+            ours = functools.partial(
+                functional.cross_entropy_kd, targets=targets, temperature=temperature, label_smoothing=smoothing,
+                reduction=reduction, impl="cpu",
+            )  # fmt: skip
+            truth = _run(plain, student.double(), teacher.double(), grads, torch.float64)
+            eager = _run(plain, student, teacher, grads, dtype)
+            names = (*PARTS, "student gradient", "teacher gradient")
+            results = _run(ours, student, teacher, grads, dtype)
+            largest_grad = float(grads.abs().max())
+            for name, result, same, exact in zip(names, results, eager, truth, strict=True):
+                label = f"{name} T={temperature} s={smoothing} {reduction}"
+                # As above: gradients are differences of probabilities, here times the upstream gradient.
+                is_gradient = "gradient" in name
+                scale = max(1.0, temperature) * largest_grad if is_gradient else max(1.0, temperature**2)
+                assert_close(result, same, exact, label, scale)
+
+
+def test_gradients_of_small_calls_can_be_asked_for_twice_and_apart() -> None:
+    student, teacher = (torch.randn(6, 9, requires_grad=True) for _ in range(2))
+    parts = functional.cross_entropy_kd(student, teacher, torch.arange(6), impl="cpu")
+    apart = [torch.autograd.grad(part, student, retain_graph=True, allow_unused=True)[0] for part in parts]
+    assert not apart[1].any()
+    both = torch.autograd.grad(parts.ce_student + 3 * parts.kd, student, retain_graph=True)[0]
+    torch.testing.assert_close(both, apart[0] + 3 * apart[2])
+    total = parts.ce_student
+    total += parts.ce_teacher  # a part is no view, so it can be added to in place
+    gradients = torch.autograd.grad(total, [student, teacher])
+    torch.testing.assert_close(gradients[0], apart[0])
+    teacher_alone = F.cross_entropy(teacher, torch.arange(6))
+    torch.testing.assert_close(gradients[1], torch.autograd.grad(teacher_alone, teacher)[0])
+
+
+def test_parts_of_large_calls_can_be_added_to_in_place() -> None:
+    student = torch.randn(200, 1000, requires_grad=True)
+    parts = functional.cross_entropy_kd(student, torch.randn(200, 1000), torch.arange(200), impl="cpu")
+    total = parts.kd
+    total += parts.ce_student
+    total.backward()
+    assert student.grad is not None
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["labels", "mix", "probabilities", "none"])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2, 5)], ids=str)

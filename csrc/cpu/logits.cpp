@@ -142,6 +142,97 @@ void logits_forward(
   kernels().logits_forward(kernel_call, call.element, run_parallel, thread_count());
 }
 
+void logits_with_gradients(
+    Tensor student,
+    Tensor teacher,
+    std::vector<Tensor> targets,
+    double mix,
+    double label_smoothing,
+    std::int64_t ignore_index,
+    double temperature,
+    bool mean,
+    std::vector<Tensor> parts,
+    Tensor gradients) {
+  check_settings(mix, label_smoothing, temperature);
+  STD_TORCH_CHECK(
+      targets.size() <= 2, "targets has ", targets.size(), " tensors, but none, the labels or two labels were wanted.");
+  const bool has_targets = !targets.empty();
+  std::vector<Tensor> first(targets.begin(), targets.begin() + (has_targets ? 1 : 0));
+  std::vector<Tensor> second(targets.begin() + first.size(), targets.end());
+  const Call call = call_of({student}, {teacher}, first, second);
+  const Head& head = call.heads[0];
+  STD_TORCH_CHECK(
+      call.element == Element::kFloat32 || call.element == Element::kFloat64,
+      "student must be float32 or float64: gradients of other dtypes would be rounded twice.");
+  STD_TORCH_CHECK(
+      student.dim() == 2 && head.student.channels <= kLargestFusedClasses && !call.has_probabilities,
+      "student has shape ", shape_text(student), ", but (N, K) with at most ", kLargestFusedClasses,
+      " classes and labels of dtype int64 were wanted.");
+  check_labels(head, head.labels, head.label_strides, ignore_index);
+  check_labels(head, head.labels_b, head.label_b_strides, ignore_index);
+  const std::int64_t plane = call.rows * head.student.channels;
+  STD_TORCH_CHECK(parts.size() == 3, "parts has ", parts.size(), " tensors, but three were wanted.");
+  const std::int64_t planes = gradients.dim() == 3 ? gradients.sizes()[0] : 0;
+  STD_TORCH_CHECK(
+      has_targets ? planes == 2 || planes == 3 : planes == 1, "gradients has shape ", shape_text(gradients),
+      ", but two or three planes (N, K) with targets and one without were wanted.");
+  std::vector<unsigned char> workspace(static_cast<std::size_t>(10 * call.rows) * sizeof(double));
+  Logits kernel_call{};
+  kernel_call.heads = call.heads.data();
+  kernel_call.count = 1;
+  kernel_call.rows = call.rows;
+  kernel_call.mix = mix;
+  kernel_call.label_smoothing = label_smoothing;
+  kernel_call.ignore_index = ignore_index;
+  kernel_call.temperature = temperature;
+  kernel_call.has_teacher = true;
+  kernel_call.has_targets = has_targets;
+  kernel_call.losses = workspace.data();
+  kernel_call.statistics = workspace.data() + static_cast<std::size_t>(4 * call.rows) * sizeof(double);
+  kernel_call.gradients = working_tensor(gradients, call.element, planes * plane, "gradients");
+  kernel_call.gradient_planes = planes;
+  for (int part = 0; part < 3; ++part) kernel_call.parts[part] = working_tensor(parts[part], call.element, 1, "parts");
+  kernel_call.mean = mean;
+  STD_TORCH_CHECK(call.rows > 0, "student has no rows, but at least one was wanted.");
+  kernels().logits_forward(kernel_call, call.element, run_parallel, thread_count());
+}
+
+template <typename A>
+void scale_planes(const A* planes, std::int64_t count, const A* const grads[3], bool has_ce, A* student, A* teacher) {
+  const A by_ce = *grads[0], by_teacher = *grads[1], by_kd = *grads[2];
+  if (!has_ce) {
+    for (std::int64_t k = 0; k < count; ++k) student[k] = planes[k] * by_kd;
+    return;
+  }
+  for (std::int64_t k = 0; k < count; ++k) student[k] = planes[k] * by_ce + planes[count + k] * by_kd;
+  if (teacher == nullptr) return;
+  for (std::int64_t k = 0; k < count; ++k) teacher[k] = planes[2 * count + k] * by_teacher;
+}
+
+void logits_scale(Tensor gradients, std::vector<Tensor> grads, Tensor student, std::optional<Tensor> teacher) {
+  const Element element = element_of(gradients, "gradients");
+  STD_TORCH_CHECK(
+      element == Element::kFloat32 || element == Element::kFloat64, "gradients must be float32 or float64.");
+  const std::int64_t planes = gradients.dim() == 3 ? gradients.sizes()[0] : 0;
+  STD_TORCH_CHECK(
+      teacher ? planes == 3 : planes >= 1 && planes <= 3, "gradients has shape ", shape_text(gradients),
+      ", but one to three planes (N, K), three with a teacher, were wanted.");
+  STD_TORCH_CHECK(grads.size() == 3, "grads has ", grads.size(), " tensors, but three were wanted.");
+  const std::int64_t count = gradients.sizes()[1] * gradients.sizes()[2];
+  const void* from = working_tensor(gradients, element, planes * count, "gradients");
+  void* to = working_tensor(student, element, count, "student");
+  void* teacher_to = teacher ? working_tensor(*teacher, element, count, "teacher") : nullptr;
+  const void* scalars[3];
+  for (int part = 0; part < 3; ++part) scalars[part] = working_tensor(grads[part], element, 1, "grads");
+  const auto scale = [&](auto number) {
+    using A = decltype(number);
+    const A* const by[3] = {
+        static_cast<const A*>(scalars[0]), static_cast<const A*>(scalars[1]), static_cast<const A*>(scalars[2])};
+    scale_planes(static_cast<const A*>(from), count, by, planes > 1, static_cast<A*>(to), static_cast<A*>(teacher_to));
+  };
+  element == Element::kFloat64 ? scale(double{}) : scale(float{});
+}
+
 void attach_gradients(
     Call& call,
     const std::vector<Tensor>& gradients,
@@ -228,5 +319,7 @@ void logits_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CPU, m) {
   m.impl("logits_forward", TORCH_BOX(&frskd::logits_forward));
+  m.impl("logits_with_gradients", TORCH_BOX(&frskd::logits_with_gradients));
+  m.impl("logits_scale", TORCH_BOX(&frskd::logits_scale));
   m.impl("logits_backward", TORCH_BOX(&frskd::logits_backward));
 }

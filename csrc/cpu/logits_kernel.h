@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64 kClassTile =
     1024;  // classes held as accumulate type at once; five such buffers stay in the first-level cache
+static_assert(kLargestFusedClasses <= kClassTile, "a row with gradients is one tile");
 constexpr int64 kLargestPixelTile = 128;
 constexpr int64 kSmallestPixelTile = 16;
 
@@ -152,7 +153,14 @@ struct Online {
   A cover(const A* tile, int64 count, A inverse_temperature) {
     using L = Lanes<A>;
     auto largest = L::splat(tile[0]);
-    for (int64 k = 0; k < count; k += L::kWidth) largest = ::frskd::maximum(largest, lanes_at(tile, k, count, tile[0]));
+    if (count >= L::kWidth) {
+      int64 k = 0;
+      for (; k + L::kWidth <= count; k += L::kWidth) largest = ::frskd::maximum(largest, load(tile + k));
+      // The last vector overlaps the one before, which no maximum minds.
+      if (k < count) largest = ::frskd::maximum(largest, load(tile + count - L::kWidth));
+    } else {
+      largest = lanes_at(tile, 0, count, tile[0]);
+    }
     const A top = horizontal_maximum(largest);
     if (!started) {
       started = true;
@@ -250,7 +258,13 @@ struct TileSums {
   A plain_s, tempered_s, plain_t, tempered_t, cross, mass, label_s, label_t, shifted_s, shifted_t;
 };
 
-template <typename P, typename A>
+// Where a row's exponentials are left for the gradients that the forward pass computes itself.
+template <typename A>
+struct Kept {
+  A *plain_s, *tempered_s, *plain_t, *tempered_t;
+};
+
+template <typename P, bool Keep, typename A>
 inline TileSums<A> sum_tile(
     const A* zs,
     const A* zt,
@@ -259,22 +273,31 @@ inline TileSums<A> sum_tile(
     A student_top,
     A teacher_top,
     A inverse_temperature,
-    bool smooth) {
+    bool smooth,
+    const Kept<A>& kept) {
   using L = Lanes<A>;
   using V = typename L::Vector;
   constexpr Temperature K = P::kTemperature;
   const V student_maximum = L::splat(student_top), teacher_maximum = L::splat(teacher_top);
   V plain_s = {}, tempered_s = {}, plain_t = {}, tempered_t = {}, crossed = {};
   V label_mass = {}, label_s = {}, label_t = {}, shifted_s = {}, shifted_t = {};
-  const auto add = [&](V student, V teacher, V share, auto keep) __attribute__((always_inline)) {
+  const auto add = [&](V student, V teacher, V share, auto keep, auto put) __attribute__((always_inline)) {
     const V student_difference = student - student_maximum;
     const auto student_exp = exponentials<K, P::kCrossEntropy, P::kTeacher>(student_difference, inverse_temperature);
     if constexpr (P::kCrossEntropy) plain_s += keep(student_exp.plain);
+    if constexpr (Keep) {
+      if constexpr (P::kCrossEntropy) put(student_exp.plain, kept.plain_s);
+      if constexpr (P::kTeacher) put(student_exp.tempered, kept.tempered_s);
+    }
     V teacher_difference = {};
     if constexpr (P::kTeacher) {
       tempered_s += keep(student_exp.tempered);
       teacher_difference = teacher - teacher_maximum;
       auto teacher_exp = exponentials<K, P::kCrossEntropy, true>(teacher_difference, inverse_temperature);
+      if constexpr (Keep) {
+        if constexpr (P::kCrossEntropy) put(teacher_exp.plain, kept.plain_t);
+        put(teacher_exp.tempered, kept.tempered_t);
+      }
       teacher_exp.tempered = keep(teacher_exp.tempered);
       if constexpr (P::kCrossEntropy) plain_t += keep(teacher_exp.plain);
       tempered_t += teacher_exp.tempered;
@@ -295,22 +318,38 @@ inline TileSums<A> sum_tile(
   for (; k + L::kWidth <= count; k += L::kWidth) {
     const V teacher = P::kTeacher ? load(zt + k) : V{};
     const V share = P::kExtra && labels != nullptr ? load(labels + k) : V{};
-    add(load(zs + k), teacher, share, [](V value) __attribute__((always_inline)) { return value; });
+    add(
+        load(zs + k), teacher, share, [](V value) __attribute__((always_inline)) { return value; },
+        [k](V value, A* out) __attribute__((always_inline)) { store(value, out + k); });
   }
-  if (k < count) {
-    const auto inside = L::first(count - k);
-    const V teacher = P::kTeacher ? lanes_at(zt, k, count, teacher_top) : V{};
-    const V share = P::kExtra && labels != nullptr ? lanes_at(labels, k, count, A(0)) : V{};
-    add(lanes_at(zs, k, count, student_top), teacher, share,
-        [inside](V value) __attribute__((always_inline)) { return inside ? value : V{}; });
+  if (k < count && count >= L::kWidth) {
+    // The last vector overlaps the one before: its first lanes were added already and are stored again as they are.
+    const auto fresh = ~L::first(L::kWidth - (count - k));
+    k = count - L::kWidth;
+    const V teacher = P::kTeacher ? load(zt + k) : V{};
+    const V share = P::kExtra && labels != nullptr ? (fresh ? load(labels + k) : V{}) : V{};
+    add(
+        load(zs + k), teacher, share, [fresh](V value) __attribute__((always_inline)) { return fresh ? value : V{}; },
+        [k](V value, A* out) __attribute__((always_inline)) { store(value, out + k); });
+  } else if (k < count) {
+    const auto inside = L::first(count);
+    const V teacher = P::kTeacher ? lanes_at(zt, 0, count, teacher_top) : V{};
+    const V share = P::kExtra && labels != nullptr ? lanes_at(labels, 0, count, A(0)) : V{};
+    add(
+        lanes_at(zs, 0, count, student_top), teacher, share,
+        [inside](V value) __attribute__((always_inline)) { return inside ? value : V{}; },
+        [count](V value, A* out) __attribute__((always_inline)) { store_first(value, out, count); });
   }
   return {horizontal_sum(plain_s),   horizontal_sum(tempered_s), horizontal_sum(plain_t), horizontal_sum(tempered_t),
           horizontal_sum(crossed),   horizontal_sum(label_mass), horizontal_sum(label_s), horizontal_sum(label_t),
           horizontal_sum(shifted_s), horizontal_sum(shifted_t)};
 }
 
-template <typename P, typename T, typename A>
-void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, int64 x, int64 row) {
+// Writes a row's losses and statistics; returns its exponential sums: student and teacher, then both tempered. `kept`
+// is for rows of a single tile.
+template <typename P, typename T, bool Keep, typename A>
+typename Lanes<A>::Vector logits_forward_row(
+    const Logits& call, const Head& head, int64 n, int64 y, int64 x, int64 row, const Kept<A>& kept) {
   using L = Lanes<A>;
   constexpr bool teacher = P::kTeacher, ce = P::kCrossEntropy;
   const Map& s = head.student;
@@ -354,8 +393,8 @@ void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, 
       teacher_label -= mass * teacher_rise;
       teacher_shifted -= before * teacher_rise;
     }
-    const TileSums<A> sums =
-        sum_tile<P>(zs, zt, labels, count, student_sums.maximum, teacher_sums.maximum, inverse_temperature, smooth);
+    const TileSums<A> sums = sum_tile<P, Keep>(
+        zs, zt, labels, count, student_sums.maximum, teacher_sums.maximum, inverse_temperature, smooth, kept);
     student_sums.plain += sums.plain_s;
     student_sums.tempered += sums.tempered_s;
     teacher_sums.plain += sums.plain_t;
@@ -369,8 +408,9 @@ void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, 
   }
 
   // Without teacher or labels a sum is 0 and its logarithm is not used.
-  typename L::Vector log_sums = {student_sums.plain, teacher_sums.plain, student_sums.tempered, teacher_sums.tempered};
-  log_sums = logarithm(log_sums);
+  const typename L::Vector exponential_sums = {
+      student_sums.plain, teacher_sums.plain, student_sums.tempered, teacher_sums.tempered};
+  const typename L::Vector log_sums = logarithm(exponential_sums);
   A statistics[6] = {student_sums.maximum, teacher ? teacher_sums.maximum : A(0), A(0), A(0), A(0), A(0)};
   RowResult<A> result = {A(0), A(0), A(0), A(1)};
   if (teacher) {
@@ -397,6 +437,7 @@ void logits_forward_row(const Logits& call, const Head& head, int64 n, int64 y, 
     if (head.labels != nullptr) result.weight = labels.weight[0] + labels.weight[1];
   }
   write_row(call, row, result, statistics);
+  return exponential_sums;
 }
 
 // Maps whose pixels are contiguous: `count` neighbouring pixels at once, a class at a time.
@@ -861,7 +902,8 @@ void logits_forward_typed(const Logits& call, ParallelFor run) {
       if (count > 0) {
         logits_forward_pixels<P, T, A>(call, head, n, first, count, row);
       } else {
-        logits_forward_row<P, T, A>(call, head, n, first / head.student.width, first % head.student.width, row);
+        const int64 width = head.student.width;
+        logits_forward_row<P, T, false>(call, head, n, first / width, first % width, row, Kept<A>{});
       }
     });
   });
@@ -872,6 +914,88 @@ void logits_forward_typed(const Logits& call, ParallelFor run) {
     const int64 rows = head.batch * pixels_of(head.student);
     for (int64 row = 0; row < rows; ++row) valid += weights[head.first_row + row];
     static_cast<A*>(call.inverse_valid)[index] = valid == 0 ? A(0) : static_cast<A>(1.0 / valid);
+  }
+}
+
+// A row's losses and its gradients for upstream gradients of 1, from one set of exponentials.
+template <typename P, typename A>
+void logits_row_with_gradients(const Logits& call, const Head& head, int64 row, A ce_scale, A kd_scale) {
+  using L = Lanes<A>;
+  constexpr bool ce = P::kCrossEntropy;
+  const int64 classes = head.student.channels;
+  const int64 plane = call.rows * classes;
+  A* base = static_cast<A*>(call.gradients) + row * classes;
+  A* student_ce = ce ? base : nullptr;
+  A* student_kd = ce ? base + plane : base;
+  A* teacher_ce = ce && call.gradient_planes == 3 ? base + 2 * plane : nullptr;
+  A exponentials[4][kLargestFusedClasses];
+  const Kept<A> kept = {exponentials[0], exponentials[1], exponentials[2], exponentials[3]};
+  const auto sums = logits_forward_row<P, A, true>(call, head, row, 0, 0, row, kept);
+  const RowLabels<A> labels = row_labels<A>(call, head, row, 0, 0);
+  const A smoothing = static_cast<A>(call.label_smoothing);
+  const A share = labels.weight[0] + labels.weight[1];
+  const A grad_ce = share == A(0) ? A(0) : ce_scale;
+  const A grad_kd = kd_scale * static_cast<A>(call.temperature);
+  const auto each = L::splat(grad_ce * (smoothing * share / static_cast<A>(classes)));
+  const auto student_plain = L::splat(grad_ce * share / sums[0]), teacher_plain = L::splat(grad_ce * share / sums[1]);
+  const auto student_factor = L::splat(A(1) / sums[2]), teacher_factor = L::splat(A(1) / sums[3]);
+  const auto finish = [&](int64 k, auto get, auto put) __attribute__((always_inline)) {
+    if constexpr (ce) put(get(kept.plain_s + k) * student_plain - each, student_ce + k);
+    put(grad_kd * (get(kept.tempered_s + k) * student_factor - get(kept.tempered_t + k) * teacher_factor),
+        student_kd + k);
+    if (ce && teacher_ce != nullptr) put(get(kept.plain_t + k) * teacher_plain - each, teacher_ce + k);
+  };
+  using V = typename L::Vector;
+  if (classes >= L::kWidth) {
+    for (int64 first = 0; first < classes; first += L::kWidth) {
+      // The last vector overlaps the one before and writes the same numbers there.
+      finish(
+          first + L::kWidth <= classes ? first : classes - L::kWidth,
+          [](const A* from) __attribute__((always_inline)) { return load(from); },
+          [](V value, A* to) __attribute__((always_inline)) { store(value, to); });
+    }
+  } else {
+    finish(
+        0, [classes](const A* from) __attribute__((always_inline)) { return load_first(from, classes); },
+        [classes](V value, A* to) __attribute__((always_inline)) { store_first(value, to, classes); });
+  }
+  for (int side = 0; side < 2; ++side) {
+    if (labels.weight[side] == A(0)) continue;
+    const A pull = grad_ce * ((A(1) - smoothing) * labels.weight[side]);
+    student_ce[labels.index[side]] -= pull;
+    if (teacher_ce != nullptr) teacher_ce[labels.index[side]] -= pull;
+  }
+}
+
+// One head of rows (N, K) with K within a tile, class indices or no labels: reduced losses and gradients at once.
+template <typename A>
+void logits_with_gradients_typed(const Logits& call, ParallelFor run) {
+  const Head& head = call.heads[0];
+  double valid = 0;
+  for (int64 row = 0; row < call.rows; ++row) {
+    const RowLabels<A> labels = row_labels<A>(call, head, row, 0, 0);
+    valid += labels.weight[0] + labels.weight[1];
+  }
+  const double inverse_valid = valid == 0 ? 0 : 1 / valid, inverse_rows = 1 / static_cast<double>(call.rows);
+  const A ce_scale = call.mean ? static_cast<A>(inverse_valid) : A(1);
+  const A kd_scale = call.mean ? static_cast<A>(inverse_rows) : A(1);
+  const bool extra = call.has_targets && has_extra(call, false);
+  with_plan(call.temperature, call.has_targets, true, extra, [&](auto plan) {
+    using P = decltype(plan);
+    if constexpr (P::kTeacher) {
+      parallel(run, call.rows, grain_for(8 * head.student.channels), [&](int64 begin, int64 end) {
+        for (int64 row = begin; row < end; ++row) {
+          logits_row_with_gradients<P, A>(call, head, row, ce_scale, kd_scale);
+        }
+      });
+    }
+  });
+  const A* losses = static_cast<const A*>(call.losses);
+  for (int part = 0; part < 3; ++part) {
+    double sum = 0;
+    for (int64 row = 0; row < call.rows; ++row) sum += losses[part * call.rows + row];
+    if (call.mean) sum *= part == 2 ? inverse_rows : inverse_valid;
+    *static_cast<A*>(call.parts[part]) = static_cast<A>(sum);
   }
 }
 
@@ -891,6 +1015,10 @@ void logits_backward_typed(const Logits& call, ParallelFor run) {
 }
 
 void logits_forward(const Logits& call, Element element, ParallelFor run, int) {
+  if (call.gradients != nullptr) {
+    return element == Element::kFloat64 ? logits_with_gradients_typed<double>(call, run)
+                                        : logits_with_gradients_typed<float>(call, run);
+  }
   switch (element) {
     case Element::kFloat32:
       return logits_forward_typed<float, float>(call, run);

@@ -87,6 +87,11 @@ struct Logits {
   bool has_teacher;  // told apart from the data pointers, which are null where a head has no rows
   bool has_targets;
   bool has_probabilities;
+  // Gradients in the forward pass, of one head of float32 or float64 rows (N, K) with K <= kLargestFusedClasses.
+  void* gradients;               // (planes, N, K) for upstream gradients of 1, or null: ce_student, kd, ce_teacher
+  std::int64_t gradient_planes;  // 1 is kd alone
+  void* parts[3];                // the reduced ce_student, ce_teacher, kd
+  bool mean;                     // over kept rows and all rows, else sums
 };
 
 // One input of a weighted fusion. Absent parts are null.
@@ -120,6 +125,8 @@ struct FusionStatistics {
   double epsilon;
   void* statistics;  // (3, C): mean, inverse deviation, biased variance
 };
+// Classes whose exponentials one row keeps in the first-level cache.
+constexpr std::int64_t kLargestFusedClasses = 1024;
 
 // Runs body(begin, end) over [0, count) on the threads PyTorch was told to use.
 using ParallelBody = void (*)(std::int64_t begin, std::int64_t end, void* context);

@@ -12,6 +12,15 @@ from frskd_fast.reference.attention import accumulate_dtype
 _ops = torch.ops.frskd_fast_native
 
 
+def _refused(error: RuntimeError) -> Exception:
+    """The kernel's error, as a ValueError where it is about a label.
+
+    The kernel looks at the labels anyway; checking them here as well would read them twice.
+    """
+    _, found, sentence = str(error).partition("targets holds the label")
+    return ValueError(found + sentence.splitlines()[0]) if found else error
+
+
 def forward(
     students: Sequence[Tensor],  # heads x (N, K[, H[, W]])
     teachers: Sequence[Tensor],  # the same shapes, or empty
@@ -35,12 +44,48 @@ def forward(
             losses, statistics, inverse_valid,
         )  # fmt: skip
     except RuntimeError as error:
-        # The kernel looks at the labels anyway; checking them here as well would read them twice.
-        _, found, sentence = str(error).partition("targets holds the label")
-        if not found:
-            raise
-        raise ValueError(found + sentence.splitlines()[0]) from None
+        raise _refused(error) from None
     return losses, statistics, inverse_valid
+
+
+def forward_with_gradients(
+    student: Tensor,  # (N, K) float32 or float64, N >= 1, K <= 1024
+    teacher: Tensor,  # (N, K)
+    targets: Sequence[Tensor],  # no labels, (N,) int64 labels, or two of them
+    mix: float,
+    label_smoothing: float,
+    ignore_index: int,
+    temperature: float,
+    mean: bool,  # over kept rows (cross-entropies) and all rows (divergence), else sums
+    need_teacher: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Reduced (ce_student, ce_teacher, kd), and their gradients for upstream gradients of 1, one plane (N, K) each.
+
+    The planes are the student's by CE, the student's by KD, and the teacher's by CE if needed; KD alone without targets.
+    """
+    dtype = student.dtype
+    parts = torch.empty((), dtype=dtype), torch.empty((), dtype=dtype), torch.empty((), dtype=dtype)
+    planes = (3 if need_teacher else 2) if targets else 1
+    gradients = torch.empty((planes, *student.shape), dtype=dtype)
+    try:
+        _ops.logits_with_gradients.default(
+            student, teacher, targets, mix, label_smoothing, ignore_index, temperature, mean, parts, gradients
+        )
+    except RuntimeError as error:
+        raise _refused(error) from None
+    return parts, gradients
+
+
+def scale_gradients(
+    gradients: Tensor,  # of ``forward_with_gradients``
+    grads: Sequence[Tensor],  # upstream gradients of ce_student, ce_teacher, kd, one number each
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the student's logits and, where a plane holds it, of the teacher's."""
+    planes, *shape = gradients.shape
+    student = torch.empty(shape, dtype=gradients.dtype)
+    teacher = torch.empty(shape, dtype=gradients.dtype) if planes == 3 else None
+    _ops.logits_scale.default(gradients, grads, student, teacher)
+    return student, teacher
 
 
 def backward(

@@ -204,6 +204,13 @@ class _LogitLosses(torch.autograd.Function):
             rows_of_parts = losses[0].clone(), losses[1].clone(), losses[2].clone()
             ctx.mark_non_differentiable(*(part for part, gone in zip(rows_of_parts, absent, strict=True) if gone))
             return rows_of_parts
+        if heads == 1 and reduction == "batchmean" and not torch.compiler.is_compiling():
+            # One kernel instead of ten small operations; a compiler fuses those by itself.
+            none = losses.new_empty((0, 1))
+            combined = _dispatch.raw("combine", impl).forward(none, losses, 1.0, 0.0, bool(targets))
+            means: tuple[Tensor, Tensor, Tensor] = torch.unbind_copy(combined[1:4])  # not views: users add in place
+            ctx.mark_non_differentiable(*(part for part, gone in zip(means, absent, strict=True) if gone))
+            return means
         parts = []
         begin = 0
         for head, student in enumerate(students):
@@ -247,6 +254,60 @@ class _LogitLosses(torch.autograd.Function):
         teachers: list[Any] = gradients[heads if need_student else 0 :] if need_teacher else [None] * counts[0]
         labels = [None] * (len(tensors) - teacher_end)
         return (None, None, None, None, None, None, *students, *teachers, *labels)
+
+
+class _SmallLogitLosses(torch.autograd.Function):
+    """Scalars (ce_student, ce_teacher, kd) of one small head, with the gradients computed along with them.
+
+    What a small call costs is the number of operations and kernels, not the arithmetic: backward only scales.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: Settings, mean: bool, student: Tensor, teacher: Tensor, *targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _dispatch.record("logits", "cpu")
+        parts: tuple[Tensor, Tensor, Tensor]
+        parts, gradients = _dispatch.raw("logits", "cpu").forward_with_gradients(
+            student, teacher, targets, *settings, mean, ctx.needs_input_grad[3]
+        )
+        ctx.save_for_backward(gradients)
+        ctx.labels = [None] * len(targets)
+        if not targets:
+            ctx.mark_non_differentiable(parts[0], parts[1])
+        return parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (gradients,) = ctx.saved_tensors
+        student, teacher = _dispatch.raw("logits", "cpu").scale_gradients(gradients, grads)
+        return (None, None, student, teacher, *ctx.labels)
+
+
+# Elements of the student's logits up to which gradients are computed along with the losses (a guess: docs/performance.md).
+_SMALL = 1 << 16
+_SMALL_CLASSES = 1024  # kLargestFusedClasses of the kernels
+
+
+def _is_small(students: Sequence[Tensor], teachers: Sequence[Tensor], labels: Labels, detach_teacher: bool) -> bool:
+    """Whether ``_SmallLogitLosses`` serves a reduced call of the CPU kernels."""
+    student = students[0]
+    return (
+        len(students) == 1
+        and len(teachers) == 1
+        and detach_teacher
+        and student.requires_grad
+        and student.dim() == 2
+        and student.is_contiguous()
+        and teachers[0].is_contiguous()
+        and 0 < student.numel() <= _SMALL
+        and student.shape[1] <= _SMALL_CLASSES
+        and (student.dtype == torch.float32 or student.dtype == torch.float64)
+        and not (labels.first and labels.first[0].is_floating_point())
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def checked_logits(student: Any, teacher: Any, suffix: str) -> None:
@@ -324,6 +385,12 @@ def checked_labels(
     heads = len(students)
     if targets is None:
         return Labels((), (), 1.0)
+    if isinstance(targets, Tensor) and not several and targets.dtype == torch.int64:
+        # The common case by the short way: for small logits the checks take a good part of the time.
+        indices = _class_indices(targets, students[0], "targets")
+        if check_range:
+            _check_range(indices, students[0].shape[1], ignore_index, "targets")
+        return Labels((indices,), (), 1.0)
     mix = 1.0
     seconds: Any = None
     if _is_mix(targets):
@@ -423,8 +490,14 @@ def logit_losses(
         return _reference(students, teachers, labels, settings, reduction, detach_teacher, several)
     if detach_teacher and not labels.first:
         teachers = tuple(teacher.detach() for teacher in teachers)
+    parts: tuple[Tensor, Tensor, Tensor]
+    if name == "cpu" and reduction != "none" and _is_small(students, teachers, labels, detach_teacher):
+        parts = _SmallLogitLosses.apply(
+            settings, reduction == "batchmean", students[0], teachers[0], *labels.first, *labels.second
+        )
+        return tuple(part.reshape(1) for part in parts) if several else parts  # type: ignore[return-value]
     counts = (len(teachers), len(labels.first), len(labels.second))
-    parts: tuple[Tensor, Tensor, Tensor] = _LogitLosses.apply(
+    parts = _LogitLosses.apply(
         len(students),
         settings,
         reduction,
