@@ -19,7 +19,8 @@ import torch
 
 SOURCES = sorted((Path(__file__).resolve().parent.parent / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90", "100")
-# Kernels of one architecture: those over four dtypes and two kinds of exponent, over four dtypes, over two accumulate types.
+# Kernels of one architecture: those over four dtypes and two kinds of exponent (or with and without an activation), over four
+# dtypes, over two accumulate types.
 KERNELS = {
     "attention_fused": 8,
     "attention_tiles": 8,
@@ -30,6 +31,11 @@ KERNELS = {
     "logits_gradients": 4,
     "count_partial_labels": 2,
     "sum_partial_counts": 2,
+    "fusion_fuse": 4,
+    "fusion_gather": 8,
+    "fusion_measure": 4,
+    "fusion_add_partials": 2,
+    "fusion_merge_statistics": 2,
     "combine_parts": 1,
 }
 DYNAMIC_SHARED = ("attention_fused",)  # whose launch counts on less than 1 KB of static shared memory

@@ -125,6 +125,7 @@ struct FusionStatistics {
   double epsilon;
   void* statistics;  // (3, C): mean, inverse deviation, biased variance
 };
+
 // Classes whose exponentials one row keeps in the first-level cache.
 constexpr std::int64_t kLargestFusedClasses = 1024;
 

@@ -73,6 +73,61 @@ void logits_backward(
     const std::vector<Tensor>& teacher_gradients   // as teachers, or empty
 );
 
+void fusion_statistics(
+    const std::vector<Tensor>& inputs,      // K x (N, C, H_i, W_i)
+    const std::vector<double>& epsilons,    // (K,)
+    const std::vector<Tensor>& statistics,  // K x (3, C)
+    const std::optional<Tensor>& workspace  // as frskd_fast/native/fusion.py sizes it
+);
+
+void fusion_forward(
+    const std::vector<Tensor>& inputs,      // K x (N, C, H_i, W_i)
+    const std::vector<Tensor>& statistics,  // K x (>= 2, C), or empty
+    const std::vector<Tensor>& gammas,      // K x (C,), or empty
+    const std::vector<Tensor>& betas,       // K x (C,), or empty
+    const Tensor& weight,                   // (K,)
+    const std::vector<int64_t>& resamples,  // (K,)
+    int64_t pre,
+    int64_t act,
+    int64_t weighting,
+    double epsilon,
+    const Tensor& out  // (N, C, H, W)
+);
+
+void fusion_backward_sums(
+    const Tensor& grad,                     // (N, C, H, W), any strides
+    const std::vector<Tensor>& inputs,      // K x (N, C, H_i, W_i)
+    const std::vector<Tensor>& statistics,  // K x (>= 2, C), or empty
+    const std::vector<Tensor>& gammas,
+    const std::vector<Tensor>& betas,
+    const Tensor& weight,  // (K,)
+    const std::vector<int64_t>& resamples,
+    int64_t pre,
+    int64_t act,
+    int64_t weighting,
+    double epsilon,
+    const std::vector<Tensor>& sums,  // K x (2, C), or empty as the statistics
+    const Tensor& weight_gradient,    // (K,)
+    const std::optional<Tensor>& workspace);
+
+void fusion_backward(
+    const Tensor& grad,                     // (N, C, H, W), any strides
+    const std::vector<Tensor>& inputs,      // K x (N, C, H_i, W_i)
+    const std::vector<Tensor>& statistics,  // K x (>= 2, C), or empty
+    const std::vector<Tensor>& gammas,
+    const std::vector<Tensor>& betas,
+    const Tensor& weight,             // (K,)
+    const std::vector<Tensor>& sums,  // K x (2, C), or empty
+    const std::vector<int64_t>& resamples,
+    int64_t pre,
+    int64_t act,
+    int64_t weighting,
+    double epsilon,
+    const std::vector<int64_t>& positions,         // of the inputs that need a gradient, rising
+    const std::vector<Tensor>& gradients,          // as those inputs
+    const std::optional<Tensor>& weight_gradient,  // (K,)
+    const std::optional<Tensor>& workspace);
+
 void combine(
     const Tensor& attention_losses,  // (L, N)
     const Tensor& logits_losses,     // (4, R)
