@@ -207,17 +207,17 @@ def weighted_fusion(
     Args:
         inputs: list of K = 1 to 4 maps (N, C, H_i, W_i); one dtype (float32, bfloat16, float16 or float64), any strides.
         weight: (K,) raw weights w of any floating dtype; may be None for ``weighting="sum"``.
-        resample: K of ``"none"``, ``"up"`` (nearest neighbour to the output's size) and ``"pool"`` (3x3 maximum of stride 2 over
-            the zero-padded map, size halved and rounded up); None: nothing is resampled.
+        resample: K of ``"none"``, ``"up"`` (nearest neighbour to the output's size) and ``"pool"`` (3x3 maximum of stride 2
+            over the zero-padded map, size halved and rounded up); None: nothing is resampled.
         pre: ``"none"``, ``"relu"`` or ``"silu"``, applied to each input.
         act: the same, applied to the sum.
         weighting: w^ = ``"relu"``: relu(w) / (sum relu(w) + epsilon), ``"softmax"``: softmax(w), ``"sum"``: 1.
         epsilon: 1e-6 in FRSKD, 1e-4 in EfficientDet.
-        dead_node: what ``"relu"`` gives where no weight is positive: ``"zero"``, as the original, or ``"uniform"``, equal weights
-            with the gradient of softmax, so that the node can recover.
+        dead_node: what ``"relu"`` gives where no weight is positive: ``"zero"``, as the original, or ``"uniform"``, equal
+            weights with the gradient of softmax, so that the node can recover.
         size: (H, W) of the output; None: that of the first input that is not up-sampled.
-        batch_norms: K of nn.BatchNorm2d or None, folded into the reading of raw convolution outputs: batch statistics and running
-            updates in training mode, running statistics in eval mode. Other modules (SyncBatchNorm) are applied as they are.
+        batch_norms: K of nn.BatchNorm2d or None, folded into the reading of raw convolution outputs: batch statistics and
+            running updates in training mode, running statistics in eval mode. Other modules (SyncBatchNorm) run as they are.
         impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from frskd_fast import models
 from frskd_fast.models.resnet import BasicBlock, Bottleneck, ResNet
-from frskd_fast.reference.self_teacher import SameMaxPool2d, normalise_fusion_weight
 from frskd_fast.models.wide_resnet import WideResNet
+from frskd_fast.reference.self_teacher import SameMaxPool2d, normalise_fusion_weight
 
 BACKBONES = ["cifarresnet18", "resnet18", "resnet34", "resnet50", "wrn16x2"]
 SELF_TEACHERS = ["BiFPNc", "BiFPN"]

@@ -17,6 +17,7 @@ from frskd_fast import _dispatch
 from frskd_fast.ops import fusion
 from frskd_fast.reference import fusion as fusion_reference
 from frskd_fast.reference import self_teacher as reference
+from frskd_fast.reference.attention import accumulate_dtype
 
 from ._checks import check_features, check_positive_integer
 
@@ -70,17 +71,23 @@ class Pass:
         weight: Tensor | None = None,
         size: tuple[int, int] | None = None,
         pre: int = RELU,
-        depthwise: Tensor | None = None,
+        convolution: Tensor | None = None,
     ) -> Tensor:
-        """sum_i w^_i * relu(resample_i(branch_i)), and the 3x3 depthwise convolution of that where one is given."""
+        """sum_i w^_i * relu(resample_i(branch_i)), and its depthwise 3x3 or pointwise convolution where a weight is given."""
         normalisations = [self.prepare(branch) for branch in branches]
         inputs = [branch.raw for branch in branches]
-        dtype = fusion_reference.accumulate_dtype(inputs[0].dtype)
+        dtype = accumulate_dtype(inputs[0].dtype)
         weighting = NO_WEIGHTING if weight is None else NODE_WEIGHTING
         numbers = inputs[0].new_ones(len(inputs), dtype=dtype) if weight is None else weight.to(dtype)
         settings = fusion.Settings(tuple(resamples), pre, NONE, weighting, reference.FUSION_EPSILON)
         return fusion.fuse(
-            inputs, normalisations, numbers, settings, branches[0].size if size is None else size, self.impl, depthwise
+            inputs,
+            normalisations,
+            numbers,
+            settings,
+            branches[0].size if size is None else size,
+            self.impl,
+            convolution,
         )
 
     def finish(self) -> None:
@@ -98,30 +105,6 @@ def autocast_pair(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in (x, *weights))
 
 
-def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """d loss / d weight of a 1x1 convolution: grad^T x over all pixels, (out, in, 1, 1)."""
-    rows_of = (tensor.permute(0, 2, 3, 1) for tensor in (x, grad))
-    x_rows, grad_rows = (rows.reshape(-1, rows.shape[3]) for rows in rows_of)
-    return torch.mm(grad_rows.t(), x_rows).view(weight.shape)
-
-
-def pointwise_backward(
-    x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a 1x1 convolution.
-
-    On a CPU the matrix product of channels_last maps is up to 1.5 times as fast as the convolution's own weight gradient.
-    """
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    product = need_weight and x.device.type == "cpu" and channels_last
-    x_gradient, by_convolution = None, None
-    if need_x or (need_weight and not product):
-        x_gradient, by_convolution, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [need_x, need_weight and not product, False]
-        )
-    return x_gradient, weight_gradient(x, grad, weight) if product else by_convolution
-
-
 class _Pointwise(torch.autograd.Function):
     """1x1 convolution."""
 
@@ -133,7 +116,7 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        return pointwise_backward(x, weight, grad, *ctx.needs_input_grad)
+        return fusion.pointwise_backward(x, weight, grad, *ctx.needs_input_grad)
 
 
 class _Lateral(torch.autograd.Function):
@@ -151,7 +134,9 @@ class _Lateral(torch.autograd.Function):
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
         grad = torch.cat(grads, 1) if len(grads) > 1 else grads[0]
         need_feature, *need_weights = ctx.needs_input_grad
-        x_gradient, gradient = pointwise_backward(F.relu(feature), stacked, grad, need_feature, any(need_weights))
+        x_gradient, gradient = fusion.pointwise_backward(
+            F.relu(feature), stacked, grad, need_feature, any(need_weights)
+        )
         if x_gradient is not None:
             x_gradient = torch.ops.aten.threshold_backward(x_gradient, feature, 0)
         gradients: list[Tensor | None] = [None] * len(weights)
@@ -160,9 +145,19 @@ class _Lateral(torch.autograd.Function):
         return (x_gradient, *gradients)
 
 
+def steps_of(block: nn.Module, stage: int = 0) -> nn.Sequential:
+    """Stage `stage` of a DepthConvBlock: convolutions, BatchNorm, ReLU."""
+    return cast(nn.Sequential, cast(nn.Sequential, block.conv)[stage])
+
+
+def weight_of(convolution: nn.Module) -> Tensor:
+    """The weight of a convolution."""
+    return cast(Tensor, convolution.weight)
+
+
 def pointwise(x: Tensor, convolution: nn.Module) -> Tensor:
     """The 1x1 convolution of `x`."""
-    out: Tensor = _Pointwise.apply(*autocast_pair(x, cast(Tensor, convolution.weight)))
+    out: Tensor = _Pointwise.apply(*autocast_pair(x, weight_of(convolution)))
     return out
 
 
@@ -184,7 +179,11 @@ class BiFPNLayer(reference.BiFPNLayer):
             size = lateral[i].size
             coarser = self.up_sampled(i, up[0], size, run)
             node = run.fuse(
-                [lateral[i], coarser], (UNCHANGED, UP), self.up_weight[i], size, depthwise=self.depthwise_of(self.up_conv[i])
+                [lateral[i], coarser],
+                (UNCHANGED, UP),
+                self.up_weight[i],
+                size,
+                convolution=self.depthwise_of(self.up_conv[i]),
             )
             up.insert(0, self.convolved(node, self.up_conv[i], run))
             if i > 0:
@@ -200,7 +199,7 @@ class BiFPNLayer(reference.BiFPNLayer):
                 (*[UNCHANGED] * len(own), resample),
                 self.down_weight[i - 1],
                 own[0].size,
-                depthwise=self.depthwise_of(self.down_conv[i - 1]),
+                convolution=self.depthwise_of(self.down_conv[i - 1]),
             )
             outputs.append(self.convolved(node, self.down_conv[i - 1], run))
         return [run.fuse([output], pre=NONE if preact else RELU) for output in outputs]
@@ -211,10 +210,10 @@ class BiFPNLayer(reference.BiFPNLayer):
         for i, feature in enumerate(features):
             blocks = [self.lat_conv[i]] if len(self.lat_conv) > 0 else []
             blocks += [self.lat_conv2[i - 1]] if i > 0 else []
-            convolutions = [cast(nn.Sequential, cast(nn.Sequential, block.conv)[0]) for block in blocks]
+            convolutions = [steps_of(block) for block in blocks]
             maps: tuple[Tensor, ...] = ()
             if blocks:
-                weights = [cast(Tensor, convolution[0].weight) for convolution in convolutions]
+                weights = [weight_of(convolution[0]) for convolution in convolutions]
                 maps = _Lateral.apply(*autocast_pair(feature, *weights))
             branches = [Branch(raw, steps[1]) for raw, steps in zip(maps, convolutions, strict=True)]
             lateral.append(branches.pop(0) if len(self.lat_conv) > 0 else Branch(feature))
@@ -224,34 +223,41 @@ class BiFPNLayer(reference.BiFPNLayer):
     def up_sampled(self, i: int, coarser: Branch, size: tuple[int, int], run: Pass) -> Branch:
         """What the node of level i adds from the level above, to be up-sampled by the node itself.
 
-        A 1x1 convolution, BatchNorm and ReLU commute with nearest-neighbour up-sampling where every pixel is copied equally often.
+        Convolution (1x1), BatchNorm and ReLU commute with nearest-neighbour up-sampling that copies all pixels equally often.
         """
-        steps = list(self.up_sample[i])[1:]
+        steps = list(cast(nn.ModuleList, self.up_sample[i]))[1:]
         if not steps:
             return coarser
-        convolution = cast(nn.Sequential, cast(nn.Sequential, steps[0].conv)[0])
+        convolution = steps_of(steps[0])
         batch_norm = convolution[1]
-        x = coarser.raw if coarser.batch_norm is None else run.fuse([coarser])
         whole = size[0] % coarser.size[0] == 0 and size[1] % coarser.size[1] == 0
         if batch_norm.training and not (whole and fusion.foldable(batch_norm)):
-            return Branch(pointwise(F.interpolate(F.relu(x), size=size, mode="nearest"), convolution[0]), batch_norm)
+            enlarged = run.fuse([coarser], (UP,), size=size, convolution=weight_of(convolution[0]))
+            return Branch(enlarged, batch_norm)
         copies = (size[0] // coarser.size[0]) * (size[1] // coarser.size[1])
-        return Branch(pointwise(x, convolution[0]), batch_norm, copies)
+        # A map that is already written needs no fusion, which here would only copy it.
+        written = coarser.batch_norm is None
+        raw = (
+            pointwise(coarser.raw, convolution[0])
+            if written
+            else run.fuse([coarser], convolution=weight_of(convolution[0]))
+        )
+        return Branch(raw, batch_norm, copies)
 
     def down_sampled(self, i: int, finer: Branch, run: Pass) -> tuple[Branch, int]:
         """What the node of level i + 1 adds from the level below, and how the node has to resample it."""
         steps = list(cast(nn.Sequential, self.down_sample[i]))[1:]
         if not steps:
             return finer, POOL
-        convolution = cast(nn.Sequential, cast(nn.Sequential, steps[0].conv)[0])
+        convolution = steps_of(steps[0])
         height, width = fusion_reference.pooled_size(finer.size)
-        pooled = run.fuse([finer], (POOL,), size=(height, width))
-        return Branch(pointwise(pooled, convolution[0]), convolution[1]), UNCHANGED
+        raw = run.fuse([finer], (POOL,), size=(height, width), convolution=weight_of(convolution[0]))
+        return Branch(raw, convolution[1]), UNCHANGED
 
     @staticmethod
     def depthwise_of(block: nn.Module) -> Tensor:
         """The weight of a node's first depthwise convolution."""
-        return cast(Tensor, cast(nn.Sequential, cast(nn.Sequential, block.conv)[0])[0].weight)
+        return weight_of(steps_of(block)[0])
 
     @staticmethod
     def convolved(node: Tensor, block: nn.Module, run: Pass) -> Branch:
@@ -259,7 +265,7 @@ class BiFPNLayer(reference.BiFPNLayer):
         stages = [cast(nn.Sequential, stage) for stage in cast(nn.Sequential, block.conv)]
         branch = Branch(pointwise(node, stages[0][1]), stages[0][2])
         for stage in stages[1:]:
-            node = run.fuse([branch], depthwise=cast(Tensor, stage[1].weight))
+            node = run.fuse([branch], convolution=weight_of(stage[1]))
             branch = Branch(pointwise(node, stage[2]), stage[3])
         return branch
 

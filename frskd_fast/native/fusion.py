@@ -13,7 +13,7 @@ _ops = torch.ops.frskd_fast_native
 
 
 def empty_output(first: Tensor, size: Sequence[int]) -> Tensor:
-    """An empty (N, C, *size) in the dtype of ``first``: channels_last where its channels (also a slice of them) lie together."""
+    """An empty (N, C, *size) in the dtype of ``first``, channels_last where its channels (or a slice of them) lie together."""
     channels_last = not first.is_contiguous() and first.stride(1) == 1 and first.shape[1] > 1
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shape = (first.shape[0], first.shape[1], size[0], size[1])
@@ -43,9 +43,7 @@ def batch_statistics(
     epsilons: Sequence[float],  # K, added to the variances
 ) -> list[Tensor]:
     """For each input (3, C): mean, 1 / sqrt(variance + epsilon), biased variance."""
-    statistics = [
-        torch.empty((3, x.shape[1]), dtype=accumulate_dtype(x.dtype), device=x.device) for x in inputs
-    ]
+    statistics = [torch.empty((3, x.shape[1]), dtype=accumulate_dtype(x.dtype), device=x.device) for x in inputs]
     _ops.fusion_statistics.default(inputs, epsilons, statistics, _workspace(inputs))
     return statistics
 
@@ -65,9 +63,7 @@ def forward(
 ) -> Tensor:
     """The fused map (N, C, H, W) in the inputs' dtype."""
     out = empty_output(inputs[0], size)
-    _ops.fusion_forward.default(
-        inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, out
-    )
+    _ops.fusion_forward.default(inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, out)
     return out
 
 

@@ -18,6 +18,9 @@ from frskd_fast.reference.combine import weighted_mean
 REDUCTIONS = ("batchmean", "sum", "none")
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+# PyTorch's own annotation of it says that it returns nothing.
+_unbind_copy: Any = torch.unbind_copy
+
 
 class Settings(NamedTuple):
     """The numbers of one call; all plain Python, so that a traced graph holds them as constants."""
@@ -208,7 +211,7 @@ class _LogitLosses(torch.autograd.Function):
             # One kernel instead of ten small operations; a compiler fuses those by itself.
             none = losses.new_empty((0, 1))
             combined = _dispatch.raw("combine", impl).forward(none, losses, 1.0, 0.0, bool(targets))
-            means: tuple[Tensor, Tensor, Tensor] = torch.unbind_copy(combined[1:4])  # not views: users add in place
+            means: tuple[Tensor, Tensor, Tensor] = _unbind_copy(combined[1:4])  # not views: users add in place
             ctx.mark_non_differentiable(*(part for part, gone in zip(means, absent, strict=True) if gone))
             return means
         parts = []
