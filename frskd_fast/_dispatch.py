@@ -62,6 +62,11 @@ def use_impl(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def forced() -> str:
+    """What ``impl="auto"`` is replaced by at this moment: the innermost ``use_impl``, or the environment's choice."""
+    return _forced[-1]
+
+
 def last_impl() -> dict[str, str]:
     """Return which implementation each operation used in its latest call, as ``{operation: implementation}``.
 

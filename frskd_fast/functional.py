@@ -202,7 +202,7 @@ def weighted_fusion(
     batch_norms: Any = None,
     impl: str = "auto",
 ) -> Tensor:
-    """act( sum_i w^_i * pre( resample_i( batch_norm_i(x_i) ) ) ): one node of a BiFPN, in one pass over the data each way.
+    """act( sum_i w^_i * pre( resample_i( batch_norm_i(x_i) ) ) ): one node of a BiFPN in one operation each way.
 
     Args:
         inputs: list of K = 1 to 4 maps (N, C, H_i, W_i); one dtype (float32, bfloat16, float16 or float64), any strides.

@@ -70,7 +70,7 @@ def fusion_weights(weight: Tensor, weighting: str, epsilon: float, dead_node: st
     if dead_node == "uniform" and not bool((weight > 0).any()):
         step = weight - weight.detach()
         return (1 + step - step.mean()) / weight.numel()
-    return weight.clamp(min=0) / (weight.clamp(min=0).sum() + epsilon)
+    return F.relu(weight) / (F.relu(weight).sum() + epsilon)
 
 
 def weighted_fusion(

@@ -25,9 +25,10 @@ class Hostile:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.right = 0.93  # how often one argument is right
 
     def often(self, value: Any, *others: Any) -> Any:
-        return value if self.random.random() < 0.93 else self.random.choice(others)
+        return value if self.random.random() < self.right else self.random.choice(others)
 
     def size(self) -> int:
         return self.random.choice([0, 1, 1, 2, 3, 5, 8, 9, 17, 33])
@@ -223,6 +224,110 @@ def _combine(hostile: Hostile) -> tuple[Any, ...]:
     )
 
 
+class _FusionNode:
+    """A node of a weighted feature pyramid: what all three of its entry points are given."""
+
+    def __init__(self, hostile: Hostile) -> None:
+        hostile.right = 0.98  # of many more arguments than elsewhere
+
+        def side() -> int:
+            return hostile.random.choice([1, 1, 2, 3, 4, 5, 9])
+
+        self.count = hostile.often(hostile.random.choice([1, 2, 3, 4]), 0, 5)
+        self.channels = hostile.often(hostile.random.choice([1, 2, 3, 8, 9, 17]), 0, 1100)
+        batch, height, width = hostile.often(hostile.random.choice([1, 2, 3]), 0), side(), side()
+        dtype = hostile.random.choice(FLOATING)
+        self.kind = _accumulate(dtype)
+        self.resamples = [hostile.random.choice([0, 0, 1, 2]) for _ in range(self.count)]
+        self.inputs = []
+        for resample in self.resamples:
+            size = [height, width]
+            if resample == 1:
+                size = [hostile.random.randint(1, length) for length in size]
+            elif resample == 2:
+                size = [2 * length - hostile.random.randrange(2) for length in size]
+            # A batch and channels that differ are drawn rarely: four inputs would seldom fit together otherwise.
+            shape = hostile.often([batch, self.channels, *size], [batch + 1, self.channels + 1, *size], size)
+            self.inputs.append(
+                hostile.often(hostile.layout(torch.randn(shape).to(dtype)), hostile.tensor(shape, dtype))
+            )
+        self.out = hostile.tensor([batch, self.channels, height, width], dtype)
+        self.normalised = [hostile.random.random() < 0.5 for _ in range(self.count)]
+        numbers = [self._numbers(hostile, rows) for rows in (hostile.random.choice([2, 3]), 1, 1)]
+        self.weight = hostile.often(torch.randn(self.count, dtype=self.kind), hostile.working(self.count, self.kind))
+        self.tensors = (hostile.often(self.inputs, self.inputs[:-1]), *numbers, self.weight)
+        self.settings = (
+            hostile.often(self.resamples, self.resamples[:-1], [3] * self.count, [-1] * self.count),
+            *(hostile.often(hostile.random.randrange(3), -1, 3, 1 << 40) for _ in range(2)),
+            hostile.often(hostile.random.randrange(4), -1, 4, 1 << 40),
+            hostile.number(1e-4),
+        )
+
+    def _numbers(self, hostile: Hostile, rows: int) -> list[Tensor]:
+        """Of each input so many numbers a channel, or an empty tensor."""
+        made = [
+            hostile.often(
+                torch.randn(rows * self.channels if normalised else 0, dtype=self.kind),
+                hostile.working(rows * self.channels, self.kind),
+            )
+            for normalised in self.normalised
+        ]
+        return made if hostile.random.random() < 0.98 else made[:-1]
+
+
+def _fusion_statistics(hostile: Hostile) -> tuple[Any, ...]:
+    hostile.right = 0.98
+    count = hostile.often(hostile.random.choice([1, 2, 3]), 0)
+    kinds = [hostile.random.choice(FLOATING) for _ in range(count)]
+    shapes = [[hostile.size(), hostile.often(hostile.size(), 1100), hostile.size() % 9, 3] for _ in range(count)]
+    inputs = [hostile.tensor(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+    statistics = [hostile.working(3 * shape[1], _accumulate(kind)) for shape, kind in zip(shapes, kinds, strict=True)]
+    epsilons = [hostile.number(1e-5) for _ in range(count)]
+    return inputs, hostile.often(epsilons, epsilons[:-1], []), hostile.often(statistics, statistics[:-1]), None
+
+
+def _fusion_forward(hostile: Hostile) -> tuple[Any, ...]:
+    node = _FusionNode(hostile)
+    return *node.tensors, *node.settings, node.out
+
+
+def _fusion_backward_sums(hostile: Hostile) -> tuple[Any, ...]:
+    node = _FusionNode(hostile)
+    sums = [
+        hostile.working(2 * node.channels, node.kind) if normalised else torch.zeros(0, dtype=node.kind)
+        for normalised in node.normalised
+    ]
+    weight_gradient = hostile.working(node.count, node.kind)
+    return node.out, *node.tensors, *node.settings, hostile.often(sums, sums[:-1]), weight_gradient, None
+
+
+def _fusion_backward(hostile: Hostile) -> tuple[Any, ...]:
+    node = _FusionNode(hostile)
+    sums = [
+        hostile.often(torch.randn(2 * node.channels, dtype=node.kind), hostile.working(2 * node.channels, node.kind))
+        if normalised and hostile.random.random() < 0.7
+        else torch.zeros(0, dtype=node.kind)
+        for normalised in node.normalised
+    ]
+    sums = hostile.often(sums, sums[:-1], [torch.zeros(2 * node.channels, dtype=node.kind)] * node.count)
+    positions = sorted(hostile.random.sample(range(node.count), hostile.random.randint(0, node.count)))
+    wanted = [node.inputs[place] for place in positions]
+    gradients = [hostile.layout(torch.zeros_like(x)) if x.device.type == "cpu" else x for x in wanted]
+    gradients = [hostile.often(gradient, gradient[..., :1], gradient.double()) for gradient in gradients]
+    return (
+        node.out,
+        *node.tensors,
+        hostile.often(sums, sums[:-1]),
+        *node.settings,
+        hostile.often(
+            positions, positions[:-1], [0] * len(positions), [-1] * len(positions), [1 << 40] * len(positions)
+        ),
+        hostile.often(gradients, gradients[:-1]),
+        hostile.random.choice([None, hostile.working(node.count, node.kind)]),
+        None,
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "draw"),
     [
@@ -234,6 +339,10 @@ def _combine(hostile: Hostile) -> tuple[Any, ...]:
         ("logits_with_gradients", _logits_with_gradients),
         ("logits_scale", _logits_scale),
         ("combine", _combine),
+        ("fusion_statistics", _fusion_statistics),
+        ("fusion_forward", _fusion_forward),
+        ("fusion_backward_sums", _fusion_backward_sums),
+        ("fusion_backward", _fusion_backward),
     ],
 )
 def test_hostile_arguments_end_in_a_sentence_or_a_result(name: str, draw: Callable[[Hostile], tuple[Any, ...]]) -> None:

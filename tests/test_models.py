@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from golden_utils import golden_settings, load_golden, state_dict_layout
 from torch import Tensor, nn
 
+import frskd_fast
 from frskd_fast import models
 from frskd_fast.models.resnet import BasicBlock, Bottleneck, ResNet
 from frskd_fast.models.wide_resnet import WideResNet
+from frskd_fast.reference import self_teacher as plain_form
 from frskd_fast.reference.self_teacher import SameMaxPool2d, normalise_fusion_weight
 
 BACKBONES = ["cifarresnet18", "resnet18", "resnet34", "resnet50", "wrn16x2"]
@@ -323,6 +325,154 @@ def test_self_teacher_equals_a_second_statement_of_its_formulas(
     ):
         assert got.abs().max() > 0, f"{name} gets no gradient"
         torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# The fast form against the plain form of the same parameters
+
+
+def fast_and_plain(kind: str, channels: list[int], depth: int, repeat: int) -> tuple[nn.Module, nn.Module]:
+    """Both in float64 and in one state: running statistics and fusion weights away from where they start."""
+    options = {"width": 2} if kind == "BiFPNc" else {"num_channels": 6}
+    fast, plain = (
+        getattr(module, kind)(channels, 5, depth=depth, repeat=repeat, **options).double()
+        for module in (models, plain_form)
+    )
+    generator = torch.Generator().manual_seed(len(channels) + depth)
+    randomise(fast, generator)
+    with torch.no_grad():
+        for name, buffer in fast.named_buffers():
+            if buffer.dtype.is_floating_point:
+                # Small variances, so that the maps of evaluation keep both signs through all layers.
+                noise = 0.2 * torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype)
+                buffer.copy_(noise + (0.05 if name.endswith("var") else -0.1))
+    plain.load_state_dict(fast.state_dict(), strict=True)
+    return fast, plain
+
+
+def trained_once(module: nn.Module, features: list[Tensor], preact: bool, seed: int) -> dict[str, Tensor]:
+    """Outputs, gradients of features and parameters for random upstream gradients, and the buffers afterwards."""
+    leaves = [x.detach().requires_grad_() for x in features]
+    with frskd_fast.use_impl("cpu"):
+        maps, logits = module(leaves, preact=preact)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (*maps, logits)]
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    gradients = torch.autograd.grad([*maps, logits], [*leaves, *parameters], upstream)
+    found = {f"map {level}": x.detach() for level, x in enumerate(maps)} | {"logits": logits.detach()}
+    found |= dict(
+        zip((*(f"gradient of feature {level}" for level in range(len(leaves))), *names), gradients, strict=True)
+    )
+    return found | dict(module.named_buffers())
+
+
+def assert_equal_to_nine_digits(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if not value.dtype.is_floating_point:
+            assert torch.equal(got[name], value), name
+            continue
+        error, largest = (got[name] - value).abs().max().item(), value.abs().max().item()
+        assert largest > 0 and error <= 1e-9 * largest, f"{name}: off by {error}, largest value {largest}"
+
+
+@pytest.mark.parametrize("kind", SELF_TEACHERS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("channels", "size", "depth", "repeat"),
+    [
+        ([3, 4, 5], (15, 10), 2, 1),
+        ([3, 4, 5], (15, 10), 1, 2),
+        ([3, 4, 5], (1, 16), 2, 2),
+        ([4, 3, 5, 4], (16, 24), 3, 1),
+        ([2, 3, 4, 5, 6], (33, 18), 1, 2),
+        ([2, 3, 4, 5, 6], (32, 32), 2, 1),
+    ],
+)
+def test_fast_and_plain_self_teacher_agree(
+    channels: list[int], size: tuple[int, int], depth: int, repeat: int, mode: str, kind: str
+) -> None:
+    """Sizes that up-sampling doubles, doubles in one direction only, or does not reach by whole copies."""
+    for layout, preact in ((torch.contiguous_format, repeat == 1), (torch.channels_last, repeat == 2)):
+        fast, plain = (module.train(mode == "train") for module in fast_and_plain(kind, channels, depth, repeat))
+        features = pyramid(channels, *size, 3, torch.Generator().manual_seed(sum(size)))
+        assert all((x < 0).any() for x in features)
+        features = [x.contiguous(memory_format=layout) for x in features]
+        before = {name: buffer.clone() for name, buffer in fast.named_buffers()}
+        fast.to(memory_format=layout)
+        got, wanted = (trained_once(module, features, preact, depth) for module in (fast, plain))
+        assert_equal_to_nine_digits(got, wanted)
+        for name, buffer in fast.named_buffers():
+            assert torch.equal(buffer, before[name]) == (mode == "eval"), name
+            if name.endswith("num_batches_tracked"):
+                assert buffer.item() == (1 if mode == "train" else 0), name
+
+
+@pytest.mark.parametrize("kind", SELF_TEACHERS)
+def test_fast_and_plain_self_teacher_exchange_their_states(kind: str) -> None:
+    fast, plain = fast_and_plain(kind, [3, 4, 5], 2, 2)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in fast.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    trained_once(plain.train(), pyramid([3, 4, 5], 9, 14, 3, torch.Generator().manual_seed(1)), False, 1)
+    fast.load_state_dict(plain.state_dict(), strict=True)
+    features = pyramid([3, 4, 5], 9, 14, 3, torch.Generator().manual_seed(2))
+    assert_equal_to_nine_digits(*(trained_once(module.eval(), features, False, 2) for module in (fast, plain)))
+
+
+@pytest.mark.parametrize("kind", SELF_TEACHERS)
+@pytest.mark.parametrize("size", [(16, 16), (15, 10)], ids=str)
+def test_hooked_batch_norms_run_once_and_change_what_they_change(size: tuple[int, int], kind: str) -> None:
+    """As SyncBatchNorm does, a BatchNorm with a hook runs itself; the hook here adds a number to its output."""
+    fast, plain = fast_and_plain(kind, [3, 4, 5], 2, 2)
+    calls = []
+    for module in (fast, plain):
+        for name, child in module.named_modules():
+            if isinstance(child, nn.BatchNorm2d):
+                child.register_forward_hook(lambda _, args, out, name=name: calls.append(name) or out + 0.1)
+    features = pyramid([3, 4, 5], *size, 3, torch.Generator().manual_seed(3))
+    assert_equal_to_nine_digits(*(trained_once(module.train(), features, False, 3) for module in (fast, plain)))
+    half = len(calls) // 2
+    assert len(set(calls)) == half and sorted(calls[:half]) == sorted(calls[half:])
+
+
+@pytest.mark.parametrize("kind", SELF_TEACHERS)
+def test_dead_fusion_weights_and_frozen_parameters(kind: str) -> None:
+    """Weights of which some or all are not positive; then only the fusion weights are trained."""
+    fast, plain = fast_and_plain(kind, [3, 4, 5], 1, 1)
+    for module in (fast, plain):
+        with torch.no_grad():
+            module.layers[0].up_weight[0].copy_(torch.tensor([-0.5, 0.7]))
+            module.layers[0].down_weight[0].copy_(torch.tensor([0.0, 0.4, -1.0]))
+    features = pyramid([3, 4, 5], 15, 10, 3, torch.Generator().manual_seed(4))
+    found = []
+    for module in (fast, plain):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_("up_weight" in name or "down_weight" in name)
+        weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        maps, logits = module(features)
+        found.append(torch.autograd.grad(logits.square().sum() + sum(x.square().sum() for x in maps), weights))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", SELF_TEACHERS)
+def test_fast_self_teacher_saves_less_for_its_backward_pass(kind: str) -> None:
+    sizes = []
+    for module in fast_and_plain(kind, [8, 16, 32], 2, 1):
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved, own: set[int] = own) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        features = [x.requires_grad_() for x in pyramid([8, 16, 32], 16, 16, 2, torch.Generator().manual_seed(5))]
+        with frskd_fast.use_impl("cpu"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept = module.train()(features)
+        sizes.append(sum(saved.values()))
+        del kept
+    assert sizes[0] < 0.7 * sizes[1], sizes
 
 
 @pytest.mark.parametrize("height", [1, 2, 3, 6, 7, 57])

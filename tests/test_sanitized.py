@@ -51,3 +51,35 @@ def test_logit_sizes(dtype: torch.dtype, layout: torch.memory_format) -> None:
                 student, teacher, targets, label_smoothing=0.1, detach_teacher=False, impl="cpu"
             )
             torch.autograd.grad(sum(parts), student)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fusion_sizes(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Tails of vectors, blocks of channels, groups of samples, windows and copies at every edge, flat and long planes."""
+    nodes = [
+        (1, 1, ["none"], [(1, 1)], (1, 1)),
+        (2, 9, ["none", "up", "pool", "up"], [(6, 9), (2, 3), (12, 17), (1, 2)], (6, 9)),
+        (33, 7, ["pool", "pool"], [(1, 2), (2, 1)], (1, 1)),
+        (1, 1100, ["none", "up", "pool"], [(2, 3), (1, 2), (3, 5)], (2, 3)),
+        (1, 2, ["none", "none"], [(37, 31), (37, 31)], (37, 31)),
+        (1, 3, ["up", "pool"], [(2, 150), (5, 599)], (3, 300)),
+        (1, 1, ["none"], [(257, 256)], (257, 256)),
+    ]
+    for (batch, channels, resample, sizes, size), kind in itertools.product(nodes, ("plain", "normalised", "slices")):
+        made = [torch.randn(batch, channels + 3, *one).to(dtype).to(memory_format=layout) for one in sizes]
+        maps = [x[:, 2 : 2 + channels] if kind == "slices" else x[:, :channels].clone() for x in made]
+        leaves = [x.detach().requires_grad_() for x in maps]
+        weight = torch.rand(len(maps), requires_grad=True)
+        norms = None
+        if kind == "normalised":
+            norms = [None if batch * x[0, 0].numel() == 1 else torch.nn.BatchNorm2d(channels) for x in maps]
+        for pre, act in (("relu", "none"), ("silu", "silu")):
+            out = functional.weighted_fusion(
+                leaves, weight, resample=resample, size=size, pre=pre, act=act, batch_norms=norms, impl="cpu"
+            )
+            expanded = torch.ones((), dtype=dtype).expand(out.shape)
+            for grad in (torch.randn(out.shape).to(dtype), expanded):
+                gradients = torch.autograd.grad(out, [*leaves, weight], grad, retain_graph=True)
+                assert all(gradient.isfinite().all() for gradient in gradients)
+            torch.autograd.grad(out, weight, expanded)

@@ -50,7 +50,9 @@ FRSKD_HOST_DEVICE FusionWeights<A> normalise_fusion_weights(
   if (weighting == kWeightSum) return result;
   A largest = weight[0];
   for (int i = 1; i < count; ++i) largest = weight[i] > largest ? weight[i] : largest;
-  const bool uniform = weighting == kWeightReluOrUniform && largest <= A(0);
+  bool dead = true;  // a NaN weight is not, so that it shows
+  for (int i = 0; i < count; ++i) dead = dead && weight[i] <= A(0);
+  const bool uniform = weighting == kWeightReluOrUniform && dead;
   result.softmax = weighting == kWeightSoftmax || uniform;
   result.relu = !result.softmax;
   A total = A(0);

@@ -22,9 +22,10 @@ constexpr int64 kRowsBeforeDouble = 32;     // elements added in float before th
 template <typename V>
 inline __attribute__((always_inline)) V sigmoid(V value) {
   const V one = V{} + 1;
-  const V highest = V{} + 87;  // beyond it the exponential leaves float's range and the result is 0
+  const V highest = V{} + (sizeof(value[0]) == 4 ? 87 : 708);  // beyond it the exponential leaves the type's range
   const V negative = -value > highest ? highest : -value;
-  return one / (one + exponential(negative));
+  const V gate = one / (one + exponential(negative));
+  return -value > highest ? V{} : gate;
 }
 
 // relu and no activation share their code: below `threshold`, 0 or NaN (with which nothing compares), a value is replaced

@@ -231,7 +231,7 @@ class BiFPNLayer(reference.BiFPNLayer):
         convolution = steps_of(steps[0])
         batch_norm = convolution[1]
         whole = size[0] % coarser.size[0] == 0 and size[1] % coarser.size[1] == 0
-        if batch_norm.training and not (whole and fusion.foldable(batch_norm)):
+        if not (whole and fusion.foldable(batch_norm)):
             enlarged = run.fuse([coarser], (UP,), size=size, convolution=weight_of(convolution[0]))
             return Branch(enlarged, batch_norm)
         copies = (size[0] // coarser.size[0]) * (size[1] // coarser.size[1])
@@ -278,8 +278,14 @@ class SelfTeacher(reference.SelfTeacher):
     def refine(self, features: Sequence[Tensor], preact: bool = False) -> list[Tensor]:  # type: ignore[override]
         """The output maps, after their last ReLU or (preact) before it."""
         check_features(features, self.channels)
-        run = Pass(_dispatch.choose("auto", features[0].device.type, features[0].dtype))
+        impl = _dispatch.choose("auto", features[0].device.type, features[0].dtype)
         maps = list(features)
+        if impl == "reference":
+            # Without kernels the rearranged form only costs memory.
+            for layer in self.layers:
+                maps = reference.BiFPNLayer.forward(cast(BiFPNLayer, layer), maps)
+            return maps if preact else [F.relu(feature) for feature in maps]
+        run = Pass(impl)
         for position, layer in enumerate(self.layers):
             maps = layer(maps, run, preact and position == len(self.layers) - 1)
         run.finish()

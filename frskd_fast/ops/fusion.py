@@ -348,9 +348,14 @@ def normalisation_of(
 def update_running_statistics(updates: Sequence[RunningUpdate]) -> None:
     """running = (1 - momentum) * running + momentum * batch for mean and unbiased variance, as nn.BatchNorm2d does.
 
-    All the updates of a forward pass together take three calls, and they stand apart from it, so that a recomputed forward
-    pass does not make them twice.
+    All the updates of a forward pass together take three calls. They stand apart from the nodes, which are computed again in
+    backward.
     """
+    if len({id(update.batch_norm) for update in updates}) < len(updates):
+        # A module that serves several inputs has to make its updates one after the other.
+        for update in updates:
+            update_running_statistics([update])
+        return
     means, variances, counters = [], [], []
     new_means, new_variances = [], []
     momenta = {update.batch_norm.momentum for update in updates}
@@ -425,9 +430,29 @@ def fuse(
     return out
 
 
+def _applied(module: Any, x: Tensor, position: int) -> Tensor:
+    """A normalisation that cannot be folded in, applied as it is."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"batch_norms[{position}] is a {type(module).__name__}, but a torch.nn.Module or None was wanted."
+        )
+    out = module(x)
+    if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype != x.dtype:
+        came = f"{tuple(out.shape)} in {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(
+            f"batch_norms[{position}] made {came} of inputs[{position}], but its shape {tuple(x.shape)} and dtype {x.dtype} were "
+            "wanted; pass a module that only normalises."
+        )
+    return out
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names))
+
+
 def _position(value: Any, names: tuple[str, ...], argument: str) -> int:
     if value not in names:
-        raise ValueError(f"{argument} is {value!r}, but one of {', '.join(map(repr, names))} was wanted.")
+        raise ValueError(f"{argument} is {value!r}, but one of {_names(names)} was wanted.")
     return names.index(value)
 
 
@@ -498,6 +523,14 @@ def weighted_fusion(
 ) -> Tensor:
     """Checks, choice of implementation and autograd of ``functional.weighted_fusion``."""
     maps = checked_maps(inputs)
+    if resample is not None and (isinstance(resample, str) or not isinstance(resample, Sequence)):
+        raise TypeError(
+            f"resample is {resample!r}, but a list with one of {_names(reference.RESAMPLES)} per input was wanted."
+        )
+    if batch_norms is not None and not isinstance(batch_norms, Sequence | nn.ModuleList):
+        raise TypeError(
+            f"batch_norms is a {type(batch_norms).__name__}, but a list with a module or None for each input was wanted."
+        )
     resample = ["none"] * len(maps) if resample is None else list(resample)
     if len(resample) != len(maps):
         raise ValueError(
@@ -554,7 +587,7 @@ def weighted_fusion(
             normalisation, update = normalisation_of(module, maps[position], name)
             updates += [] if update is None else [update]
         elif module is not None:
-            maps[position] = module(maps[position])
+            maps[position] = _applied(module, maps[position], position)
         normalisations.append(normalisation)
     out = fuse(maps, normalisations, weight.to(dtype).contiguous(), settings, out_size, name)
     update_running_statistics(updates)

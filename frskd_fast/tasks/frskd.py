@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from frskd_fast import _dispatch
 from frskd_fast.losses import FRSKDLoss
 from frskd_fast.models import BiFPN, BiFPNc, adapt_backbone
 from frskd_fast.models.adapters import dry_pass
@@ -322,7 +323,15 @@ def _mixed_probabilities(targets: Sequence[Any], logits: Tensor, loss: nn.Module
 def _contexts(
     self_teacher: nn.Module,
 ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), _unchanged_buffers(self_teacher)
+    # The backward pass may run outside of the `use_impl` block that the forward pass stood in.
+    return contextlib.nullcontext(), _repeated(self_teacher, _dispatch.forced())
+
+
+@contextlib.contextmanager
+def _repeated(self_teacher: nn.Module, impl: str) -> Iterator[None]:
+    """A forward pass inside computes what the first one did and changes nothing."""
+    with _dispatch.use_impl(impl), _unchanged_buffers(self_teacher):
+        yield
 
 
 @contextlib.contextmanager
