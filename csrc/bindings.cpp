@@ -22,8 +22,7 @@ STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
       "Tensor? inverse_valid, Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
       "float label_smoothing, int ignore_index, float temperature, Tensor statistics, Tensor losses, "
       "bool kd_to_teacher, Tensor(a!)[] student_gradients, Tensor(b!)[] teacher_gradients) -> ()");
-  m.def(
-      "fusion_statistics(Tensor[] inputs, float[] epsilons, Tensor(a!)[] statistics, Tensor(b!)? workspace) -> ()");
+  m.def("fusion_statistics(Tensor[] inputs, float[] epsilons, Tensor(a!)[] statistics, Tensor(b!)? workspace) -> ()");
   m.def(
       "fusion_forward(Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, Tensor weight, "
       "int[] resamples, int pre, int act, int weighting, float epsilon, Tensor(a!) out) -> ()");

@@ -78,7 +78,8 @@ Fusion fusion_of(
     };
     STD_TORCH_CHECK(
         fits(map.height, call.out.height) && fits(map.width, call.out.width), "inputs[", i, "] has shape ",
-        shape_text(inputs[i]), ", which its resampling does not bring to that of ", out_name, " ", shape_text(out), ".");
+        shape_text(inputs[i]), ", which its resampling does not bring to that of ", out_name, " ", shape_text(out),
+        ".");
     input.statistics = channel_numbers(statistics[i], element, 2, map.channels, "statistics");
     input.gamma = channel_numbers(gammas[i], element, 1, map.channels, "gammas");
     input.beta = channel_numbers(betas[i], element, 1, map.channels, "betas");
@@ -185,7 +186,8 @@ void fusion_backward(
       positions.size(), ".");
   for (int i = 0; i < call.count; ++i) {
     if (sums[i].numel() == 0) continue;
-    STD_TORCH_CHECK(call.inputs[i].statistics != nullptr, "sums[", i, "] is given, but inputs[", i, "] has no statistics.");
+    STD_TORCH_CHECK(
+        call.inputs[i].statistics != nullptr, "sums[", i, "] is given, but inputs[", i, "] has no statistics.");
     call.inputs[i].sums = working_tensor(sums[i], element, 2 * call.out.channels, "sums");
   }
   for (std::size_t k = 0; k < positions.size(); ++k) {

@@ -9,15 +9,15 @@
 namespace frskd {
 namespace {
 
-// Elements of a row buffer, which stays in the second-level cache. Blocks of channels should be as wide as the map: reading
-// half of every pixel's channels takes more than twice as long as reading all of them in one piece.
+// Elements of a row buffer, which stays in the second-level cache. Blocks of channels should be as wide as the map:
+// reading half of every pixel's channels takes more than twice as long as reading all of them in one piece.
 constexpr int64 kFusionBuffer = 8192;
-constexpr int64 kLongestFlatRow = 65536;    // elements of a plane that is treated as one row
+constexpr int64 kLongestFlatRow = 65536;     // elements of a plane that is treated as one row
 constexpr int64 kMostFusionChannels = 1024;  // channels of a block
 // Partial sums over the batch; their number may not depend on the threads.
 constexpr int64 kSampleGroups = 32;
 constexpr int64 kPlaneSampleGroups = 8;  // where each channel of a group costs a preparation
-constexpr int64 kRowsBeforeDouble = 32;     // elements added in float before they join the total in double
+constexpr int64 kRowsBeforeDouble = 32;  // elements added in float before they join the total in double
 
 template <typename V>
 inline __attribute__((always_inline)) V sigmoid(V value) {
@@ -28,8 +28,8 @@ inline __attribute__((always_inline)) V sigmoid(V value) {
   return -value > highest ? V{} : gate;
 }
 
-// relu and no activation share their code: below `threshold`, 0 or NaN (with which nothing compares), a value is replaced
-// by it and its slope is 0.
+// relu and no activation share their code: below `threshold`, 0 or NaN (with which nothing compares), a value is
+// replaced by it and its slope is 0.
 template <bool Silu, typename V>
 inline __attribute__((always_inline)) V activated(V value, V threshold) {
   if constexpr (Silu) return value * sigmoid(value);
@@ -87,8 +87,9 @@ inline __attribute__((always_inline)) auto load_some(const T* pointer, int64 res
   return rest >= width ? load(pointer) : load_first(pointer, rest);
 }
 
-// sums += weight * pre(normalise(x)) over `lines` lines of `count` elements; a line of sums is `padded` elements long. The
-// First input starts the sums, the Last one writes them to `out` instead (by `out_threshold`: activated or as they are).
+// sums += weight * pre(normalise(x)) over `lines` lines of `count` elements; a line of sums is `padded` elements long.
+// The First input starts the sums, the Last one writes them to `out` instead (by `out_threshold`: activated or as they
+// are).
 template <bool Normalised, bool Silu, bool First, bool Last, typename T, typename A>
 void add_lines(
     const Lines<const T>& input,
@@ -264,14 +265,14 @@ struct FusionWorker {
   Scratch<T> copies;
   Scratch<int64> tables;
   Coefficients<A> coefficients[kMostFusionInputs];
-  A* sums;                              // (a row) the fused sum, or dL / ds
-  A* values;                            // (a row) of an input that is to be up-sampled
-  A* upstream[kMostFusionInputs];       // up: (a row of the input); pool: four rows of it
-  A* sum_dy[kMostFusionInputs];         // (a line)
+  A* sums;                         // (a row) the fused sum, or dL / ds
+  A* values;                       // (a row) of an input that is to be up-sampled
+  A* upstream[kMostFusionInputs];  // up: (a row of the input); pool: four rows of it
+  A* sum_dy[kMostFusionInputs];    // (a line)
   A* sum_dot[kMostFusionInputs];
-  int64* source[kMostFusionInputs];     // the input column that an output column reads
+  int64* source[kMostFusionInputs];       // the input column that an output column reads
   int64 pending[kMostFusionInputs] = {};  // elements in sum_dy and sum_dot
-  double* totals[kMostFusionInputs];    // (2, channels of the block): sum of dy, of dy * (x - mean)
+  double* totals[kMostFusionInputs];      // (2, channels of the block): sum of dy, of dy * (x - mean)
   double derivative[kMostFusionInputs] = {};
 
   static int64 padded(int64 count) { return (count + kWidth - 1) / kWidth * kWidth; }
@@ -294,8 +295,9 @@ struct FusionWorker {
         longest_row(row_elements(plan, widest_of(call))),
         longest_line(line_elements(plan, widest_of(call))),
         table_size(call.out.width),
-        numbers(longest_row * (2 + 4 * kMostFusionInputs) + longest_line * 7 * kMostFusionInputs +
-                2 * kMostFusionInputs * longest_line * static_cast<int64>(sizeof(double) / sizeof(A)) + 16),
+        numbers(
+            longest_row * (2 + 4 * kMostFusionInputs) + longest_line * 7 * kMostFusionInputs +
+            2 * kMostFusionInputs * longest_line * static_cast<int64>(sizeof(double) / sizeof(A)) + 16),
         copies(longest_line * 8),
         tables(table_size * kMostFusionInputs) {
     A* next = numbers.data;
@@ -311,16 +313,17 @@ struct FusionWorker {
     values = take(longest_row);
     for (int i = 0; i < kMostFusionInputs; ++i) {
       upstream[i] = take(4 * longest_row);
-      coefficients[i] = {take(longest_line), take(longest_line), take(longest_line), take(longest_line),
-                         take(longest_line)};
+      coefficients[i] = {
+          take(longest_line), take(longest_line), take(longest_line), take(longest_line), take(longest_line)};
       sum_dy[i] = take(longest_line);
       sum_dot[i] = take(longest_line);
       source[i] = tables.data + i * table_size;
       if (i >= call.count) continue;
       const FusionInput& input = call.inputs[i];
       for (int64 x = 0; x < call.out.width; ++x) {
-        source[i][x] = input.resample == kResampleUp ? nearest_source(static_cast<int>(x), static_cast<int>(input.map.width),
-                                                                      static_cast<int>(call.out.width))
+        source[i][x] = input.resample == kResampleUp ? nearest_source(
+                                                           static_cast<int>(x), static_cast<int>(input.map.width),
+                                                           static_cast<int>(call.out.width))
                                                      : x;
       }
     }
@@ -345,9 +348,8 @@ struct FusionWorker {
       into.scale[k] = inverse[channel] * gamma[channel];
       into.beta[k] = beta[channel];
       into.mean_dy[k] = given == nullptr ? A(0) : static_cast<A>(given[channel] / elements);
-      into.mean_dot[k] = given == nullptr
-                             ? A(0)
-                             : static_cast<A>(given[input.map.channels + channel] / elements * inverse[channel]);
+      into.mean_dot[k] =
+          given == nullptr ? A(0) : static_cast<A>(given[input.map.channels + channel] / elements * inverse[channel]);
     }
   }
 
@@ -361,7 +363,8 @@ struct FusionWorker {
   }
 
   const T* gathered(const Map& map, int64 sample, int64 channel, int64 y, int place) {
-    const T* start = static_cast<const T*>(map.data) + sample * map.stride_n + channel * map.stride_c + y * map.stride_h;
+    const T* start =
+        static_cast<const T*>(map.data) + sample * map.stride_n + channel * map.stride_c + y * map.stride_h;
     if (map.stride_w == 1) return start;
     T* copy = copies.data + place * longest_line;
     for (int64 x = 0; x < map.width; ++x) copy[x] = start[x * map.stride_w];
@@ -405,7 +408,8 @@ struct FusionWorker {
     const int64 count = along_channels ? channels : call.out.width;
     const int64 pitch = padded(count);
     const auto starts_sums = [&](int i) {
-      return i == 0 && (call.inputs[i].resample == kResampleNone || (call.inputs[i].resample == kResampleUp && along_channels));
+      return i == 0 &&
+             (call.inputs[i].resample == kResampleNone || (call.inputs[i].resample == kResampleUp && along_channels));
     };
     if (!starts_sums(0)) {
       for (int64 k = 0; k < lines * pitch; ++k) sums[k] = 0;
@@ -422,12 +426,13 @@ struct FusionWorker {
           return;
         }
         const bool up = input.resample == kResampleUp;
-        const int64 row = up ? nearest_source(static_cast<int>(y), static_cast<int>(input.map.height),
-                                              static_cast<int>(call.out.height))
-                             : y;
-        const Lines<const T> given = along_channels
-                                         ? row_of<const T>(input.map, sample, first_channel, row, source[i])
-                                         : Lines<const T>{gathered(input.map, sample, first_channel, row, i), nullptr, 0};
+        const int64 row =
+            up ? nearest_source(
+                     static_cast<int>(y), static_cast<int>(input.map.height), static_cast<int>(call.out.height))
+               : y;
+        const Lines<const T> given =
+            along_channels ? row_of<const T>(input.map, sample, first_channel, row, source[i])
+                           : Lines<const T>{gathered(input.map, sample, first_channel, row, i), nullptr, 0};
         const auto threshold = threshold_of<A>(call.pre), out_threshold = threshold_of<A>(call.act);
         if (up && !along_channels) {
           const int64 width = input.map.width;
@@ -436,8 +441,8 @@ struct FusionWorker {
           for (int64 x = 0; x < call.out.width; ++x) sums[x] += values[source[i][x]];
           return;
         }
-        const bool last = write && i == call.count - 1 && call.act != kActivationSilu &&
-                          (along_channels || call.out.stride_w == 1);
+        const bool last =
+            write && i == call.count - 1 && call.act != kActivationSilu && (along_channels || call.out.stride_w == 1);
         const Lines<T> out = last ? row_of<T>(call.out, sample, first_channel, y, nullptr) : Lines<T>{};
         const auto add = [&](auto first, auto is_last) {
           add_lines<Normalised, Silu, decltype(first)::kValue != 0, decltype(is_last)::kValue != 0>(
@@ -513,8 +518,10 @@ struct FusionWorker {
           continue;
         }
         int64 element = 0;
-        for (; element + kWidth <= count; element += kWidth) store(activated<Silu>(load(from + element), threshold), to + element);
-        if (element < count) store_first(activated<Silu>(load(from + element), threshold), to + element, count - element);
+        for (; element + kWidth <= count; element += kWidth)
+          store(activated<Silu>(load(from + element), threshold), to + element);
+        if (element < count)
+          store_first(activated<Silu>(load(from + element), threshold), to + element, count - element);
       }
     });
   }
@@ -555,13 +562,16 @@ struct FusionWorker {
     const FusionInput& input = call.inputs[i];
     const int64 lines = along_channels ? input.map.width : 1;
     const int64 count = along_channels ? channels : input.map.width;
-    const Lines<const T> x = along_channels ? row_of<const T>(input.map, sample, first_channel, row, nullptr)
-                                            : Lines<const T>{gathered(input.map, sample, first_channel, row, i), nullptr, 0};
+    const Lines<const T> x = along_channels
+                                 ? row_of<const T>(input.map, sample, first_channel, row, nullptr)
+                                 : Lines<const T>{gathered(input.map, sample, first_channel, row, i), nullptr, 0};
     typename Lanes<A>::Vector derivatives = {};
     const auto run = [&](auto normalised, auto pre, auto pass, const Lines<T>& out) {
-      gradient_lines<decltype(normalised)::kValue != 0, static_cast<FusionPass>(decltype(pass)::kValue),
-                     !Direct && decltype(pre)::kValue != 0, Direct>(
-          x, given, out, lines, count, coefficients[i], weights.normalised[i], threshold_of<A>(call.pre), sum_dy[i], sum_dot[i], derivatives);
+      gradient_lines<
+          decltype(normalised)::kValue != 0, static_cast<FusionPass>(decltype(pass)::kValue),
+          !Direct && decltype(pre)::kValue != 0, Direct>(
+          x, given, out, lines, count, coefficients[i], weights.normalised[i], threshold_of<A>(call.pre), sum_dy[i],
+          sum_dot[i], derivatives);
     };
     with_input(i, [&](auto normalised, auto pre) {
       if (input.sums_out != nullptr) {
@@ -645,16 +655,19 @@ struct FusionWorker {
         if (input.resample == kResampleUp) {
           gather_up(i, slopes, lines, channels, pitch);
           while (next_row[i] < input.map.height &&
-                 first_destination(static_cast<int>(next_row[i] + 1), static_cast<int>(input.map.height),
-                                   static_cast<int>(call.out.height)) <= y + 1) {
-            finish_row<false>(i, Lines<const A>{upstream[i], nullptr, pitch}, sample, first_channel, channels, next_row[i]);
+                 first_destination(
+                     static_cast<int>(next_row[i] + 1), static_cast<int>(input.map.height),
+                     static_cast<int>(call.out.height)) <= y + 1) {
+            finish_row<false>(
+                i, Lines<const A>{upstream[i], nullptr, pitch}, sample, first_channel, channels, next_row[i]);
             for (int64 k = 0; k < row; ++k) upstream[i][k] = 0;
             ++next_row[i];
           }
           continue;
         }
         with_input(i, [&](auto normalised, auto pre) {
-          scatter_pool<decltype(normalised)::kValue != 0, decltype(pre)::kValue != 0>(i, slopes, sample, first_channel, channels, y, row);
+          scatter_pool<decltype(normalised)::kValue != 0, decltype(pre)::kValue != 0>(
+              i, slopes, sample, first_channel, channels, y, row);
         });
         // Rows that no later window reaches.
         const int64 reached = y + 1 == call.out.height ? input.map.height : 2 * (y + 1) - input.map.height % 2;
@@ -684,7 +697,14 @@ struct FusionWorker {
   }
 
   template <bool Normalised, bool Silu>
-  void scatter_pool(int i, const Lines<const A>& slopes, int64 sample, int64 first_channel, int64 channels, int64 y, int64 row_elements_of_input) {
+  void scatter_pool(
+      int i,
+      const Lines<const A>& slopes,
+      int64 sample,
+      int64 first_channel,
+      int64 channels,
+      int64 y,
+      int64 row_elements_of_input) {
     using L = Lanes<A>;
     using V = typename L::Vector;
     using M = typename L::Mask;
@@ -976,8 +996,9 @@ void fusion_statistics_typed(const FusionStatistics& call, ParallelFor run, int)
               left += deviation;
             }
             const double shift = left / static_cast<double>(count);
-            merge(into[channel], Share(sample_counted, static_cast<double>(count)), static_cast<double>(mean) + shift,
-                  square - left * shift);
+            merge(
+                into[channel], Share(sample_counted, static_cast<double>(count)), static_cast<double>(mean) + shift,
+                square - left * shift);
             sample_counted += static_cast<double>(count);
           }
         }
@@ -1003,16 +1024,16 @@ void fusion_statistics_typed(const FusionStatistics& call, ParallelFor run, int)
   }
 }
 
-#define FRSKD_FOR_ELEMENTS(function, call)                        \
-  switch (element) {                                              \
-    case Element::kFloat32:                                       \
-      return function<float, float>(call, run, threads);          \
-    case Element::kFloat64:                                       \
-      return function<double, double>(call, run, threads);        \
-    case Element::kBFloat16:                                      \
-      return function<BFloat16, float>(call, run, threads);       \
-    case Element::kFloat16:                                       \
-      return function<Half, float>(call, run, threads);           \
+#define FRSKD_FOR_ELEMENTS(function, call)                  \
+  switch (element) {                                        \
+    case Element::kFloat32:                                 \
+      return function<float, float>(call, run, threads);    \
+    case Element::kFloat64:                                 \
+      return function<double, double>(call, run, threads);  \
+    case Element::kBFloat16:                                \
+      return function<BFloat16, float>(call, run, threads); \
+    case Element::kFloat16:                                 \
+      return function<Half, float>(call, run, threads);     \
   }
 
 void fusion_statistics(const FusionStatistics& call, Element element, ParallelFor run, int threads) {

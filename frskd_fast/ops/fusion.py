@@ -440,8 +440,8 @@ def _applied(module: Any, x: Tensor, position: int) -> Tensor:
     if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype != x.dtype:
         came = f"{tuple(out.shape)} in {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
-            f"batch_norms[{position}] made {came} of inputs[{position}], but its shape {tuple(x.shape)} and dtype {x.dtype} were "
-            "wanted; pass a module that only normalises."
+            f"batch_norms[{position}] made {came} of inputs[{position}], but its shape {tuple(x.shape)} and dtype {x.dtype} "
+            "were wanted; pass a module that only normalises."
         )
     return out
 
