@@ -62,6 +62,7 @@ class Selection:
     batch: int | None = None
     input_kind: str = "features"
     quick: bool = False
+    named: bool = False  # the command line names suites: what takes minutes to compile is then wanted
     full: bool = False  # also the settings that take minutes
 
 

@@ -227,6 +227,7 @@ def measure(
         input_kind=arguments.input,
         quick=arguments.quick,
         full=arguments.full,
+        named=bool(arguments.suites or arguments.suite),
     )
     settings = harness.Settings(
         device=device,

@@ -124,7 +124,7 @@ def dtypes(selection: Selection) -> tuple[str, ...]:
 def cases(selection: Selection) -> list[Case]:
     """dtype x layout, forward and backward; the bytes are those of our order of operations.
 
-    Compiling takes a minute or more: without `full` only the last layout does it, and a quick run does not.
+    Compiling takes a minute or more: without `full` only the last layout does it, and only where the suite was named.
     """
     batch = selection.batch or BATCH
     return [
@@ -141,7 +141,7 @@ def cases(selection: Selection) -> list[Case]:
             original=original_loss,
             ours=ours,
             chain=True,
-            compiles=selection.full or (not selection.quick and layout == selection.layouts[-1]),
+            compiles=selection.full or (selection.named and not selection.quick and layout == selection.layouts[-1]),
             host_time_of_compile=False,
         )
         for dtype in dtypes(selection)

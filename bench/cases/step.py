@@ -380,7 +380,7 @@ def shares(events: Sequence[Any], device: str) -> dict[str, float]:
 
 
 def settings(selection: harness.Selection, implementations: Sequence[str], dtypes_named: bool) -> list[Setting]:
-    """dtype x layout. Without `full` a CPU runs float32 alone, unless dtypes were named, and compiles only one setting."""
+    """dtype x layout. Without `full` a CPU runs float32 alone, unless dtypes were named; it compiles one setting if named."""
     found = []
     dtypes = tuple(dtype for dtype in selection.dtypes if dtype != "fp16")
     if not (selection.full or dtypes_named or selection.device == "cuda"):
@@ -388,7 +388,8 @@ def settings(selection: harness.Selection, implementations: Sequence[str], dtype
     for dtype in dtypes:
         for layout in selection.layouts:
             compiles = "compile" in implementations and (
-                selection.full or (not selection.quick and dtype == "fp32" and layout == selection.layouts[-1])
+                selection.full
+                or (selection.named and not selection.quick and dtype == "fp32" and layout == selection.layouts[-1])
             )
             variants = [
                 variant
