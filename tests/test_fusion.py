@@ -580,7 +580,7 @@ def test_a_constant_channel(layout: str, impl: str) -> None:
     batch_norm = _batch_norm(9, eps=1e-5)
     out = functional.weighted_fusion([leaf], weighting="sum", pre="none", batch_norms=[batch_norm], impl=impl)
     # Its mean may be off by a rounding step of 123.456, and that is divided by sqrt(1e-5).
-    allowed = 1e-5 * 316 * float(batch_norm.weight[3].abs()) + 1e-6
+    allowed = 1e-5 * 316 * float(batch_norm.weight[3].detach().abs()) + 1e-6
     assert largest_error(out[:, 3], batch_norm.bias[3].expand(2, 5, 7)) <= allowed
     out.backward(torch.randn_like(out))
     assert leaf.grad is not None and leaf.grad.isfinite().all()

@@ -10,7 +10,8 @@
 namespace frskd {
 namespace {
 
-constexpr std::int64_t kLongestSide = std::int64_t{1} << 30;
+// Beyond it nearest-neighbour indices, computed in float32 as PyTorch does, are no longer exact.
+constexpr std::int64_t kLongestSide = std::int64_t{1} << 24;
 
 // (>= rows, C) or (C,) numbers of the accumulate type; null where the tensor is empty.
 const void* channel_numbers(

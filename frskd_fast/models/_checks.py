@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -51,6 +52,11 @@ def check_features(features: Sequence[Tensor], channels: Sequence[int]) -> None:
             raise ValueError(
                 f"features[{level}] must have {wanted} channels, but has shape {tuple(feature.shape)}; "
                 "build the self-teacher with the backbone's own .channels and pass the finest level first."
+            )
+        if feature.dtype != features[0].dtype and not torch.is_autocast_enabled(feature.device.type):
+            raise TypeError(
+                f"features[{level}] must have the dtype of features[0], {features[0].dtype}, but is {feature.dtype}; "
+                f"cast it with .to({features[0].dtype})."
             )
         if feature.shape[0] != features[0].shape[0]:
             raise ValueError(

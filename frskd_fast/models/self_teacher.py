@@ -61,7 +61,8 @@ class Pass:
             branch.normalisation, update = fusion.normalisation_of(batch_norm, branch.raw, self.impl, branch.copies)
             self.updates += [] if update is None else [update]
         else:
-            branch.raw, branch.batch_norm = branch.batch_norm(branch.raw), None
+            # Under autocast some normalisations give float32 for half-precision maps.
+            branch.raw, branch.batch_norm = branch.batch_norm(branch.raw).to(branch.raw.dtype), None
         return branch.normalisation
 
     def fuse(
@@ -99,9 +100,9 @@ class Pass:
 def autocast_pair(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The operands of a convolution in autocast's dtype, where that is on: a custom backward has to see them as computed."""
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if x.dtype == torch.float64:
-        dtype = x.dtype
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x, *weights
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) for tensor in (x, *weights))
 
 
@@ -155,6 +156,33 @@ def weight_of(convolution: nn.Module) -> Tensor:
     return cast(Tensor, convolution.weight)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def block_is_as_built(block: nn.Module) -> bool:
+    """Whether a DepthConvBlock still has its own convolutions (no bias) and ReLUs, none of them hooked or replaced.
+
+    A normalisation may be replaced or hooked: it is called where it cannot be folded in.
+    """
+    if type(block) is not reference.DepthConvBlock or has_hooks(block) or has_hooks(block.conv):
+        return False
+    for stage in block.conv:
+        steps = list(stage.children())
+        pointwise_block = len(steps) == 3 and type(steps[2]) is nn.ReLU
+        normalisation = 1 if pointwise_block else len(steps) - 1
+        for position, step in enumerate(steps):
+            known = type(step) is nn.ReLU or (type(step) is nn.Conv2d and step.bias is None)
+            if position != normalisation and (not known or has_hooks(step)):
+                return False
+        if has_hooks(stage):
+            return False
+    return True
+
+
 def pointwise(x: Tensor, convolution: nn.Module) -> Tensor:
     """The 1x1 convolution of `x`."""
     out: Tensor = _Pointwise.apply(*autocast_pair(x, weight_of(convolution)))
@@ -168,8 +196,12 @@ class BiFPNLayer(reference.BiFPNLayer):
     """
 
     def forward(  # type: ignore[override]
-        self, features: Sequence[Tensor], run: Pass, preact: bool = False
+        self, features: Sequence[Tensor], run: Pass | None, preact: bool = False
     ) -> list[Tensor]:
+        """The output maps, rectified unless `preact`. Without a `run`, or with changed parts, in the plain form."""
+        if run is None or not self.is_as_built():
+            maps = super().forward(features)
+            return maps if preact else [F.relu(feature) for feature in maps]
         levels = len(features)
         lateral, lateral2 = self.laterals(features)
 
@@ -203,6 +235,17 @@ class BiFPNLayer(reference.BiFPNLayer):
             )
             outputs.append(self.convolved(node, self.down_conv[i - 1], run))
         return [run.fuse([output], pre=NONE if preact else RELU) for output in outputs]
+
+    def is_as_built(self) -> bool:
+        """Whether every convolution and ReLU is the one that was built: nodes read their weights and do not call them."""
+        blocks: list[nn.Module] = []
+        for group in (self.lat_conv, self.lat_conv2, self.up_conv, self.down_conv):
+            blocks += group
+        for steps in (*self.up_sample, *self.down_sample):
+            if has_hooks(steps):
+                return False
+            blocks += list(cast(nn.Sequential, steps))[1:]
+        return all(map(block_is_as_built, blocks))
 
     def laterals(self, features: Sequence[Tensor]) -> tuple[list[Branch], list[Branch]]:
         """P of every level and Q of all but the finest, by one product a level."""
@@ -280,15 +323,12 @@ class SelfTeacher(reference.SelfTeacher):
         check_features(features, self.channels)
         impl = _dispatch.choose("auto", features[0].device.type, features[0].dtype)
         maps = list(features)
-        if impl == "reference":
-            # Without kernels the rearranged form only costs memory.
-            for layer in self.layers:
-                maps = reference.BiFPNLayer.forward(cast(BiFPNLayer, layer), maps)
-            return maps if preact else [F.relu(feature) for feature in maps]
-        run = Pass(impl)
+        # Without kernels the rearranged form would only cost memory.
+        run = None if impl == "reference" else Pass(impl)
         for position, layer in enumerate(self.layers):
             maps = layer(maps, run, preact and position == len(self.layers) - 1)
-        run.finish()
+        if run is not None:
+            run.finish()
         return maps
 
     @staticmethod

@@ -437,13 +437,14 @@ def _applied(module: Any, x: Tensor, position: int) -> Tensor:
             f"batch_norms[{position}] is a {type(module).__name__}, but a torch.nn.Module or None was wanted."
         )
     out = module(x)
-    if not isinstance(out, Tensor) or out.shape != x.shape or out.dtype != x.dtype:
-        came = f"{tuple(out.shape)} in {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        came = f"a map of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ValueError(
-            f"batch_norms[{position}] made {came} of inputs[{position}], but its shape {tuple(x.shape)} and dtype {x.dtype} "
-            "were wanted; pass a module that only normalises."
+            f"batch_norms[{position}] made {came} of inputs[{position}], but its own shape {tuple(x.shape)} was wanted; pass a "
+            "module that only normalises."
         )
-    return out
+    # Under autocast a GroupNorm, say, gives float32 for a half-precision map.
+    return out.to(x.dtype)
 
 
 def _names(names: tuple[str, ...]) -> str:

@@ -19,6 +19,8 @@ from frskd_fast.models.adapters import dry_pass
 from frskd_fast.ops import _checks
 
 MEMORY = ("normal", "low")
+# These take cumulative averages without a counter for a momentum of 0.
+COUNTERLESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class FRSKDTask(nn.Module):
@@ -198,7 +200,9 @@ class FRSKDTask(nn.Module):
         return compiled(images, targets)
 
     def student(self) -> Student:
-        """The student alone, `student(images) -> logits`; it shares the task's parameters (copy.deepcopy takes it away).
+        """The student alone, `student(images) -> logits`; it shares the task's modules.
+
+        Its `.eval()` reaches the backbone of the task: call `task.train()` before training on, or `copy.deepcopy` it.
 
         Example:
             >>> from frskd_fast.models import wrn16x2
@@ -356,7 +360,8 @@ def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
                 buffer = part._buffers.get(name)
                 if buffer is not None:
                     buffers.append((part._buffers, name, buffer))
-                    part._buffers[name] = None if isinstance(part, _BatchNorm) else buffer.clone()
+                    # SyncBatchNorm insists on its counter.
+                    part._buffers[name] = None if type(part) in COUNTERLESS else buffer.clone()
         yield
     finally:
         for batch_norm, momentum in momenta:
