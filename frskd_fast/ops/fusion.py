@@ -570,6 +570,9 @@ def weighted_fusion(
         )
     out_size = _checked_size(maps, resample, size)
     name = _dispatch.choose(impl, maps[0].device.type, maps[0].dtype)
+    if name == "cpu" and impl == "auto" == _dispatch.forced() and "pool" in resample and maps[0].stride(1) != 1:
+        # Measured: PyTorch pools planes (NCHW) twice as fast as the CPU kernel, which is made for channels_last.
+        name = "reference"
     folded = [None] * len(maps) if batch_norms is None else list(batch_norms)
     if len(folded) != len(maps):
         raise ValueError(
