@@ -44,7 +44,7 @@ sanitize: build
 
 # Compiles every CUDA source, warnings as errors; needs nvcc, but neither a GPU nor a CUDA build of PyTorch.
 cuda-build: $(VENV)/.packages
-	FRSKD_FAST_BUILD=cuda FRSKD_FAST_WERROR=1 $(RUN) setup.py --quiet build_ext --build-temp build --build-lib build/cuda-check
+	FRSKD_FAST_BUILD=cuda FRSKD_FAST_WERROR=1 $(RUN) setup.py --quiet build_ext --build-lib build/cuda-check
 
 # For a machine with a GPU and a CUDA build of PyTorch: no network and no .venv. See scripts/gpu_check.py --help.
 gpu-check:
