@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from frskd_fast.reference.fusion import empty_output
+
 from ._common import (
     Geometry,
     accumulate_dtype,
@@ -1473,14 +1475,6 @@ def batch_statistics(
     return statistics
 
 
-def _empty_output(first: Tensor, size: Sequence[int]) -> Tensor:
-    """An empty (N, C, *size) in the dtype and memory format of ``first``."""
-    channels_last = not first.is_contiguous() and first.stride(1) == 1 and first.shape[1] > 1
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (first.shape[0], first.shape[1], size[0], size[1])
-    return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format)
-
-
 def _bits(tensors: Sequence[Tensor]) -> int:
     """Bit i: tensor i is not empty."""
     return sum((tensor.numel() > 0) << place for place, tensor in enumerate(tensors))
@@ -1506,7 +1500,7 @@ def forward(
 ) -> Tensor:
     """The fused map (N, C, H, W) in the inputs' dtype; one launch."""
     accumulate = triton_accumulate_dtype(inputs[0].dtype)
-    out = _empty_output(inputs[0], size)
+    out = empty_output(inputs[0], size)
     if out.numel() == 0:
         return out
     programs, arguments, constants = _forward_plan(

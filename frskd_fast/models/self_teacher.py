@@ -156,19 +156,12 @@ def weight_of(convolution: nn.Module) -> Tensor:
     return cast(Tensor, convolution.weight)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def block_is_as_built(block: nn.Module) -> bool:
     """Whether a DepthConvBlock still has its own convolutions (no bias) and ReLUs, none of them hooked or replaced.
 
     A normalisation may be replaced or hooked: it is called where it cannot be folded in.
     """
-    if type(block) is not reference.DepthConvBlock or has_hooks(block) or has_hooks(block.conv):
+    if type(block) is not reference.DepthConvBlock or fusion.has_hooks(block) or fusion.has_hooks(block.conv):
         return False
     for stage in block.conv:
         steps = list(stage.children())
@@ -176,9 +169,9 @@ def block_is_as_built(block: nn.Module) -> bool:
         normalisation = 1 if pointwise_block else len(steps) - 1
         for position, step in enumerate(steps):
             known = type(step) is nn.ReLU or (type(step) is nn.Conv2d and step.bias is None)
-            if position != normalisation and (not known or has_hooks(step)):
+            if position != normalisation and (not known or fusion.has_hooks(step)):
                 return False
-        if has_hooks(stage):
+        if fusion.has_hooks(stage):
             return False
     return True
 
@@ -242,7 +235,7 @@ class BiFPNLayer(reference.BiFPNLayer):
         for group in (self.lat_conv, self.lat_conv2, self.up_conv, self.down_conv):
             blocks += group
         for steps in (*self.up_sample, *self.down_sample):
-            if has_hooks(steps):
+            if fusion.has_hooks(steps):
                 return False
             blocks += list(cast(nn.Sequential, steps))[1:]
         return all(map(block_is_as_built, blocks))

@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.fusion import empty_output
 
 _ops = torch.ops.frskd_fast_native
-
-
-def empty_output(first: Tensor, size: Sequence[int]) -> Tensor:
-    """An empty (N, C, *size) in the dtype of ``first``, channels_last where its channels (or a slice of them) lie together."""
-    channels_last = not first.is_contiguous() and first.stride(1) == 1 and first.shape[1] > 1
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (first.shape[0], first.shape[1], size[0], size[1])
-    return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format)
 
 
 def workspace_size(inputs: Sequence[Tensor]) -> int:

@@ -115,9 +115,7 @@ def _fake_forward(
     size: Sequence[int],
     impl: str,
 ) -> Tensor:
-    from frskd_fast.native.fusion import empty_output
-
-    return empty_output(inputs[0], size)
+    return reference.empty_output(inputs[0], size)
 
 
 def _fake_backward(
@@ -298,15 +296,16 @@ class RunningUpdate(NamedTuple):
     elements: int  # of a channel, which the statistics are taken over
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def foldable(module: nn.Module | None) -> bool:
     """Whether ``module`` computes exactly nn.BatchNorm2d; subclasses (as SyncBatchNorm) and hooked modules run as they are."""
-    return (
-        type(module) is nn.BatchNorm2d
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+    return type(module) is nn.BatchNorm2d and not has_hooks(module)
 
 
 def normalisation_of(

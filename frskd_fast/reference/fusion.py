@@ -22,6 +22,14 @@ ACTIVATIONS = ("none", "relu", "silu")
 WEIGHTINGS = ("sum", "relu", "softmax", "relu_or_uniform")
 
 
+def empty_output(first: Tensor, size: Sequence[int]) -> Tensor:
+    """An empty (N, C, *size) in the dtype of ``first``, channels_last where its channels (or a slice of them) lie together."""
+    channels_last = not first.is_contiguous() and first.stride(1) == 1 and first.shape[1] > 1
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (first.shape[0], first.shape[1], size[0], size[1])
+    return torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format)
+
+
 def normalise_weight(weight: Tensor, weighting: str, epsilon: float) -> Tensor:
     """w^ (K,) from w (K,): relu(w) / (sum relu(w) + epsilon), softmax(w), or ones for "sum"."""
     if weighting == "sum":
