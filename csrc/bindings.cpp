@@ -25,11 +25,13 @@ STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
   m.def("fusion_statistics(Tensor[] inputs, float[] epsilons, Tensor(a!)[] statistics, Tensor(b!)? workspace) -> ()");
   m.def(
       "fusion_forward(Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, Tensor weight, "
-      "int[] resamples, int pre, int act, int weighting, float epsilon, Tensor(a!) out) -> ()");
+      "int[] resamples, int pre, int act, int weighting, float epsilon, Tensor(a!) out, "
+      "Tensor? depthwise=None) -> ()");
   m.def(
       "fusion_backward_sums(Tensor grad, Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, "
       "Tensor weight, int[] resamples, int pre, int act, int weighting, float epsilon, Tensor(a!)[] sums, "
-      "Tensor(b!) weight_gradient, Tensor(c!)? workspace) -> ()");
+      "Tensor(b!) weight_gradient, Tensor(c!)? workspace, Tensor? depthwise=None, "
+      "Tensor(d!)? depthwise_gradient=None, Tensor(e!)? map_gradient=None) -> ()");
   m.def(
       "fusion_backward(Tensor grad, Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, "
       "Tensor weight, Tensor[] sums, int[] resamples, int pre, int act, int weighting, float epsilon, int[] positions, "

@@ -291,6 +291,51 @@ def _fusion_forward(hostile: Hostile) -> tuple[Any, ...]:
     return *node.tensors, *node.settings, node.out
 
 
+def _convolved_node(hostile: Hostile) -> _FusionNode:
+    """A node that a depthwise convolution may stand behind, more often than not."""
+    node = _FusionNode(hostile)
+    channels_last = [
+        x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.device.type == "cpu" else x
+        for x in (*node.inputs, node.out)
+    ]
+    if hostile.random.random() < 0.9:
+        *node.inputs, node.out = channels_last
+        node.tensors = (node.inputs, *node.tensors[1:])
+    if hostile.random.random() < 0.9:
+        node.settings = (node.settings[0], node.settings[1], 0, *node.settings[3:])
+    return node
+
+
+def _fusion_forward_depthwise(hostile: Hostile) -> tuple[Any, ...]:
+    hostile.right = 0.98
+    node = _convolved_node(hostile)
+    return *node.tensors, *node.settings, node.out, hostile.working(9 * node.channels, node.kind)
+
+
+def _fusion_backward_sums_depthwise(hostile: Hostile) -> tuple[Any, ...]:
+    hostile.right = 0.98
+    node = _convolved_node(hostile)
+    sums = [
+        hostile.working(2 * node.channels, node.kind) if normalised else torch.zeros(0, dtype=node.kind)
+        for normalised in node.normalised
+    ]
+    weight_gradient = hostile.working(node.count, node.kind)
+    kernel, kernel_gradient = (hostile.working(9 * node.channels, node.kind) for _ in range(2))
+    map_gradient = torch.zeros_like(node.out) if node.out.device.type == "cpu" else node.out
+    map_gradient = hostile.often(map_gradient, map_gradient[..., :1], map_gradient.double(), map_gradient[:0])
+    return (
+        node.out,
+        *node.tensors,
+        *node.settings,
+        sums,
+        weight_gradient,
+        None,
+        hostile.often(kernel, None),
+        hostile.often(kernel_gradient, None),
+        hostile.often(map_gradient, None),
+    )
+
+
 def _fusion_backward_sums(hostile: Hostile) -> tuple[Any, ...]:
     node = _FusionNode(hostile)
     sums = [
@@ -343,6 +388,8 @@ def _fusion_backward(hostile: Hostile) -> tuple[Any, ...]:
         ("fusion_forward", _fusion_forward),
         ("fusion_backward_sums", _fusion_backward_sums),
         ("fusion_backward", _fusion_backward),
+        ("fusion_forward", _fusion_forward_depthwise),
+        ("fusion_backward_sums", _fusion_backward_sums_depthwise),
     ],
 )
 def test_hostile_arguments_end_in_a_sentence_or_a_result(name: str, draw: Callable[[Hostile], tuple[Any, ...]]) -> None:

@@ -946,6 +946,134 @@ def test_no_grad_and_inference_mode(impl: str) -> None:
         assert int(module.num_batches_tracked) == 1  # type: ignore[arg-type]
 
 
+# A convolution behind the node
+
+
+class _Convolved:
+    """A node and its depthwise 3x3 convolution: outputs, and gradients of inputs, both weights and BatchNorms."""
+
+    def __init__(self, shapes: Shapes, pre: str, batch_norms: Sequence[nn.Module | None], impl: str) -> None:
+        self.shapes, self.pre, self.batch_norms, self.impl = shapes, pre, batch_norms, impl
+
+    def ours(self, leaves: list[Tensor], raw: Tensor, norms: list[Any]) -> Tensor:
+        *maps, kernel = leaves
+        found = [
+            None if norm is None else fusion_ops.normalisation_of(norm, x, self.impl)
+            for norm, x in zip(norms, maps, strict=True)
+        ]
+        positions = tuple(reference.RESAMPLES.index(name) for name in self.shapes.resample)
+        settings = fusion_ops.Settings(positions, reference.ACTIVATIONS.index(self.pre), 0, 1, 1e-3)
+        normalisations = [None if entry is None else entry[0] for entry in found]
+        out = fusion_ops.fuse(maps, normalisations, raw, settings, self.shapes.size, self.impl, kernel)
+        fusion_ops.update_running_statistics(
+            [entry[1] for entry in found if entry is not None and entry[1] is not None]
+        )
+        return out
+
+    def plain(self, leaves: list[Tensor], raw: Tensor, norms: list[Any]) -> Tensor:
+        *maps, kernel = leaves
+        values = [x if norm is None else norm(x).to(x.dtype) for x, norm in zip(maps, norms, strict=True)]
+        weights = formulas.fusion_weights(raw, "relu", 1e-3, "zero")
+        fused = formulas.weighted_fusion(values, weights, self.shapes.resample, self.pre, "none", self.shapes.size)
+        return F.conv2d(fused.to(kernel.dtype), kernel, padding=1, groups=kernel.shape[0])
+
+    def compare(self, inputs: Sequence[Tensor], grad: Tensor | None = None) -> Results:
+        dtype, channels = inputs[0].dtype, self.shapes.channels
+        kernel = torch.randn(channels, 1, 3, 3).to(dtype)
+        if grad is None:
+            grad = torch.randn(inputs[0].shape[0], channels, *self.shapes.size).to(dtype)
+        raw = torch.tensor(WEIGHTINGS[0][2][: len(inputs)], dtype=_accumulate(dtype))
+        got = _collect(self.ours, [*inputs, kernel], raw, self.batch_norms, grad, dtype)
+        copies, grad = [*(x.contiguous() for x in inputs), kernel], grad.contiguous()
+        other = _collect(self.plain, copies, raw, self.batch_norms, grad, dtype)
+        truth = _collect(self.plain, copies, raw, self.batch_norms, grad, torch.float64)
+        largest = float(truth["out"].abs().max()) if grad.numel() else 0.0
+        # What one pixel adds to a sum over the map at most; in half precision it comes from maps that are rounded.
+        term = float((grad.abs().max() if grad.numel() else grad.sum()) * kernel.abs().sum((1, 2, 3)).max())
+        half = dtype in (torch.bfloat16, torch.float16)
+        step = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps if half else 1.0
+        for name, value in got.items():
+            if value.dtype.is_floating_point:
+                wide = "input" in name or name == "out"
+                # A weight's gradient is a small difference of sums over the map, of those values.
+                terms = grad.shape[1:].numel() * largest if name == "gradient of the weight" else term
+                assert_close(value, other[name], truth[name], f"{name} of {self.shapes}", 0.0 if wide else terms * step)
+        return got
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "channel_slice", "mixed_last", "contiguous", "mixed"])
+def test_depthwise_convolution_behind_the_node(layout: str, dtype: torch.dtype) -> None:
+    """None, all or some of the inputs normalised; batches of one, a few and more than there are groups."""
+    turns = itertools.cycle(
+        itertools.product(("relu", "none", "silu"), (slice(0, 0), slice(0, 4), slice(1, 4, 2)), (3, 1))
+    )
+    for shapes, (pre, left_out, batch) in zip(NODES * 2, turns, strict=False):
+        if batch * shapes.size[0] * shapes.size[1] == 1:
+            continue
+        batch_norms: list[nn.Module | None] = [_batch_norm(shapes.channels) for _ in shapes.sizes]
+        batch_norms[left_out] = [None] * len(batch_norms[left_out])
+        inputs = _maps(shapes, batch, dtype, layout)
+        if any(norm is not None and x[:, 0].numel() < 2 for norm, x in zip(batch_norms, inputs, strict=True)):
+            continue
+        _Convolved(shapes, pre, batch_norms, "cpu").compare(inputs)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    ("shapes", "batch"),
+    [
+        (Shapes(1100, ((2, 3), (1, 2), (3, 5)), ("none", "up", "pool"), (2, 3)), 2),
+        (Shapes(6, ((2, 2), (3, 3)), ("none", "pool"), (2, 2)), 37),
+        (Shapes(40, ((3, 300), (2, 150)), ("none", "up"), (3, 300)), 1),
+        (Shapes(9, ((1, 7),), ("none",), (1, 7)), 2),
+        (Shapes(17, ((6, 1),), ("none",), (6, 1)), 2),
+        (Shapes(12, ((16, 17),), ("none",), (16, 17)), 40),
+    ],
+    ids=["1100 channels", "37 samples", "wide", "one row", "one column", "40 large samples"],
+)
+def test_convolved_sizes_beyond_one_block(shapes: Shapes, batch: int) -> None:
+    batch_norms = [_batch_norm(shapes.channels) for _ in shapes.sizes]
+    _Convolved(shapes, "relu", batch_norms, "cpu").compare(_maps(shapes, batch, torch.float32, "channels_last"))
+
+
+def test_the_cpu_kernel_convolves_channels_last_maps_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a pass of PyTorch's convolution, whatever the layout of the upstream gradient; other layouts take that pass."""
+
+    def refuse(*args: Any) -> Tensor:
+        raise AssertionError("PyTorch's convolution was called")
+
+    monkeypatch.setattr(fusion_ops, "_convolved", refuse)
+    monkeypatch.setattr(fusion_ops, "_convolution_backward", refuse)
+    shapes = MANY_RESAMPLES
+    for change in (_contiguous, _channels_last, _strided, _transposed):
+        grad = change(torch.randn(2, shapes.channels, *shapes.size))
+        node = _Convolved(shapes, "relu", [_batch_norm(5), None, None, _batch_norm(5)], "cpu")
+        node.compare(_maps(shapes, 2, torch.float32, "channels_last"), grad)
+    with pytest.raises(AssertionError, match="PyTorch's convolution"):
+        node.compare(_maps(shapes, 2, torch.float32, "contiguous"))
+
+
+def test_convolved_bits_do_not_depend_on_the_number_of_threads() -> None:
+    shapes = Shapes(24, ((9, 8), (5, 4)), ("none", "up"), (9, 8))
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.manual_seed(0)
+        with _threads(threads):
+            node = _Convolved(shapes, "relu", [_batch_norm(24), _batch_norm(24)], "cpu")
+            results.append(node.compare(_maps(shapes, 37, torch.float32, "channels_last")))
+    for result in results[1:]:
+        for name, value in result.items():
+            assert torch.equal(value, results[0][name]), name
+
+
+def test_convolution_of_an_empty_batch() -> None:
+    shapes = Shapes(8, ((4, 4),), ("none",), (4, 4))
+    got = _Convolved(shapes, "relu", [None], "cpu").compare(_maps(shapes, 0, torch.float32, "channels_last"))
+    assert got["gradient of input 1"].shape == (8, 1, 3, 3) and not got["gradient of input 1"].any()
+
+
 # Registration
 
 
@@ -968,6 +1096,13 @@ def test_operators_pass_opcheck() -> None:
         trains = [place in normalised[:1] for place in range(4)]
         arguments = (grad, *node, *settings, trains, needs, need_weight, "cpu")
         torch.library.opcheck(operators.fusion_backward.default, arguments)
+    maps = [_channels_last(x) for x in inputs]
+    channels = [[empty] * 4 for _ in range(3)]
+    channels[0][0], channels[1][0], channels[2][0] = statistics[0], torch.rand(5), torch.rand(5)
+    node, plain_settings, kernel = (maps, *channels, weight), (settings[0], 1, 0, 1, 1e-6), torch.randn(5, 1, 3, 3)
+    torch.library.opcheck(operators.fusion_forward.default, (*node, *plain_settings, shapes.size, "cpu", kernel))
+    arguments = (_channels_last(grad), *node, *plain_settings, [True] + [False] * 3, [True] * 4, True, "cpu", kernel)
+    torch.library.opcheck(operators.fusion_backward.default, arguments)
 
 
 def test_fullgraph_compile_with_dynamic_batch() -> None:

@@ -92,6 +92,15 @@ Fusion fusion_of(
   return call;
 }
 
+// Adds the depthwise convolution behind the fused map. Only maps whose channels are contiguous are convolved here.
+void add_depthwise(Fusion& call, Element element, const Tensor& depthwise) {
+  STD_TORCH_CHECK(call.act == kActivationNone, "act is ", call.act, ", but 0 was wanted in front of a convolution.");
+  bool contiguous = call.out.channels > 1 && call.out.stride_c == 1;
+  for (int i = 0; i < call.count; ++i) contiguous = contiguous && call.inputs[i].map.stride_c == 1;
+  STD_TORCH_CHECK(contiguous, "depthwise is given, but all maps must then have two channels or more, of stride 1.");
+  call.depthwise = working_tensor(depthwise, element, 9 * call.out.channels, "depthwise");
+}
+
 void fusion_statistics(
     std::vector<Tensor> inputs, std::vector<double> epsilons, std::vector<Tensor> statistics, std::optional<Tensor>) {
   STD_TORCH_CHECK(
@@ -126,10 +135,12 @@ void fusion_forward(
     std::int64_t act,
     std::int64_t weighting,
     double epsilon,
-    Tensor out) {
+    Tensor out,
+    std::optional<Tensor> depthwise) {
   Element element;
-  const Fusion call = fusion_of(
+  Fusion call = fusion_of(
       inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, out, element, "out");
+  if (depthwise) add_depthwise(call, element, *depthwise);
   fusion_kernels().forward(call, element, run_parallel, thread_count());
 }
 
@@ -147,7 +158,10 @@ void fusion_backward_sums(
     double epsilon,
     std::vector<Tensor> sums,
     Tensor weight_gradient,
-    std::optional<Tensor>) {
+    std::optional<Tensor>,
+    std::optional<Tensor> depthwise,
+    std::optional<Tensor> depthwise_gradient,
+    std::optional<Tensor> map_gradient) {
   Element element;
   Fusion call = fusion_of(
       inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, grad, element, "grad");
@@ -158,6 +172,20 @@ void fusion_backward_sums(
     call.inputs[i].sums_out = wanted == 0 ? nullptr : place;
   }
   call.weight_gradient = working_tensor(weight_gradient, element, call.count, "weight_gradient");
+  STD_TORCH_CHECK(
+      depthwise.has_value() == depthwise_gradient.has_value() && depthwise.has_value() == map_gradient.has_value(),
+      "depthwise, depthwise_gradient and map_gradient must be given together, or none of them.");
+  if (depthwise) {
+    add_depthwise(call, element, *depthwise);
+    call.depthwise_gradient = working_tensor(*depthwise_gradient, element, 9 * call.out.channels, "depthwise_gradient");
+    call.map_gradient = map_of(*map_gradient, element, 4, "map_gradient");
+    const Map& map = call.map_gradient;
+    STD_TORCH_CHECK(
+        map_gradient->sizes()[0] == call.batch && map.channels == call.out.channels && map.height == call.out.height &&
+            map.width == call.out.width && map.stride_c == 1,
+        "map_gradient has shape ", shape_text(*map_gradient), ", but that of grad ", shape_text(grad),
+        ", with channels of stride 1, was wanted.");
+  }
   fusion_kernels().backward(call, element, run_parallel, thread_count());
 }
 

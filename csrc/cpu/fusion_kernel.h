@@ -1,6 +1,8 @@
 // Weighted fusion on the CPU. Both layouts compute on lines: runs of contiguous elements of one row of the map. In
 // channels_last a line is the channels of a pixel, otherwise it is the row of a channel; the per-channel numbers of a
-// line are laid out beside its elements, so that one set of inner loops serves both.
+// line are laid out beside its elements, so that one set of inner loops serves both. A depthwise convolution behind the
+// fused map reads its rows while they are in the cache, and its backward makes the sums of a row of the fused map's
+// gradient as it makes the row; the fused map itself is never written.
 #pragma once
 
 #include "../common/fusion_math.h"
@@ -18,6 +20,10 @@ constexpr int64 kMostFusionChannels = 1024;  // channels of a block
 constexpr int64 kSampleGroups = 32;
 constexpr int64 kPlaneSampleGroups = 8;  // where each channel of a group costs a preparation
 constexpr int64 kRowsBeforeDouble = 32;  // elements added in float before they join the total in double
+constexpr int64 kConvolvedPixels = 256;  // of a group, at least, in front of a depthwise convolution
+constexpr int64 kTaps = 9;               // of a depthwise 3x3 convolution
+// Lines of a power of two of bytes would all fall into the same few sets of the first-level cache.
+constexpr int64 kLineGap = 64;  // bytes
 
 template <typename V>
 inline __attribute__((always_inline)) V sigmoid(V value) {
@@ -236,6 +242,12 @@ inline FusionPlan plan_fusion(const Fusion& call, bool with_gradients) {
   plan.block_channels = channels < call.out.channels ? channels : call.out.channels;
   const int64 most = plan.along_channels ? kSampleGroups : kPlaneSampleGroups;
   plan.groups = call.batch < most ? call.batch : most;
+  if (call.depthwise != nullptr) {
+    // A group has sums of nine weights to begin and to end with, which small maps would not be worth.
+    const int64 samples = (kConvolvedPixels + pixels_of(call.out) - 1) / pixels_of(call.out);
+    const int64 groups = (call.batch + samples - 1) / samples;
+    plan.groups = groups < plan.groups ? groups : plan.groups;
+  }
   plan.blocks = (call.out.channels + plan.block_channels - 1) / plan.block_channels;
   return plan;
 }
@@ -255,6 +267,7 @@ inline FusionBlock block_of(const Fusion& call, const FusionPlan& plan, int64 un
 template <typename T, typename A>
 struct FusionWorker {
   static constexpr int64 kWidth = Lanes<A>::kWidth;
+  static constexpr int64 kDouble = static_cast<int64>(sizeof(double) / sizeof(A));
   const Fusion& call;
   const bool along_channels;
   const FusionWeights<A>& weights;
@@ -270,14 +283,26 @@ struct FusionWorker {
   A* upstream[kMostFusionInputs];  // up: (a row of the input); pool: four rows of it
   A* sum_dy[kMostFusionInputs];    // (a line)
   A* sum_dot[kMostFusionInputs];
-  int64* source[kMostFusionInputs];       // the input column that an output column reads
+  int64* source[kMostFusionInputs];  // the input column that an output column reads
+  // Of a depthwise convolution.
+  A* ring;                   // three rows that it reads, row y in place y % 3, and a row of zeros
+  A* map_gradient;           // (a row) of the fused map
+  const A* depthwise;        // its weights: DepthwiseTable
+  A* depthwise_sums;         // of its weights' gradient, laid out as they are
+  double* depthwise_totals;  // the same
+  int64 pending_depthwise = 0;
   int64 pending[kMostFusionInputs] = {};  // elements in sum_dy and sum_dot
   double* totals[kMostFusionInputs];      // (2, channels of the block): sum of dy, of dy * (x - mean)
   double derivative[kMostFusionInputs] = {};
 
   static int64 padded(int64 count) { return (count + kWidth - 1) / kWidth * kWidth; }
-  static int64 row_elements(const FusionPlan& plan, int64 width) {
-    return plan.along_channels ? width * padded(plan.block_channels) : padded(width);
+  static int64 gap(const Fusion& call) {
+    return call.depthwise == nullptr ? 0 : kLineGap / static_cast<int64>(sizeof(A));
+  }
+  // From one line of a row buffer to the next.
+  int64 pitch_of(int64 count) const { return padded(count) + gap(call); }
+  static int64 row_elements(const Fusion& call, const FusionPlan& plan, int64 width) {
+    return plan.along_channels ? width * (padded(plan.block_channels) + gap(call)) : padded(width);
   }
   static int64 line_elements(const FusionPlan& plan, int64 widest) {
     return padded(plan.along_channels ? plan.block_channels : widest);
@@ -292,12 +317,13 @@ struct FusionWorker {
       : call(call),
         along_channels(plan.along_channels),
         weights(weights),
-        longest_row(row_elements(plan, widest_of(call))),
+        longest_row(row_elements(call, plan, widest_of(call))),
         longest_line(line_elements(plan, widest_of(call))),
         table_size(call.out.width),
         numbers(
             longest_row * (2 + 4 * kMostFusionInputs) + longest_line * 7 * kMostFusionInputs +
-            2 * kMostFusionInputs * longest_line * static_cast<int64>(sizeof(double) / sizeof(A)) + 16),
+            2 * kMostFusionInputs * longest_line * kDouble +
+            (call.depthwise == nullptr ? 0 : 4 * ring_size() + longest_row + longest_line * kTaps) + 16),
         copies(longest_line * 8),
         tables(table_size * kMostFusionInputs) {
     A* next = numbers.data;
@@ -307,7 +333,12 @@ struct FusionWorker {
       return taken;
     };
     for (int i = 0; i < kMostFusionInputs; ++i) {
-      totals[i] = reinterpret_cast<double*>(take(2 * longest_line * static_cast<int64>(sizeof(double) / sizeof(A))));
+      totals[i] = reinterpret_cast<double*>(take(2 * longest_line * kDouble));
+    }
+    if (call.depthwise != nullptr) {
+      ring = take(4 * ring_size());
+      map_gradient = take(longest_row);
+      depthwise_sums = take(kTaps * longest_line);
     }
     sums = take(longest_row);
     values = take(longest_row);
@@ -406,7 +437,7 @@ struct FusionWorker {
   void fuse_row(int64 sample, int64 first_channel, int64 channels, int64 y, bool write) {
     const int64 lines = along_channels ? call.out.width : 1;
     const int64 count = along_channels ? channels : call.out.width;
-    const int64 pitch = padded(count);
+    const int64 pitch = pitch_of(count);
     const auto starts_sums = [&](int i) {
       return i == 0 &&
              (call.inputs[i].resample == kResampleNone || (call.inputs[i].resample == kResampleUp && along_channels));
@@ -466,7 +497,7 @@ struct FusionWorker {
     const A weight = weights.normalised[i];
     const V threshold = threshold_of<A>(call.pre);
     const T* base = static_cast<const T*>(map.data) + sample * map.stride_n + first_channel * map.stride_c;
-    const int64 pitch = padded(channels);
+    const int64 pitch = pitch_of(channels);
     for (int64 x = 0; x < call.out.width; ++x) {
       const T* taps[9];
       window(map, base, y, x, taps);
@@ -502,7 +533,7 @@ struct FusionWorker {
   void write_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
     const int64 lines = along_channels ? call.out.width : 1;
     const int64 count = along_channels ? channels : call.out.width;
-    const int64 pitch = padded(count);
+    const int64 pitch = pitch_of(count);
     T* start = static_cast<T*>(call.out.data) + sample * call.out.stride_n + first_channel * call.out.stride_c +
                y * call.out.stride_h;
     const auto threshold = threshold_of<A>(call.act);
@@ -526,12 +557,160 @@ struct FusionWorker {
     });
   }
 
+  // Elements of a row of the ring, with a line of zeros at both ends.
+  int64 ring_size() const { return longest_row + 2 * (longest_line + gap(call)); }
+
+  // Line 0 of row y; rows beyond the map are zeros.
+  A* ring_row(int64 y, int64 pitch) const {
+    return ring + (y < 0 || y >= call.out.height ? 3 : y % 3) * ring_size() + pitch;
+  }
+
+  // Points at the depthwise weights of the block, and clears what is added to and the borders of the ring.
+  void prepare_depthwise(const A* table, double* gradients, int64 first, int64 count) {
+    depthwise = table + first * kTaps;
+    depthwise_totals = gradients == nullptr ? nullptr : gradients + first * kTaps;
+    for (int64 k = 0; k < padded(count) * kTaps; ++k) {
+      depthwise_sums[k] = 0;
+      if (gradients != nullptr) depthwise_totals[k] = 0;
+    }
+    const int64 pitch = pitch_of(count);
+    for (int64 k = 0; k < ring_size(); ++k) ring[3 * ring_size() + k] = 0;
+    for (int row = 0; row < 3; ++row) {
+      A* line = ring_row(row % call.out.height, pitch);
+      for (int64 k = 0; k < pitch; ++k) line[k - pitch] = line[call.out.width * pitch + k] = 0;
+    }
+  }
+
+  // A row of the convolution, read from rows y - 1 to y + 1 of the ring, into `results`; a line is `line` elements
+  // long. Along the row the weights stay in registers, and each element of the ring is loaded once.
+  template <typename R>
+  void convolve_row(int64 y, int64 channels, R* results, int64 line) {
+    using V = typename Lanes<A>::Vector;
+    const int64 pitch = pitch_of(channels), width = call.out.width;
+    for (int64 element = 0; element < channels; element += kWidth) {
+      const A* taps = depthwise + element * kTaps;
+      const V w0 = load(taps), w1 = load(taps + kWidth), w2 = load(taps + 2 * kWidth), w3 = load(taps + 3 * kWidth),
+              w4 = load(taps + 4 * kWidth), w5 = load(taps + 5 * kWidth), w6 = load(taps + 6 * kWidth),
+              w7 = load(taps + 7 * kWidth), w8 = load(taps + 8 * kWidth);
+      const A *above = ring_row(y - 1, pitch) + element, *here = ring_row(y, pitch) + element,
+              *below = ring_row(y + 1, pitch) + element;
+      const auto walk = [=](const auto& write) __attribute__((always_inline)) {
+        // A column adds to three results: the one before it, its own and the next.
+        V before = {}, own = {};
+        for (int64 x = 0; x < width; ++x) {
+          const V a = load(above + x * pitch), b = load(here + x * pitch), c = load(below + x * pitch);
+          const V done = w2 * a + (w5 * b + (w8 * c + before));
+          before = w1 * a + (w4 * b + (w7 * c + own));
+          own = w0 * a + (w3 * b + w6 * c);
+          if (x > 0) write(done, results + (x - 1) * line + element);
+        }
+        write(before, results + (width - 1) * line + element);
+      };
+      if (element + kWidth <= channels) {
+        walk([](V value, R* to) __attribute__((always_inline)) { store(value, to); });
+      } else {
+        walk([=](V value, R* to) __attribute__((always_inline)) { store_first(value, to, channels - element); });
+      }
+    }
+  }
+
+  // All rows of the convolved map of one sample and channel block.
+  void forward_depthwise(int64 sample, int64 first_channel, int64 channels) {
+    for (int64 y = 0; y <= call.out.height; ++y) {
+      if (y < call.out.height) {
+        sums = ring_row(y, pitch_of(channels));
+        fuse_row(sample, first_channel, channels, y, false);
+      }
+      if (y == 0) continue;
+      const Lines<T> out = row_of<T>(call.out, sample, first_channel, y - 1, nullptr);
+      convolve_row(y - 1, channels, out.data, out.stride);
+    }
+  }
+
+  // Brings row y of the convolution's upstream gradient into the ring.
+  void load_gradient_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
+    const Lines<const T> given = row_of<const T>(call.out, sample, first_channel, y, nullptr);
+    const int64 pitch = pitch_of(channels);
+    A* row = ring_row(y, pitch);
+    for (int64 x = 0; x < call.out.width; ++x) {
+      const T* from = given.line(x);
+      A* to = row + x * pitch;
+      int64 k = 0;
+      for (; k + kWidth <= channels; k += kWidth) store(load(from + k), to + k);
+      if (k < channels) store(load_first(from + k, channels - k), to + k);
+    }
+  }
+
+  // dL / ds for one row of the fused map, written and returned, from three rows of the gradient of its convolution; and
+  // that row's share of the gradient of the convolution's weights.
+  Lines<const A> convolution_gradient(int64 sample, int64 first_channel, int64 channels, int64 y) {
+    using V = typename Lanes<A>::Vector;
+    const int64 pitch = pitch_of(channels);
+    if (y == 0) load_gradient_row(sample, first_channel, channels, 0);
+    if (y + 1 < call.out.height) load_gradient_row(sample, first_channel, channels, y + 1);
+    const Lines<T> written = row_of<T>(call.map_gradient, sample, first_channel, y, nullptr);
+    Lines<const A> result{map_gradient, nullptr, pitch};
+    if constexpr (sizeof(T) == sizeof(A)) {
+      convolve_row(y, channels, written.data, written.stride);
+      result = {written.data, nullptr, written.stride};
+    } else {
+      convolve_row(y, channels, map_gradient, pitch);
+      for (int64 x = 0; x < call.out.width; ++x) {
+        const A* from = map_gradient + x * pitch;
+        T* to = written.line(x);
+        int64 k = 0;
+        for (; k + kWidth <= channels; k += kWidth) store(load(from + k), to + k);
+        if (k < channels) store_first(load(from + k), to + k, channels - k);
+      }
+    }
+    fuse_row(sample, first_channel, channels, y, false);
+    // Weight (j, k) has met element (y, x) of the map in result (y + 1 - j, x + 1 - k).
+    for (int64 element = 0; element < channels; element += kWidth) {
+      A* places = depthwise_sums + element * kTaps;
+      V t0 = load(places), t1 = load(places + kWidth), t2 = load(places + 2 * kWidth), t3 = load(places + 3 * kWidth),
+        t4 = load(places + 4 * kWidth), t5 = load(places + 5 * kWidth), t6 = load(places + 6 * kWidth),
+        t7 = load(places + 7 * kWidth), t8 = load(places + 8 * kWidth);
+      const A *above = ring_row(y - 1, pitch) + element, *here = ring_row(y, pitch) + element,
+              *below = ring_row(y + 1, pitch) + element, *fused = sums + element;
+      V left = {}, middle = load(fused);
+      for (int64 x = 0; x < call.out.width; ++x) {
+        const V right = x + 1 < call.out.width ? load(fused + (x + 1) * pitch) : V{};
+        const V a = load(above + x * pitch), b = load(here + x * pitch), c = load(below + x * pitch);
+        t0 += c * left;
+        t1 += c * middle;
+        t2 += c * right;
+        t3 += b * left;
+        t4 += b * middle;
+        t5 += b * right;
+        t6 += a * left;
+        t7 += a * middle;
+        t8 += a * right;
+        left = middle;
+        middle = right;
+      }
+      const V totals[kTaps] = {t0, t1, t2, t3, t4, t5, t6, t7, t8};
+      for (int t = 0; t < kTaps; ++t) store(totals[t], places + t * kWidth);
+    }
+    pending_depthwise += call.out.width;
+    if (pending_depthwise >= kRowsBeforeDouble) settle_depthwise(channels);
+    return result;
+  }
+
+  void settle_depthwise(int64 channels) {
+    if (pending_depthwise == 0) return;
+    pending_depthwise = 0;
+    for (int64 k = 0; k < padded(channels) * kTaps; ++k) {
+      depthwise_totals[k] += depthwise_sums[k];
+      depthwise_sums[k] = 0;
+    }
+  }
+
   // dL / ds for one row of the output: the upstream gradient times the slope of the last activation. Where that is the
   // upstream gradient itself, in the accumulate type, the lines are its own.
   Lines<const A> upstream_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
     const int64 lines = along_channels ? call.out.width : 1;
     const int64 count = along_channels ? channels : call.out.width;
-    const int64 pitch = padded(count);
+    const int64 pitch = pitch_of(count);
     if (call.act != kActivationNone) fuse_row(sample, first_channel, channels, y, false);
     const T* start = static_cast<const T*>(call.out.data) + sample * call.out.stride_n +
                      first_channel * call.out.stride_c + y * call.out.stride_h;
@@ -635,7 +814,7 @@ struct FusionWorker {
   void backward_map(int64 sample, int64 first_channel, int64 channels) {
     const int64 lines = along_channels ? call.out.width : 1;
     const int64 count = along_channels ? channels : call.out.width;
-    const int64 pitch = padded(count);
+    const int64 pitch = pitch_of(count);
     int64 next_row[kMostFusionInputs] = {};
     for (int i = 0; i < call.count; ++i) {
       if (call.inputs[i].resample == kResampleNone || !wanted(i)) continue;
@@ -643,7 +822,9 @@ struct FusionWorker {
       for (int64 k = 0; k < 4 * row; ++k) upstream[i][k] = 0;
     }
     for (int64 y = 0; y < call.out.height; ++y) {
-      const Lines<const A> slopes = upstream_row(sample, first_channel, channels, y);
+      const Lines<const A> slopes = call.depthwise == nullptr
+                                        ? upstream_row(sample, first_channel, channels, y)
+                                        : convolution_gradient(sample, first_channel, channels, y);
       for (int i = 0; i < call.count; ++i) {
         if (!wanted(i)) continue;
         const FusionInput& input = call.inputs[i];
@@ -679,6 +860,7 @@ struct FusionWorker {
       }
     }
     for (int i = 0; i < call.count; ++i) settle(i, along_channels ? channels : call.inputs[i].map.width);
+    if (call.depthwise != nullptr) settle_depthwise(channels);
   }
 
   void gather_up(int i, const Lines<const A>& slopes, int64 lines, int64 channels, int64 pitch) {
@@ -712,7 +894,7 @@ struct FusionWorker {
     const A weight = weights.normalised[i];
     const V threshold = threshold_of<A>(call.pre);
     const T* base = static_cast<const T*>(map.data) + sample * map.stride_n + first_channel * map.stride_c;
-    const int64 pitch = padded(channels);
+    const int64 pitch = pitch_of(channels);
     const int64 top = 2 * y - map.height % 2, left_of_first = -(map.width % 2);
     V derivatives = {};
     for (int64 x = 0; x < call.out.width; ++x) {
@@ -777,7 +959,8 @@ inline bool is_one_row(const Map& map) {
 // The same node with every plane as a single row, where nothing is resampled and planes lie in one piece.
 inline Fusion flattened(const Fusion& call) {
   Fusion flat = call;
-  bool possible = call.out.stride_c != 1 && is_one_row(call.out) && pixels_of(call.out) <= kLongestFlatRow;
+  bool possible = call.depthwise == nullptr && call.out.stride_c != 1 && is_one_row(call.out) &&
+                  pixels_of(call.out) <= kLongestFlatRow;
   for (int i = 0; i < call.count; ++i) {
     const FusionInput& input = call.inputs[i];
     possible = possible && input.resample == kResampleNone && is_one_row(input.map) && is_one_row(input.gradient);
@@ -796,12 +979,35 @@ inline Fusion flattened(const Fusion& call) {
   return flat;
 }
 
+// The weights of a depthwise convolution, for each vector of channels one vector of each of the nine weights.
+template <typename A>
+struct DepthwiseTable {
+  static constexpr int64 kWidth = Lanes<A>::kWidth;
+  static int64 place(int64 channel, int64 tap) {
+    return channel / kWidth * kWidth * kTaps + tap * kWidth + channel % kWidth;
+  }
+  static int64 size(int64 channels) { return (channels + kWidth - 1) / kWidth * kWidth * kTaps; }
+
+  // `turned` by 180 degrees for the gradient of the convolved map.
+  DepthwiseTable(const Fusion& call, bool turned) : table(call.depthwise == nullptr ? 0 : size(call.out.channels)) {
+    if (call.depthwise == nullptr) return;
+    const A* given = static_cast<const A*>(call.depthwise);
+    for (int64 k = 0; k < size(call.out.channels); ++k) table.data[k] = 0;
+    for (int64 channel = 0; channel < call.out.channels; ++channel) {
+      A* to = table.data + place(channel, 0);
+      for (int64 t = 0; t < kTaps; ++t) to[t * kWidth] = given[channel * kTaps + (turned ? kTaps - 1 - t : t)];
+    }
+  }
+  Scratch<A> table;
+};
+
 template <typename T, typename A>
 void fusion_forward_typed(const Fusion& given, ParallelFor run, int) {
   if (given.batch == 0) return;
   const Fusion call = flattened(given);
   const FusionPlan plan = plan_fusion(call, false);
   const FusionWeights<A> weights = weights_of<A>(call);
+  const DepthwiseTable<A> depthwise(call, false);
   parallel(run, plan.groups * plan.blocks, 1, [&](int64 begin, int64 end) {
     FusionWorker<T, A> worker(call, plan, weights);
     for (int64 unit = begin; unit < end; ++unit) {
@@ -812,7 +1018,12 @@ void fusion_forward_typed(const Fusion& given, ParallelFor run, int) {
         for (int i = 0; i < call.count; ++i) {
           worker.prepare(i, first, step, plan.along_channels ? 1 : call.inputs[i].map.width);
         }
+        if (call.depthwise != nullptr) worker.prepare_depthwise(depthwise.table.data, nullptr, first, step);
         for (int64 sample = block.first_sample; sample < block.last_sample; ++sample) {
+          if (call.depthwise != nullptr) {
+            worker.forward_depthwise(sample, first, step);
+            continue;
+          }
           for (int64 y = 0; y < call.out.height; ++y) {
             worker.fuse_row(sample, first, step, y, true);
           }
@@ -830,6 +1041,9 @@ void fusion_backward_typed(const Fusion& given, ParallelFor run, int) {
   const FusionWeights<A> weights = weights_of<A>(call);
   const int64 channels = call.out.channels, units = plan.groups * plan.blocks;
   Scratch<double> sums(plan.groups * call.count * 2 * channels), derivatives(units * kMostFusionInputs);
+  const DepthwiseTable<A> depthwise(call, true);
+  const int64 depthwise_size = call.depthwise == nullptr ? 0 : depthwise.size(channels);
+  Scratch<double> depthwise_parts(plan.groups * depthwise_size);
   parallel(run, units, 1, [&](int64 begin, int64 end) {
     FusionWorker<T, A> worker(call, plan, weights);
     for (int64 unit = begin; unit < end; ++unit) {
@@ -844,6 +1058,10 @@ void fusion_backward_typed(const Fusion& given, ParallelFor run, int) {
             worker.sum_dy[i][k] = worker.sum_dot[i][k] = 0;
             worker.totals[i][k] = worker.totals[i][worker.longest_line + k] = 0;
           }
+        }
+        if (call.depthwise != nullptr) {
+          double* totals = depthwise_parts.data + unit / plan.blocks * depthwise_size;
+          worker.prepare_depthwise(depthwise.table.data, totals, first, step);
         }
         for (int64 sample = block.first_sample; sample < block.last_sample; ++sample) {
           worker.backward_map(sample, first, step);
@@ -864,15 +1082,27 @@ void fusion_backward_typed(const Fusion& given, ParallelFor run, int) {
     if (call.inputs[i].sums_out == nullptr) continue;
     A* out = static_cast<A*>(call.inputs[i].sums_out);
     const A* inverse = static_cast<const A*>(call.inputs[i].statistics) + channels;
+    double* totals = sums.data + i * 2 * channels;  // of the first group, to which the others are added
+    for (int64 group = 1; group < plan.groups; ++group) {
+      const double* from = totals + group * call.count * 2 * channels;
+      for (int64 k = 0; k < 2 * channels; ++k) totals[k] += from[k];
+    }
     for (int64 channel = 0; channel < channels; ++channel) {
-      double dy = 0, dot = 0;
-      for (int64 group = 0; group < plan.groups; ++group) {
-        const double* from = sums.data + (group * call.count + i) * 2 * channels + channel;
-        dy += from[0];
-        dot += from[channels];
+      out[channel] = plan.groups == 0 ? A(0) : static_cast<A>(totals[channel]);
+      out[channels + channel] = plan.groups == 0 ? A(0) : static_cast<A>(totals[channels + channel] * inverse[channel]);
+    }
+  }
+  if (call.depthwise != nullptr) {
+    A* out = static_cast<A*>(call.depthwise_gradient);
+    for (int64 group = 1; group < plan.groups; ++group) {
+      for (int64 k = 0; k < depthwise_size; ++k)
+        depthwise_parts.data[k] += depthwise_parts.data[group * depthwise_size + k];
+    }
+    for (int64 channel = 0; channel < channels; ++channel) {
+      for (int64 t = 0; t < kTaps; ++t) {
+        const double total = plan.groups == 0 ? 0 : depthwise_parts.data[depthwise.place(channel, t)];
+        out[channel * kTaps + t] = static_cast<A>(total);
       }
-      out[channel] = static_cast<A>(dy);
-      out[channels + channel] = static_cast<A>(dot * inverse[channel]);
     }
   }
   if (call.weight_gradient != nullptr) {

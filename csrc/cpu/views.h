@@ -117,6 +117,10 @@ struct Fusion {
   double epsilon;
   const void* weight;     // (count,)
   void* weight_gradient;  // (count,), or null
+  // A depthwise 3x3 convolution (C, 9) of the fused map, in which case `out` is its result; or null.
+  const void* depthwise;
+  void* depthwise_gradient;  // (C, 9), backward
+  Map map_gradient;          // of the fused map, backward
 };
 
 struct FusionStatistics {

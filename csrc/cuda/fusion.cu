@@ -410,6 +410,10 @@ void launch_finish(
       fusion_add_partials<A>, static_cast<int64_t>(parameters.sum_blocks) + 1, kFusionThreads, 0, stream, parameters);
 }
 
+void check_no_depthwise(const std::optional<Tensor>& tensor) {
+  STD_TORCH_CHECK(!tensor, "depthwise is given, but only the CPU kernels convolve the fused map; leave it out.");
+}
+
 }  // namespace
 
 void fusion_statistics(
@@ -478,7 +482,9 @@ void fusion_forward(
     int64_t act,
     int64_t weighting,
     double epsilon,
-    const Tensor& out) {
+    const Tensor& out,
+    const std::optional<Tensor>& depthwise) {
+  check_no_depthwise(depthwise);
   const NodeArguments node{inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon};
   check_node(node, out, "out");
   if (inputs[0].size(0) == 0) return;
@@ -503,7 +509,11 @@ void fusion_backward_sums(
     double epsilon,
     const std::vector<Tensor>& sums,
     const Tensor& weight_gradient,
-    const std::optional<Tensor>& workspace) {
+    const std::optional<Tensor>& workspace,
+    const std::optional<Tensor>& depthwise,
+    const std::optional<Tensor>&,
+    const std::optional<Tensor>&) {
+  check_no_depthwise(depthwise);
   const NodeArguments arguments{inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon};
   check_node(arguments, grad, "grad");
   const Tensor& first = inputs[0];

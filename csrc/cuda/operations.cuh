@@ -91,7 +91,8 @@ void fusion_forward(
     int64_t act,
     int64_t weighting,
     double epsilon,
-    const Tensor& out  // (N, C, H, W)
+    const Tensor& out,                                     // (N, C, H, W)
+    const std::optional<Tensor>& depthwise = std::nullopt  // must be absent: the CPU kernels' alone
 );
 
 void fusion_backward_sums(
@@ -108,7 +109,10 @@ void fusion_backward_sums(
     double epsilon,
     const std::vector<Tensor>& sums,  // K x (2, C), or empty as the statistics
     const Tensor& weight_gradient,    // (K,)
-    const std::optional<Tensor>& workspace);
+    const std::optional<Tensor>& workspace,
+    const std::optional<Tensor>& depthwise = std::nullopt,
+    const std::optional<Tensor>& depthwise_gradient = std::nullopt,
+    const std::optional<Tensor>& map_gradient = std::nullopt);
 
 void fusion_backward(
     const Tensor& grad,                     // (N, C, H, W), any strides

@@ -53,10 +53,13 @@ def forward(
     weighting: int,  # position in WEIGHTINGS
     epsilon: float,  # added to the sum of the weights
     size: Sequence[int],  # (H, W) of the output
+    depthwise: Tensor | None = None,  # (C, 1, 3, 3), of accumulate dtype; on a CPU, between maps in channels_last
 ) -> Tensor:
-    """The fused map (N, C, H, W) in the inputs' dtype."""
+    """The fused map (N, C, H, W) in the inputs' dtype, or its depthwise convolution."""
     out = empty_output(inputs[0], size)
-    _ops.fusion_forward.default(inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, out)
+    _ops.fusion_forward.default(
+        inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, out, depthwise
+    )
     return out
 
 
@@ -72,6 +75,9 @@ def backward_sums(
     act: int,
     weighting: int,
     epsilon: float,
+    depthwise: Tensor | None = None,  # (C, 1, 3, 3), of accumulate dtype; then `grad` is that of the convolution
+    depthwise_gradient: Tensor | None = None,  # (C, 1, 3, 3), of accumulate dtype; written
+    map_gradient: Tensor | None = None,  # (N, C, H, W) of the fused map, in channels_last; written
 ) -> tuple[list[Tensor], Tensor]:
     """For each normalised input (2, C): sum of dy and of dy * xhat; and the weights' gradient (K,)."""
     sums = [torch.empty((2, x.shape[1]) if s.numel() else 0, dtype=weight.dtype, device=weight.device)
@@ -79,7 +85,7 @@ def backward_sums(
     weight_gradient = torch.empty_like(weight)
     _ops.fusion_backward_sums.default(
         grad, inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, sums,
-        weight_gradient, _workspace(inputs),
+        weight_gradient, _workspace(inputs), depthwise, depthwise_gradient, map_gradient,
     )  # fmt: skip
     return sums, weight_gradient
 

@@ -47,11 +47,13 @@ def raw_forward(
     epsilon: float,
     size: Sequence[int],
     impl: str,
+    depthwise: Tensor | None = None,
 ) -> Tensor:
-    """The fused map by implementation ``impl``."""
+    """The fused map by implementation ``impl``, or its depthwise convolution (``convolves_fused_map``)."""
     _dispatch.record("fusion", impl)
+    convolution = () if depthwise is None else (depthwise,)
     out: Tensor = _dispatch.raw("fusion", impl).forward(
-        inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, size
+        inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, size, *convolution
     )
     return out
 
@@ -72,10 +74,12 @@ def raw_backward(
     need_inputs: Sequence[bool],
     need_weight: bool,
     impl: str,
+    depthwise: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of the needed inputs, then gradients of gamma and beta of each normalised input, then the weight's (or empty).
 
-    ``trains[i]`` says that the statistics of input i are those of this batch and depend on it.
+    ``trains[i]`` says that the statistics of input i are those of this batch and depend on it. With ``depthwise``, ``grad`` is
+    the gradient of the fused map's convolution, and the gradient of ``depthwise`` comes last.
     """
     raw = _dispatch.raw("fusion", impl)
     node = (inputs, statistics, gammas, betas, weight)
@@ -83,7 +87,13 @@ def raw_backward(
     weight_gradient = weight.new_empty(0)
     sums = [weight_gradient] * len(inputs)
     normalised = [statistic.numel() > 0 for statistic in statistics]
-    if any(normalised):
+    depthwise_gradient: list[Tensor] = []
+    if depthwise is not None:
+        depthwise_gradient = [torch.empty_like(depthwise)]
+        map_gradient = torch.empty_like(grad)
+        found = raw.backward_sums(grad, *node, *settings, depthwise, *depthwise_gradient, map_gradient)
+        (sums, weight_gradient), grad, need_weight = found, map_gradient, False
+    elif any(normalised):
         sums, weight_gradient = raw.backward_sums(grad, *node, *settings)
         need_weight = False
     used = [s if trained else weight.new_empty(0) for s, trained in zip(sums, trains, strict=True)]
@@ -94,7 +104,7 @@ def raw_backward(
     for s, is_normalised in zip(sums, normalised, strict=True):
         if is_normalised:
             gradients += [s[1].clone(), s[0].clone()]
-    return [*gradients, weight_gradient]
+    return [*gradients, weight_gradient, *depthwise_gradient]
 
 
 def _fake_statistics(inputs: Sequence[Tensor], epsilons: Sequence[float], impl: str) -> list[Tensor]:
@@ -114,6 +124,7 @@ def _fake_forward(
     epsilon: float,
     size: Sequence[int],
     impl: str,
+    depthwise: Tensor | None = None,
 ) -> Tensor:
     return reference.empty_output(inputs[0], size)
 
@@ -134,12 +145,15 @@ def _fake_backward(
     need_inputs: Sequence[bool],
     need_weight: bool,
     impl: str,
+    depthwise: Tensor | None = None,
 ) -> list[Tensor]:
     gradients = [torch.empty_like(x) for x, needed in zip(inputs, need_inputs, strict=True) if needed]
     normalised = [gamma for gamma in gammas if gamma.numel() > 0]
     for gamma in normalised:
         gradients += [torch.empty_like(gamma), torch.empty_like(gamma)]
-    return [*gradients, torch.empty_like(weight) if need_weight or normalised else weight.new_empty(0)]
+    depthwise_gradient = [] if depthwise is None else [torch.empty_like(depthwise)]
+    found = need_weight or normalised or depthwise is not None
+    return [*gradients, torch.empty_like(weight) if found else weight.new_empty(0), *depthwise_gradient]
 
 
 _NODE = "Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, Tensor weight"
@@ -148,11 +162,13 @@ _statistics_operator = _library.register(
     "fusion_statistics(Tensor[] inputs, float[] epsilons, str impl) -> Tensor[]", raw_statistics, _fake_statistics
 )
 _forward_operator = _library.register(
-    f"fusion_forward({_NODE}, {_SETTINGS}, SymInt[] size, str impl) -> Tensor", raw_forward, _fake_forward
+    f"fusion_forward({_NODE}, {_SETTINGS}, SymInt[] size, str impl, Tensor? depthwise=None) -> Tensor",
+    raw_forward,
+    _fake_forward,
 )
 _backward_operator = _library.register(
-    f"fusion_backward(Tensor grad, {_NODE}, {_SETTINGS}, bool[] trains, bool[] need_inputs, bool need_weight, str impl) "
-    "-> Tensor[]",
+    f"fusion_backward(Tensor grad, {_NODE}, {_SETTINGS}, bool[] trains, bool[] need_inputs, bool need_weight, str impl, "
+    "Tensor? depthwise=None) -> Tensor[]",
     raw_backward,
     _fake_backward,
 )
@@ -234,6 +250,22 @@ def _convolution_backward(
     return x_gradient, gradient
 
 
+def _holds_whole_pixels(x: Tensor) -> bool:
+    """Whether the channels of each pixel lie together, as in channels_last and in slices of its channels."""
+    channels, sides = x.shape[1], ((2, x.shape[2]), (3, x.shape[3]))
+    nested = all(size == 1 or x.stride(dim) >= channels for dim, size in sides)
+    return not x.is_contiguous() and channels > 1 and x.stride(1) == 1 and nested
+
+
+def convolves_fused_map(inputs: Sequence[Tensor], settings: Settings, convolution: Tensor, impl: str) -> bool:
+    """Whether the node's kernel applies a depthwise ``convolution`` itself, to rows that never leave the cache.
+
+    The CPU kernels do, to maps in channels_last; then neither the fused map nor its gradient is written at all.
+    """
+    depthwise = convolution.shape[2] == 3 and settings.act == reference.ACTIVATIONS.index("none")
+    return impl == "cpu" and depthwise and all(map(_holds_whole_pixels, inputs))
+
+
 class _Fusion(torch.autograd.Function):
     """Saves the inputs as they came (raw convolution outputs where BatchNorm is folded in) and a few numbers per channel.
 
@@ -253,9 +285,11 @@ class _Fusion(torch.autograd.Function):
         *tensors: Tensor,  # the inputs, then statistics, gamma and beta of each normalised one
     ) -> Tensor:
         node = _node(normalised, weight, tensors)
-        out = _forward_call(*node, *settings, size, impl)
         ctx.save_for_backward(weight, convolution, *tensors)
         ctx.settings = (normalised, settings, size, trains, impl)
+        if convolution is not None and convolves_fused_map(node[0], settings, convolution, impl):
+            return _forward_call(*node, *settings, size, impl, convolution.to(weight.dtype).contiguous())
+        out = _forward_call(*node, *settings, size, impl)
         return out if convolution is None else _convolved(out, convolution)
 
     @staticmethod
@@ -266,17 +300,24 @@ class _Fusion(torch.autograd.Function):
         node = _node(normalised, weight, tensors)
         need_convolution, need_weight, *need_tensors = ctx.needs_input_grad[5:]
         need_inputs = need_tensors[: len(normalised)]
-        convolution_gradient = None
-        if convolution is not None:
+        convolution_gradient, depthwise = None, ()
+        if convolution is not None and convolves_fused_map(node[0], settings, convolution, impl):
+            depthwise = (convolution.to(weight.dtype).contiguous(),)
+            if not _holds_whole_pixels(grad):
+                grad = grad.contiguous(memory_format=torch.channels_last)
+        elif convolution is not None:
             fused = _forward_call(*node, *settings, size, impl)
             x_gradient, convolution_gradient = _convolution_backward(fused, convolution, grad, need_convolution)
             assert x_gradient is not None
             grad = x_gradient
-        found = iter(_backward_call(grad, *node, *settings, trains, need_inputs, need_weight, impl))
+        found = iter(_backward_call(grad, *node, *settings, trains, need_inputs, need_weight, impl, *depthwise))
         gradients: list[Tensor | None] = [next(found) if needed else None for needed in need_inputs]
         for is_normalised in normalised:
             gradients += [None, next(found), next(found)] if is_normalised else []
-        return (*[None] * 5, convolution_gradient, next(found) if need_weight else None, *gradients)
+        weight_gradient = next(found)
+        if depthwise and need_convolution:
+            convolution_gradient = next(found).to(convolution.dtype)
+        return (*[None] * 5, convolution_gradient, weight_gradient if need_weight else None, *gradients)
 
 
 class Normalisation(NamedTuple):
