@@ -1,4 +1,4 @@
-"""`FRSKDTask`: the dict, the low-memory mode, layouts, copies, autocast, data parallelism and compilation."""
+"""The tasks: the dict, the low-memory mode, variants of the loss, layouts, copies, autocast, data parallelism, compilation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from frskd_fast.losses import FRSKDLoss
+from frskd_fast.losses import FitNetLoss, FRSKDLoss, OverhaulLoss, SLALoss
+from frskd_fast.mixing import rotate4
 from frskd_fast.models import BiFPN, BiFPNc, wrn16x2
-from frskd_fast.tasks import FRSKDTask, Student
+from frskd_fast.tasks import ClassificationTask, FRSKDTask, Student, build_frskd
 from frskd_fast.tasks.frskd import _mixed_probabilities
 
 CLASSES = 5
@@ -37,6 +38,23 @@ class Net(nn.Module):
         first = F.relu(self.bn1(self.conv1(images)))
         second = F.relu(self.bn2(self.conv2(first)))
         return [first, second], self.fc(second.mean((2, 3)))
+
+
+class PreactNet(Net):
+    """`Net`, which also hands out its maps before their ReLU."""
+
+    def forward(self, images: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
+        first = self.bn1(self.conv1(images))
+        second = self.bn2(self.conv2(F.relu(first)))
+        logits = self.fc(F.relu(second).mean((2, 3)))
+        return ([first, second] if preact else [F.relu(first), F.relu(second)]), logits
+
+
+class Several(nn.Module):
+    """A network whose outputs are named."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"out": images}
 
 
 class Restless(nn.Module):
@@ -117,7 +135,7 @@ def test_the_student_works_alone_without_targets_and_in_evaluation() -> None:
     assert not task.backbone.bn1.training and task.backbone.bn2.training
 
 
-def trained(task: FRSKDTask, steps: int = 3) -> tuple[list[Tensor], dict[str, Tensor]]:
+def trained(task: FRSKDTask, steps: int = 3, side: int | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Losses and state after some steps of SGD with momentum, the last on a smaller batch."""
     generator = torch.Generator().manual_seed(1)
     optimiser = torch.optim.SGD(task.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
@@ -125,7 +143,7 @@ def trained(task: FRSKDTask, steps: int = 3) -> tuple[list[Tensor], dict[str, Te
     torch.manual_seed(2)
     for step in range(steps):
         size = 6 if step < steps - 1 else 3
-        images = torch.randn(size, 3, 16, 12, generator=generator)
+        images = torch.randn(size, 3, 16, side or 12, generator=generator)
         parts = task(images, torch.randint(0, CLASSES, (size,), generator=generator))
         optimiser.zero_grad()
         parts["loss"].backward()
@@ -313,14 +331,19 @@ def test_mixed_labels_as_probabilities_are_the_same_objective(smoothing: float, 
     assert _mixed_probabilities((first + 7, second, 0.3), student, loss)[0].isnan().all() or len(ignored) == 4
 
 
-def compare_compiled(backend: str, task: FRSKDTask, batches: list[tuple[int, float | None]]) -> int:
+def compare_compiled(
+    backend: str,
+    task: FRSKDTask | ClassificationTask,
+    batches: list[tuple[int, float | None]],
+    batch_of: Callable[[int], tuple[Tensor, Tensor]] = batch,
+) -> int:
     """Compiled against plain steps from the same state; returns how many graphs were compiled."""
     torch.compiler.reset()
     plain = copy.deepcopy(task)
     counter = CompileCounterWithBackend(backend)
     task.compile(backend=counter)
     for size, mix in batches:
-        images, labels = batch(size)
+        images, labels = batch_of(size)
         targets = labels if mix is None else (labels, labels.flip(0), mix)
         got, wanted = task(images, targets), plain(images, targets)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
@@ -331,6 +354,220 @@ def compare_compiled(backend: str, task: FRSKDTask, batches: list[tuple[int, flo
     for ours, theirs in zip(task.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
     return counter.frame_count
+
+
+# What `build_frskd` chooses between.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fit": {"distill": "fit", "beta": 3.0},
+    "od": {"distill": "od", "margins": "live", "beta": 0.02},
+    "sla": {"auxiliary": "sla", "auxiliary_weight": 0.7},
+    "sla one pass": {"auxiliary": "sla", "passes": "one"},
+    "fit sla": {"distill": "fit", "auxiliary": "sla"},
+    "od sla one pass": {"distill": "od", "auxiliary": "sla", "passes": "one", "label_smoothing": 0.1},
+}
+
+
+def variant(name: str, **settings: Any) -> FRSKDTask:
+    arguments = {"self_teacher": "BiFPN", "num_channels": 4, "depth": 1, **VARIANTS[name], **settings}
+    return build_frskd(PreactNet(), **arguments)
+
+
+def squares(size: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 3, 8, 8), torch.randint(0, CLASSES, (size,))
+
+
+def by_hand(task: FRSKDTask, images: Tensor, targets: Any) -> tuple[Any, Tensor, Tensor]:
+    """Networks and loss of a variant called one by one: parts and both logits."""
+    preact = task.loss.needs_preact if not isinstance(task.loss, FRSKDLoss) else False
+
+    def outputs(images: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
+        features, logits = task.backbone(images.contiguous(memory_format=torch.channels_last), preact=preact)
+        return features, logits, *task.self_teacher(features, preact=preact)
+
+    passes = getattr(task.loss, "passes", None)
+    features, logits, teacher_features, teacher_logits = outputs(rotate4(images) if passes == "one" else images)
+    rotated = {}
+    if passes == "two":
+        turned, _, teacher_turned, _ = outputs(rotate4(images))
+        rotated = {"rotated_student_feats": turned, "rotated_teacher_feats": teacher_turned}
+    arguments = logits, teacher_logits, features, teacher_features, targets
+    parts = task.loss(*arguments, **rotated, return_parts=True)
+    return parts, logits[:: 4 if passes == "one" else 1], teacher_logits[:: 4 if passes == "one" else 1]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_its_networks_and_its_loss(name: str) -> None:
+    task = variant(name)
+    hand = copy.deepcopy(task)
+    images, labels = squares()
+    for targets in every_kind_of_targets(labels):
+        got, (wanted, logits, teacher_logits) = task(images, targets), by_hand(hand, images, targets)
+        assert list(got) == ["loss", "output", *wanted._fields[1:], "teacher_output"]
+        for key, value in wanted._asdict().items():
+            assert torch.equal(got[key], value), key
+        assert torch.equal(got["output"], logits) and torch.equal(got["teacher_output"], teacher_logits)
+        task.zero_grad()
+        hand.zero_grad()
+        got["loss"].backward()
+        wanted.loss.backward()
+        for (key, parameter), other in zip(task.named_parameters(), hand.parameters(), strict=True):
+            assert parameter.grad is not None and torch.equal(parameter.grad, other.grad), key
+    for (key, value), other in zip(task.state_dict().items(), hand.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+    assert list(task.eval()(images, labels)) == ["output"]
+    assert torch.equal(task.student()(images), task(images)["output"])
+
+
+def test_one_pass_and_two_agree_where_batch_norm_does_not_see_the_batch() -> None:
+    images, labels = squares()
+    losses = []
+    for name in ("sla", "sla one pass"):
+        torch.manual_seed(1)
+        task = variant(name, auxiliary_weight=1.0)
+        for module in (task.backbone, task.self_teacher):
+            module.eval()
+        losses.append(task(images, labels))
+    for key, value in losses[0].items():
+        torch.testing.assert_close(losses[1][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_trains_to_the_same_bits_with_low_memory(name: str) -> None:
+    normal = variant(name)
+    low = copy.deepcopy(normal)
+    low.memory = "low"
+    (losses, state), (low_losses, low_state) = (trained(task, side=16) for task in (normal, low))
+    assert all(torch.equal(loss, low_loss) for loss, low_loss in zip(losses, low_losses, strict=True))
+    for key, value in state.items():
+        assert torch.equal(value, low_state[key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_under_autocast(name: str, dtype: torch.dtype) -> None:
+    task = variant(name)
+    images, labels = squares()
+    with torch.autocast("cpu", dtype):
+        parts = task(images, labels)
+    assert parts["output"].dtype == dtype and parts["loss"].dtype == torch.float32
+    wanted = copy.deepcopy(task)(images, labels)["loss"]
+    torch.testing.assert_close(parts["loss"], wanted, rtol=0.1, atol=0)
+    parts["loss"].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_data_parallel_trains_every_parameter_of_a_variant(name: str, tmp_path: Path) -> None:
+    task = variant(name)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(task)
+        for _ in range(2):  # the second forward pass complains of parameters that the first backward pass left out
+            parallel(*squares())["loss"].backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+def test_frskd_is_built_by_name() -> None:
+    task = build_frskd(PreactNet().double(), width=3, repeat=2, temperature=3.0)
+    assert type(task.loss) is FRSKDLoss and (task.loss.beta, task.loss.temperature) == (100.0, 3.0)
+    assert type(task.self_teacher) is BiFPNc and task.self_teacher.out_channels == [12, 18]
+    assert len(task.self_teacher.layers) == 2 and task.self_teacher.fc.weight.dtype == torch.float64
+    task = build_frskd(PreactNet().double(), "fit", "sla", self_teacher="BiFPN", num_channels=7, num_classes=9)
+    assert type(task.loss) is SLALoss and type(task.loss.distillation) is FitNetLoss
+    assert task.loss.fc1.weight.shape == (36, 6) and task.loss.fc2.weight.shape == (36, 7)
+    assert task.loss.distillation.linear[0][0].weight.dtype == torch.float64
+    assert task.loss.distillation.linear[0][0].weight.shape == (7, 4, 1, 1)
+    self_teacher = BiFPNc([4, 6], CLASSES)
+    task = build_frskd(PreactNet(), "od", self_teacher=self_teacher, alpha=1.0, memory="low", channels_last=False)
+    assert type(task.loss) is OverhaulLoss and task.self_teacher is self_teacher
+    assert (task.loss.alpha, task.loss.beta, task.memory, task.channels_last) == (1.0, 1e-3, "low", False)
+    assert type(build_frskd(Net(described=False), "fit").loss) is FitNetLoss
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "sentence"),
+    [
+        (lambda: build_frskd(Net(), "at"), ValueError, "distill is 'at', but 'att', 'fit' or 'od'"),
+        (lambda: build_frskd(Net(), auxiliary="rot"), ValueError, "auxiliary is 'rot'"),
+        (lambda: build_frskd(Net(), self_teacher="FPN"), ValueError, "self_teacher is 'FPN'"),
+        (lambda: build_frskd("resnet18"), TypeError, "backbone is a str"),
+        (lambda: build_frskd(Net(), self_teacher=Restless(), num_classes=3), ValueError, "num_classes is 3, but"),
+        (
+            lambda: build_frskd(Net(), "fit", self_teacher=Restless()),
+            TypeError,
+            r"\(Restless\) has no list out_channels",
+        ),
+        (
+            lambda: build_frskd(Net(), "od"),
+            TypeError,
+            r"backbone \(Net\) takes no argument preact, but loss \(Overhaul",
+        ),
+        (
+            lambda: FRSKDTask(PreactNet(), Restless(), OverhaulLoss([4, 6], [7, 9])),
+            TypeError,
+            r"self_teacher \(Restless\) takes no argument preact",
+        ),
+        (
+            lambda: FRSKDTask(PreactNet(), loss=OverhaulLoss([4, 6], BiFPNc([4, 6], CLASSES), margins="live")),
+            ValueError,
+            "loss takes live margins from another self-teacher",
+        ),
+        (lambda: variant("sla")(*batch()), ValueError, "images has maps of 10 x 8 pixels, but square"),
+        (lambda: ClassificationTask("resnet18"), TypeError, "backbone is a str"),
+        (lambda: ClassificationTask(Net(), 1.5), ValueError, "label_smoothing is 1.5"),
+        (
+            lambda: ClassificationTask(Several())(batch()[0]),
+            TypeError,
+            r"backbone \(Several\) returned a dict, but logits",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused(build: Callable[[], Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        build()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_plain_classification_has_the_same_contract(bare: bool) -> None:
+    network: nn.Module = (
+        nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()) if bare else Net()
+    )
+    task = ClassificationTask(network, 0.1)
+    images, labels = batch()
+    for targets in every_kind_of_targets(labels):
+        parts = task(images, targets)
+        assert list(parts) == ["loss", "output", "ce_student"]
+        if isinstance(targets, tuple):
+            first, second, lam = targets
+            wanted = sum(
+                share * F.cross_entropy(parts["output"], target, label_smoothing=0.1)
+                for target, share in ((first, lam), (second, 1 - lam))
+            )
+        else:
+            wanted = F.cross_entropy(parts["output"], targets, label_smoothing=0.1)
+        torch.testing.assert_close(parts["loss"], wanted)
+        assert torch.equal(parts["ce_student"], parts["loss"]) and not parts["ce_student"].requires_grad
+        parts["loss"].backward()
+    assert all(parameter.grad is not None for parameter in task.parameters())
+    assert list(task.eval()(images, labels)) == ["output"] and list(task.train()(images)) == ["output"]
+    assert torch.equal(task.eval().student()(images), task(images)["output"])
+    assert {key.split(".")[0] for key in task.state_dict()} == {"backbone"}
+
+
+def test_plain_classification_is_compiled() -> None:
+    assert compare_compiled("eager", ClassificationTask(Net(), 0.1), [(4, 0.3), (7, 0.4)]) == 1
+
+
+@pytest.mark.parametrize("name", ["fit", "od", "sla"])
+def test_a_variant_is_compiled(name: str) -> None:
+    assert compare_compiled("aot_eager", variant(name), [(4, None), (5, None)], squares) == 1
+
+
+def test_mixed_labels_of_a_compiled_variant() -> None:
+    assert compare_compiled("eager", variant("sla one pass"), [(4, 0.3), (5, 0.6)], squares) == 1
 
 
 def test_one_graph_serves_every_batch() -> None:

@@ -3,7 +3,8 @@
 Rounding grows by about 1e5 over these steps, so agreement to 1e-6 in every loss leaves no room for another formula.
 """
 
-import math
+import copy
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +15,8 @@ from golden_utils import fill_parameters, golden_settings, load_golden
 from torch import Tensor, nn
 
 from frskd_fast import models
-from frskd_fast.losses import FRSKDLoss
+from frskd_fast.losses import FitNetLoss, FRSKDLoss, OverhaulLoss
+from frskd_fast.tasks import FRSKDTask
 
 BATCH = 16
 # (student logits, teacher logits, student features, teacher features, targets) -> total, CE student, CE teacher, KD,
@@ -39,46 +41,6 @@ def plain_attention(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
         (plain_attention_map(student) - plain_attention_map(teacher.detach())).square().mean()
         for student, teacher in zip(students, teachers, strict=True)
     )
-
-
-class Adapters(nn.Module):
-    """1x1 convolution and BatchNorm from each student width to the self-teacher's; keys as in the original."""
-
-    def __init__(self, channels: list[int], widths: list[int]) -> None:
-        super().__init__()
-        self.linear = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(count, width, 1, bias=False), nn.BatchNorm2d(width))
-            for count, width in zip(channels, widths, strict=True)
-        )
-
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [adapter(feature) for adapter, feature in zip(self.linear, features, strict=True)]
-
-
-def plain_fit(adapted: list[Tensor], teachers: list[Tensor]) -> Tensor:
-    return sum(
-        (student.relu() - teacher.detach()).square().mean() for student, teacher in zip(adapted, teachers, strict=True)
-    )
-
-
-def overhaul_margin(batch_norm: nn.BatchNorm2d) -> Tensor:
-    """E[x | x < 0] for x normal with the BatchNorm's weight and bias as deviation and mean, for each channel."""
-    deviation, mean = batch_norm.weight.detach().double().abs(), batch_norm.bias.detach().double()
-    ratio = mean / deviation
-    below_zero = 0.5 * torch.erfc(ratio / math.sqrt(2.0))
-    expectation = mean - deviation * torch.exp(-ratio.square() / 2) / (math.sqrt(2.0 * math.pi) * below_zero)
-    margin = torch.where(below_zero > 0.001, expectation, -3 * deviation)
-    # The original keeps margins in float32.
-    return margin.float().double().view(1, -1, 1, 1)
-
-
-def plain_overhaul(adapted: list[Tensor], teachers: list[Tensor], margins: list[Tensor]) -> Tensor:
-    distances = []
-    for student, teacher, margin in zip(adapted, teachers, margins, strict=True):
-        target = torch.maximum(teacher.detach(), margin)
-        counts = (student > target) | (target > 0)
-        distances.append(((student - target).square() * counts).sum() / student.shape[0])
-    return sum(distance / 2 ** (len(distances) - 1 - i) for i, distance in enumerate(distances))
 
 
 def plain_objective(settings: dict[str, Any], distance: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Objective:
@@ -119,34 +81,26 @@ def filled(module: nn.Module) -> nn.Module:
     return module.double().train()
 
 
+Step = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
 def follow(
-    case: str,
-    network: nn.Module,
-    self_teacher: nn.Module,
-    adapters: nn.Module | None,
-    objective: Objective,
-    steps: int,
-    preact: bool = False,
+    case: str, network: nn.Module, self_teacher: nn.Module, trained: nn.Module, step_of: Step, steps: int
 ) -> None:
-    """Train for `steps` steps and compare the losses of each; after all twelve, the trained network's logits too."""
+    """Train for `steps` steps and compare the losses of each; after all twelve, the trained network's logits too.
+
+    `step_of` gives the losses of images and targets in the order of `Objective`; `trained` holds what the optimiser sees.
+    """
     stored, settings = load_golden(case), golden_settings(case)
     for name, module in (("network", network), ("self_teacher", self_teacher)):
         assert sum(parameter.numel() for parameter in module.parameters()) == settings["params"][name]
-    modules = [module for module in (network, self_teacher, adapters) if module is not None]
     optimizer = torch.optim.SGD(
-        [parameter for module in modules for parameter in module.parameters()],
-        lr=settings["lr"],
-        momentum=settings["momentum"],
-        weight_decay=settings["weight_decay"],
+        trained.parameters(), lr=settings["lr"], momentum=settings["momentum"], weight_decay=settings["weight_decay"]
     )
     assert settings["batch"] == BATCH
     for step in range(steps):
         rows = slice(step % 3 * BATCH, (step % 3 + 1) * BATCH)
-        students, student_logits = network(stored["images"][rows].double(), preact=preact)
-        teachers, teacher_logits = self_teacher(students, preact=preact)
-        total, ce_student, ce_teacher, kd, feature = objective(
-            student_logits, teacher_logits, students, teachers, stored["targets"][rows]
-        )
+        total, ce_student, ce_teacher, kd, feature = step_of(stored["images"][rows].double(), stored["targets"][rows])
         # The original's last column holds both distilled terms with their weights.
         distill = settings["alpha"] * kd + settings["beta"] * feature
         losses = torch.stack([total, ce_student, ce_teacher, kd, distill]).detach()
@@ -178,35 +132,46 @@ def test_cifarresnet18_with_attention(impl: str, steps: int) -> None:
     network = filled(models.cifarresnet18(num_classes=10))
     self_teacher = filled(models.BiFPNc(network.channels, 10))
     objective = plain_objective(settings, plain_attention) if impl == "plain" else library_objective(settings, impl)
-    follow(case, network, self_teacher, None, objective, steps)
+
+    def step_of(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        students, student_logits = network(images)
+        teachers, teacher_logits = self_teacher(students)
+        return objective(student_logits, teacher_logits, students, teachers, targets)
+
+    follow(case, network, self_teacher, nn.ModuleList([network, self_teacher]), step_of, steps)
 
 
-def test_wrn16x2_with_fitnet_hints() -> None:
-    case = "trajectory_wrn16x2_fit"
-    network = filled(models.wrn16x2(num_classes=10))
-    self_teacher = filled(models.BiFPNc(network.channels, 10))
-    adapters = filled(Adapters(network.channels, self_teacher.out_channels))
-    objective = plain_objective(
-        golden_settings(case), lambda students, teachers: plain_fit(adapters(students), teachers)
-    )
-    follow(case, network, self_teacher, adapters, objective, steps=6)
-
-
-def overhaul_system(original_preact: bool) -> tuple[nn.Module, nn.Module, nn.Module, Objective]:
+def task_with_hints(distill: str, original_preact: bool = False, impl: str = "auto") -> FRSKDTask:
+    """The whole system of a `trajectory_wrn16x2_*` case, filled like the original's."""
+    settings = golden_settings(f"trajectory_wrn16x2_{distill}")
     network = filled(models.wrn16x2(num_classes=10, original_preact=original_preact))
     self_teacher = filled(models.BiFPNc(network.channels, 10))
-    adapters = filled(Adapters(network.channels, self_teacher.out_channels))
-    margins = [overhaul_margin(batch_norm) for batch_norm in self_teacher.get_bn_before_relu()]
-    objective = plain_objective(
-        golden_settings("trajectory_wrn16x2_od"),
-        lambda students, teachers: plain_overhaul(adapters(students), teachers, margins),
+    weights = settings["alpha"], settings["beta"], settings["temperature"]
+    if distill == "fit":
+        loss = FitNetLoss(network.channels, self_teacher.out_channels, *weights, impl=impl)
+    else:
+        loss = OverhaulLoss(network.channels, self_teacher, *weights, impl=impl)
+    return FRSKDTask(network, self_teacher, filled(loss)).train()
+
+
+def parts_of(task: FRSKDTask, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    parts = task(images, targets)
+    return parts["loss"], parts["ce_student"], parts["ce_teacher"], parts["kd"], parts["feature"]
+
+
+@pytest.mark.parametrize("distill", ["fit", "od"])
+@pytest.mark.parametrize(("impl", "steps"), [("reference", 2), ("auto", 12)])
+def test_wrn16x2_with_hints(distill: str, impl: str, steps: int) -> None:
+    # The original's overhaul distance saw its last map behind the ReLU.
+    task = task_with_hints(distill, original_preact=True, impl=impl)
+    follow(
+        f"trajectory_wrn16x2_{distill}",
+        task.backbone,
+        task.self_teacher,
+        task,
+        functools.partial(parts_of, task),
+        steps,
     )
-    return network, self_teacher, adapters, objective
-
-
-def test_wrn16x2_with_overhaul_distances_on_the_originals_preact_features() -> None:
-    network, self_teacher, adapters, objective = overhaul_system(original_preact=True)
-    follow("trajectory_wrn16x2_od", network, self_teacher, adapters, objective, steps=4, preact=True)
 
 
 def test_the_mended_preact_differs_from_the_original_in_the_last_feature_only() -> None:
@@ -214,10 +179,9 @@ def test_the_mended_preact_differs_from_the_original_in_the_last_feature_only() 
     images, targets = stored["images"][:BATCH].double(), stored["targets"][:BATCH]
     outcomes = []
     for original_preact in (True, False):
-        network, self_teacher, _, objective = overhaul_system(original_preact)
-        students, student_logits = network(images, preact=True)
-        teachers, teacher_logits = self_teacher(students, preact=True)
-        outcomes.append((students, objective(student_logits, teacher_logits, students, teachers, targets)))
+        task = task_with_hints("od", original_preact)
+        students, _ = copy.deepcopy(task.backbone)(images, preact=True)
+        outcomes.append((students, parts_of(task, images, targets)))
     (original, original_losses), (mended, mended_losses) = outcomes
     assert original[-1].min() == 0 and mended[-1].min() < 0
     assert torch.equal(original[-1], mended[-1].relu())

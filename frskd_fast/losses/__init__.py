@@ -1,5 +1,7 @@
 """Distillation losses as ``nn.Module``s, one file per method."""
 
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
+from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
+from frskd_fast.losses.sla import SLALoss, SLALossParts
 
-__all__ = ["FRSKDLoss", "FRSKDLossParts"]
+__all__ = ["FRSKDLoss", "FRSKDLossParts", "FitNetLoss", "OverhaulLoss", "SLALoss", "SLALossParts"]

@@ -1,5 +1,7 @@
 """Networks and loss of one method in one `nn.Module`: `task(images, targets)` returns a dict with the loss."""
 
-from .frskd import FRSKDTask, Student
+from .base import Student
+from .classification import ClassificationTask
+from .frskd import FRSKDTask, build_frskd
 
-__all__ = ["FRSKDTask", "Student"]
+__all__ = ["ClassificationTask", "FRSKDTask", "Student", "build_frskd"]

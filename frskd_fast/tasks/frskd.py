@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from frskd_fast import _dispatch
-from frskd_fast.losses import FRSKDLoss
+from frskd_fast.losses import FitNetLoss, FRSKDLoss, OverhaulLoss, SLALoss
+from frskd_fast.losses._targets import is_mix, mixed_probabilities
+from frskd_fast.mixing import rotate4
 from frskd_fast.models import BiFPN, BiFPNc, adapt_backbone
 from frskd_fast.models.adapters import dry_pass
-from frskd_fast.ops import _checks
+
+from .base import Task, features_and_logits, laid_out, one_dtype
 
 MEMORY = ("normal", "low")
+DISTILL = ("att", "fit", "od")
 # These take cumulative averages without a counter for a momentum of 0.
 COUNTERLESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class FRSKDTask(nn.Module):
+class _Outputs(NamedTuple):
+    features: list[Tensor]
+    logits: Tensor
+    teacher_features: Sequence[Tensor]
+    teacher_logits: Tensor
+
+
+class FRSKDTask(Task):
     """loss = CE(student) + CE(self-teacher) + alpha * KD + beta * sum_l AT_l, all three modules in one forward pass.
 
     Everything that trains is a submodule, so that DistributedDataParallel, FSDP, autocast and torch.compile see one module
@@ -35,7 +47,9 @@ class FRSKDTask(nn.Module):
         self_teacher: `self_teacher(features) -> (features, logits)`. None builds `BiFPNc` for the backbone's `.channels`;
             a backbone without them goes through `adapt_backbone` first.
         loss: called as `FRSKDLoss` with `return_parts=True`. None is `FRSKDLoss()`, the paper's CIFAR-100 recipe:
-            alpha 2, beta 100, temperature 4.
+            alpha 2, beta 100, temperature 4. `OverhaulLoss` (any loss with a true `needs_preact`) is given feature maps before
+            their last ReLU; with `SLALoss` the networks see the rotated images, too. Parameters of the loss, adapters
+            and heads, are parameters of the task. `build_frskd` chooses and sizes all of this by name.
         num_classes: number of logits K of the self-teacher built here; None takes the backbone's own.
         memory: "normal", or "low" to keep none of the self-teacher's intermediate maps for backward and compute them a
             second time there. Losses, gradients and statistics are the same. The price is one more forward of the
@@ -56,6 +70,7 @@ class FRSKDTask(nn.Module):
     | `loss` | scalar, float32 (float64); call `.backward()` on it |
     | `output`, `teacher_output` | logits (N, K) of student and self-teacher, attached to the graph |
     | `ce_student`, `ce_teacher`, `kd`, `feature` | scalars before their weights, detached, for logging |
+    | `joint`, `sla` | with `SLALoss`: the same of its terms |
 
     In evaluation mode, or without targets, the student works alone and the dict is `{"output": logits}`.
 
@@ -104,6 +119,15 @@ class FRSKDTask(nn.Module):
         self.backbone = backbone
         self.self_teacher = self_teacher
         self.loss = FRSKDLoss() if loss is None else loss
+        if self._preact:
+            _check_takes_preact(backbone, "backbone", self.loss)
+            _check_takes_preact(self_teacher, "self_teacher", self.loss)
+        for part in self.loss.modules():
+            if isinstance(part, OverhaulLoss) and not part.follows(self_teacher):
+                raise ValueError(
+                    "loss takes live margins from another self-teacher than the task's; build the self-teacher first, and "
+                    "hand the same one to OverhaulLoss and FRSKDTask."
+                )
         self.memory = memory
         self.channels_last = bool(channels_last)
         if self.channels_last:
@@ -111,38 +135,44 @@ class FRSKDTask(nn.Module):
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
         """Return the dict described above."""
-        features, logits = _features_and_logits(self.backbone, _laid_out(images, self.channels_last))
         if targets is None or not self.training:
-            return {"output": logits}
-        teacher_features, teacher_logits = self._taught(features)
-        if torch.compiler.is_compiling() and _is_mix(targets):
+            return {"output": features_and_logits(self.backbone, laid_out(images, self.channels_last))[1]}
+        # "one" or "two" passes over rotated images, where the loss asks for them.
+        passes = getattr(self.loss, "passes", None)
+        outputs = self._outputs(rotate4(images) if passes == "one" else images)
+        logits, teacher_logits = outputs.logits, outputs.teacher_logits
+        pyramids = [outputs.features, outputs.teacher_features]
+        if passes == "two":
+            rotated = self._outputs(rotate4(images))
+            pyramids += [rotated.features, rotated.teacher_features]
+        elif passes is None and torch.compiler.is_compiling() and is_mix(targets):
             # As a Python number lam would be a constant of the graph, which each batch would have to compile anew.
             targets = _mixed_probabilities(targets, logits, self.loss)
-        loss_features, loss_logits = _one_dtype([*features, *teacher_features]), _one_dtype([logits, teacher_logits])
-        parts = self.loss(
-            loss_logits[0],
-            loss_logits[1],
-            loss_features[: len(features)],
-            loss_features[len(features) :],
-            targets,
-            return_parts=True,
-        )
-        return {
-            "loss": parts.loss,
-            "output": logits,
-            "ce_student": parts.ce_student,
-            "ce_teacher": parts.ce_teacher,
-            "kd": parts.kd,
-            "feature": parts.feature,
-            "teacher_output": teacher_logits,
-        }
+        loss_features = iter(one_dtype([feature for pyramid in pyramids for feature in pyramid]))
+        students, teachers, *more = [[next(loss_features) for _ in pyramid] for pyramid in pyramids]
+        arguments = {"rotated_student_feats": more[0], "rotated_teacher_feats": more[1]} if more else {}
+        loss_logits = one_dtype([logits, teacher_logits])
+        parts = self.loss(*loss_logits, students, teachers, targets, return_parts=True, **arguments)._asdict()
+        if passes == "one":
+            logits, teacher_logits = logits[::4], teacher_logits[::4]
+        return {"loss": parts.pop("loss"), "output": logits, **parts, "teacher_output": teacher_logits}
+
+    @property
+    def _preact(self) -> bool:
+        return bool(getattr(self.loss, "needs_preact", False))
+
+    def _outputs(self, images: Tensor) -> _Outputs:
+        """What both networks make of `images`."""
+        images = laid_out(images, self.channels_last)
+        features, logits = features_and_logits(self.backbone, images, self._preact)
+        return _Outputs(features, logits, *self._taught(features))
 
     def _taught(self, features: list[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         if self.memory == "normal" or not torch.is_grad_enabled():
-            return _self_teacher_outputs(self.self_teacher, features)
+            return _self_teacher_outputs(self.self_teacher, self._preact, features)
         # Saving the random state reads it from the device, which a CUDA graph does not allow. These two draw none.
         preserve_rng_state = type(self.self_teacher) not in (BiFPN, BiFPNc)
-        function = functools.partial(_self_teacher_outputs, self.self_teacher)
+        function = functools.partial(_self_teacher_outputs, self.self_teacher, self._preact)
         if torch.compiler.is_compiling():
             # A traced graph writes the running statistics once, after the forward pass, and repeats in backward only what
             # the gradients need.
@@ -158,170 +188,169 @@ class FRSKDTask(nn.Module):
         teacher_features, teacher_logits = outputs
         return teacher_features, teacher_logits
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile this module's calls: one graph for forward, loss and backward, and one for every batch size.
-
-        `fullgraph=True` is the default here, so that a graph break is an error, and only the batch dimension of images and
-        targets is dynamic (a batch of a single image, and each of training and evaluation mode, has a graph of its own).
-        Inductor's CPU code generator adds one condition of its own: where the batch decides whether a sum has more than
-        4096 terms, which takes tiny batches of tiny maps, it compiles once more.
-        With `(targets_a, targets_b, lam)` the mixing weight is an input of the graph, not a constant. Register hooks and
-        build adapters before; copies and pickles of the task are not compiled.
-
-        Args:
-            args, kwargs: as for `torch.compile`.
-
-        Example:
-            >>> from frskd_fast.models import wrn16x2
-            >>> task = FRSKDTask(wrn16x2(num_classes=10))
-            >>> task.compile()  # the first call will compile
-        """
-        kwargs.setdefault("fullgraph", True)
-        super().compile(*args, **kwargs)
-        compiled = self._compiled_call_impl
-        assert compiled is not None
-        self._compiled_call_impl = functools.partial(self._call_with_dynamic_batch, compiled)
-
-    def _call_with_dynamic_batch(
-        self, compiled: Callable[..., dict[str, Tensor]], images: Tensor, targets: Any = None
-    ) -> dict[str, Tensor]:
-        """Call the compiled task; the batch dimension is marked dynamic, other sizes stay constants of the graph."""
-        if not self.training:
-            targets = None  # unused there, and one graph will do
-        if _is_mix(targets):
-            first, second, mix = targets
-            if not isinstance(mix, Tensor):
-                # Written on the device by a kernel: a copy from the host would wait for the device.
-                mix = torch.full((), _checks.unit_interval(mix, "targets[2] (lam)"), device=images.device)
-            targets = (first, second, mix)
-        for tensor in (images, *(targets if isinstance(targets, tuple) else (targets,))):
-            if isinstance(tensor, Tensor) and tensor.dim() > 0:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(images, targets)
-
-    def student(self) -> Student:
-        """The student alone, `student(images) -> logits`; it shares the task's modules.
-
-        Its `.eval()` reaches the backbone of the task: call `task.train()` before training on, or `copy.deepcopy` it.
-
-        Example:
-            >>> from frskd_fast.models import wrn16x2
-            >>> student = FRSKDTask(wrn16x2(num_classes=10)).student().eval()
-            >>> student(torch.zeros(2, 3, 16, 16)).shape
-            torch.Size([2, 10])
-        """
-        return Student(self.backbone, self.channels_last)
-
-    def get_eval_model(self) -> Student:
-        """`student()` under the name that timm's training tasks give it."""
-        return self.student()
-
     def extra_repr(self) -> str:
         """The settings, shown by ``print(module)``."""
         return f"memory={self.memory!r}, channels_last={self.channels_last}"
 
 
-class Student(nn.Module):
-    """logits = backbone(images)[1]: what is left of a task at test time.
+def build_frskd(
+    backbone: nn.Module,
+    distill: str = "att",
+    auxiliary: str | None = None,
+    *,
+    alpha: float = 2.0,
+    beta: float | None = None,
+    temperature: float = 4.0,
+    auxiliary_weight: float = 1.0,
+    self_teacher: nn.Module | str | None = None,
+    width: int = 2,
+    depth: int = 2,
+    repeat: int = 1,
+    num_channels: int = 256,
+    num_classes: int | None = None,
+    label_smoothing: float = 0.0,
+    margins: str = "initial",
+    passes: str = "two",
+    memory: str = "normal",
+    channels_last: bool = True,
+) -> FRSKDTask:
+    """CE(student) + CE(self-teacher) + alpha * KD + beta * D (+ the terms of `SLALoss`): an `FRSKDTask`, its parts by name.
+
+    The names are those of the original's command line (`--distill`, `--aux`, `--bifpn`).
 
     Args:
-        backbone: `backbone(images) -> (features, logits)`; checkpoints hold it under `backbone.`, as the task's do.
-        channels_last: whether to bring images to `torch.channels_last`.
+        backbone: as for `FRSKDTask`. Self-teacher and loss come to its device and into its dtype.
+        distill: D: "att" (`FRSKDLoss`), "fit" (`FitNetLoss`) or "od" (`OverhaulLoss`).
+        auxiliary: None, or "sla" (`SLALoss`).
+        alpha, temperature: of KD.
+        beta: weight of D; None is the default of the loss: 100 for "att" and "fit", 1e-3 for "od".
+        auxiliary_weight: of SLA (`--aux_lamb`).
+        self_teacher: None or "BiFPNc", "BiFPN", or a module (with `.out_channels` for "fit" and "sla", with
+            `.get_bn_before_relu()` for "od").
+        width: `BiFPNc` is `width` times as wide as the backbone at each level.
+        depth, repeat: convolutions in a node and pyramid layers, of both.
+        num_channels: width of every level of `BiFPN`.
+        num_classes: K of a self-teacher built here; None takes the backbone's own.
+        label_smoothing: of every cross-entropy.
+        margins: "initial" or "live", of `OverhaulLoss`.
+        passes: "two" or "one", of `SLALoss`.
+        memory, channels_last: as for `FRSKDTask`.
 
-    Calling `student(images)` with images (N, C, H, W) returns logits (N, K).
+    Returns:
+        The task.
+
+    Raises:
+        TypeError, ValueError: a sentence naming the argument, what came and what was wanted.
 
     Example:
+        >>> import torch
         >>> from frskd_fast.models import wrn16x2
-        >>> Student(wrn16x2(num_classes=10)).eval()(torch.zeros(2, 3, 16, 16)).shape
-        torch.Size([2, 10])
+        >>> from frskd_fast.tasks import build_frskd
+        >>> task = build_frskd(wrn16x2(num_classes=10), "od", "sla", self_teacher="BiFPN", num_channels=64)
+        >>> parts = task(torch.randn(2, 3, 16, 16), torch.tensor([3, 1]))
+        >>> list(parts)
+        ['loss', 'output', 'ce_student', 'ce_teacher', 'kd', 'feature', 'joint', 'sla', 'teacher_output']
+        >>> parts["loss"].backward()
+
+    Source: the options of FRSKD's released script (Ji et al., CVPR 2021).
     """
-
-    def __init__(self, backbone: nn.Module, channels_last: bool = False) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.channels_last = channels_last
-        self.training = backbone.training  # not train(), which would wake frozen parts
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        return _features_and_logits(self.backbone, _laid_out(images, self.channels_last))[1]
-
-
-def _built_self_teacher(backbone: nn.Module, num_classes: int | None) -> BiFPNc:
-    """`BiFPNc` for the backbone's channels, on its device and in its dtype."""
-    if num_classes is None:
-        num_classes = getattr(backbone, "num_classes", None)
-    if num_classes is None:
-        num_classes = dry_pass(backbone, functools.partial(_features_and_logits, backbone))[1].shape[1]
-    self_teacher = BiFPNc(list(backbone.channels), num_classes)  # type: ignore[arg-type]
-    for parameter in backbone.parameters():
-        if parameter.is_floating_point():
-            return self_teacher.to(parameter.device, parameter.dtype)
-    return self_teacher
-
-
-def _laid_out(images: Tensor, channels_last: bool) -> Tensor:
-    if channels_last and isinstance(images, Tensor) and images.dim() == 4:
-        return images.contiguous(memory_format=torch.channels_last)
-    return images
-
-
-def _features_and_logits(backbone: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    output = backbone(images)
-    if (
-        isinstance(output, tuple | list)
-        and len(output) == 2
-        and isinstance(output[0], tuple | list)
-        and isinstance(output[1], Tensor)
-    ):
-        return list(output[0]), output[1]
-    raise TypeError(
-        f"backbone ({type(backbone).__name__}) returned a {type(output).__name__}, but (list of feature maps, logits) was "
-        "wanted; wrap it with frskd_fast.models.adapt_backbone."
+    if distill not in DISTILL:
+        raise ValueError(f"distill is {distill!r}, but 'att', 'fit' or 'od' was wanted.")
+    if auxiliary not in (None, "sla"):
+        raise ValueError(f"auxiliary is {auxiliary!r}, but None or 'sla' was wanted.")
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"backbone is a {type(backbone).__name__}, but a torch.nn.Module was wanted.")
+    if not isinstance(getattr(backbone, "channels", None), list | tuple):
+        backbone = adapt_backbone(backbone)
+    channels = list(backbone.channels)  # type: ignore[arg-type]
+    if isinstance(self_teacher, nn.Module):
+        if num_classes is not None:
+            raise ValueError(
+                f"num_classes is {num_classes}, but self_teacher came with a classifier of its own; leave one of them out."
+            )
+    else:
+        num_classes = _number_of_classes(backbone, num_classes)
+        if self_teacher in (None, "BiFPNc"):
+            self_teacher = BiFPNc(channels, num_classes, width, depth, repeat)
+        elif self_teacher == "BiFPN":
+            self_teacher = BiFPN(channels, num_classes, num_channels, depth, repeat)
+        else:
+            raise ValueError(f"self_teacher is {self_teacher!r}, but None, 'BiFPNc', 'BiFPN' or a module was wanted.")
+    settings: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "label_smoothing": label_smoothing}
+    if beta is not None:
+        settings["beta"] = beta
+    loss: nn.Module
+    if distill == "att":
+        loss = FRSKDLoss(**settings)
+    elif distill == "fit":
+        loss = FitNetLoss(channels, _widths(self_teacher), **settings)
+    else:
+        loss = OverhaulLoss(channels, self_teacher, margins=margins, **settings)
+    if auxiliary == "sla":
+        classes = _number_of_classes(backbone, num_classes)
+        loss = SLALoss(loss, channels[-1], _widths(self_teacher)[-1], classes, auxiliary_weight, passes=passes)
+    return FRSKDTask(
+        backbone,
+        _like(backbone, self_teacher),
+        _like(backbone, loss),
+        memory=memory,
+        channels_last=channels_last,
     )
 
 
-def _self_teacher_outputs(self_teacher: nn.Module, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    teacher_features, teacher_logits = self_teacher(features)
+def _built_self_teacher(backbone: nn.Module, num_classes: int | None) -> nn.Module:
+    """`BiFPNc` for the backbone's channels, on its device and in its dtype."""
+    classes = _number_of_classes(backbone, num_classes)
+    return _like(backbone, BiFPNc(list(backbone.channels), classes))  # type: ignore[arg-type]
+
+
+def _number_of_classes(backbone: nn.Module, num_classes: int | None) -> int:
+    if num_classes is None:
+        num_classes = getattr(backbone, "num_classes", None)
+    if num_classes is None:
+        num_classes = dry_pass(backbone, functools.partial(features_and_logits, backbone))[1].shape[1]
+    return num_classes
+
+
+def _widths(self_teacher: nn.Module) -> list[int]:
+    widths = getattr(self_teacher, "out_channels", None)
+    if not isinstance(widths, list | tuple):
+        raise TypeError(
+            f"self_teacher ({type(self_teacher).__name__}) has no list out_channels, but the channels of its maps were wanted "
+            "to size adapters and heads; give it the attribute, or build the loss and FRSKDTask yourself."
+        )
+    return list(widths)
+
+
+def _like(backbone: nn.Module, module: nn.Module) -> nn.Module:
+    """`module` on the backbone's device and in its dtype."""
+    for parameter in backbone.parameters():
+        if parameter.is_floating_point():
+            return module.to(parameter.device, parameter.dtype)
+    return module
+
+
+def _self_teacher_outputs(self_teacher: nn.Module, preact: bool, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    teacher_features, teacher_logits = self_teacher(features, preact=True) if preact else self_teacher(features)
     return list(teacher_features), teacher_logits
 
 
-def _one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in the widest of their dtypes: under autocast a LayerNorm leaves float32 among half-precision maps."""
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
-
-
-def _is_mix(targets: Any) -> bool:
-    return isinstance(targets, tuple | list) and len(targets) == 3
+def _check_takes_preact(module: nn.Module, name: str, loss: nn.Module) -> None:
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return  # nothing can be said of a forward without a signature
+    if not any(parameter.name == "preact" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise TypeError(
+            f"{name} ({type(module).__name__}) takes no argument preact, but loss ({type(loss).__name__}) wants feature maps "
+            f"before their last ReLU; let its forward take preact=False and hand them out for preact=True, as the networks "
+            "of frskd_fast.models do, or choose FRSKDLoss or FitNetLoss."
+        )
 
 
 def _mixed_probabilities(targets: Sequence[Any], logits: Tensor, loss: nn.Module) -> Tensor:
-    """Probabilities t (N, K) whose cross-entropy is that of the two-label targets, ignored labels and smoothing included.
-
-    With w_n = sum_k t_nk the weight of row n (below 1 where a label is ignored), the two-label mean divides by sum_n w_n
-    and the mean over probabilities by N; the difference goes into t.
-    """
-    classes = logits.shape[1]
-    ignore_index, smoothing = getattr(loss, "ignore_index", -100), getattr(loss, "label_smoothing", 0.0)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    positions = torch.arange(classes, device=logits.device)
-
-    def one_hot(labels: Tensor) -> Tensor:
-        # As everywhere on a device, where reading them would synchronise, labels that are no class give NaN.
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        return (labels.unsqueeze(1) == positions).to(dtype).masked_fill(wrong.unsqueeze(1), float("nan"))
-
-    first, second, mix = targets
-    probabilities: Tensor = mix * one_hot(first) + (1 - mix) * one_hot(second)
-    weight = probabilities.sum(1, keepdim=True)
-    total = weight.sum()
-    scale = torch.where(total == 0, 0.0, logits.shape[0] / total)
-    if smoothing < 1:
-        probabilities = scale * probabilities + (scale * weight - 1) * (smoothing / (classes * (1 - smoothing)))
-    return probabilities.to(dtype)
+    settings = getattr(loss, "ignore_index", -100), getattr(loss, "label_smoothing", 0.0)
+    return mixed_probabilities(targets, logits, *settings)
 
 
 def _contexts(
