@@ -1,0 +1,28 @@
+"""Data modules for Lightning that need no download: CIFAR's pickles, image files, scikit-learn's digits."""
+
+from .base import ImageData
+from .cifar import CIFARData, read_cifar
+from .digits import DigitsData
+from .errors import CorruptImageError, DataFileError, MissingDataError
+from .folder import FileReader, ImageFolderData
+from .loader import ArrayReader, ImageBatch, ImageLoader, Reader, Request
+from .stem import stem_stride, warn_if_stem_mismatch
+
+__all__ = [
+    "ArrayReader",
+    "CIFARData",
+    "CorruptImageError",
+    "DataFileError",
+    "DigitsData",
+    "FileReader",
+    "ImageBatch",
+    "ImageData",
+    "ImageFolderData",
+    "ImageLoader",
+    "MissingDataError",
+    "Reader",
+    "Request",
+    "read_cifar",
+    "stem_stride",
+    "warn_if_stem_mismatch",
+]

@@ -1,0 +1,224 @@
+"""The paper's augmentations: crops and flips of whole batches on their device, random resized crops of PIL images.
+
+Each one does what torchvision's transform of the same parameters does; where the numbers come from differs: they are
+arguments here, so that a batch looks the same whoever prepares it, in whatever process, before and after a restart.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ATTEMPTS = 10  # of a random resized crop to find a window inside the image
+UNIFORMS_PER_IMAGE = 4 * ATTEMPTS + 1  # area, aspect ratio, top and left of every attempt, and the flip
+
+
+def draw_crops(count: int, padding: int, flip: float, generator: torch.Generator) -> Tensor:
+    """Rows (top, left, flipped) with top and left uniform in 0 .. 2 * padding, flipped = [u < flip].
+
+    Args:
+        count: number of images N.
+        padding: pixels added to each side, >= 0.
+        flip: probability of a horizontal flip.
+        generator: a CPU generator; the rows of the first n images do not depend on `count`.
+
+    Returns:
+        int64 (N, 3), for `crop_and_flip`.
+
+    Example:
+        >>> import torch
+        >>> from frskd_fast.training.data.augmentation import draw_crops
+        >>> draw_crops(2, padding=0, flip=1.0, generator=torch.Generator().manual_seed(0)).tolist()
+        [[0, 0, 1], [0, 0, 1]]
+    """
+    uniforms = torch.rand(count, 3, dtype=torch.float64, generator=generator)
+    crops = (uniforms * (2 * padding + 1)).long()
+    crops[:, 2] = uniforms[:, 2] < flip
+    return crops
+
+
+def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
+    """out[n, c, y, x] = padded[n, c, top_n + y, left_n + x'] with x' = W - 1 - x where flipped, else x.
+
+    `padded` is the image with `padding` zeros on each side, so this is torchvision's `RandomCrop((H, W), padding)`
+    followed by `RandomHorizontalFlip`, for the whole batch at once and with given random numbers.
+
+    Args:
+        images: (N, C, H, W), any dtype, any device.
+        crops: int64 (N, 3) on the same device: top and left in 0 .. 2 * padding, flipped 0 or 1 (see `draw_crops`).
+        padding: pixels added to each side, >= 0.
+
+    Returns:
+        (N, C, H, W), dtype and device of `images`, contiguous.
+
+    Example:
+        >>> import torch
+        >>> from frskd_fast.training.data.augmentation import crop_and_flip
+        >>> images = torch.arange(1, 5).reshape(1, 1, 2, 2)
+        >>> crop_and_flip(images, torch.tensor([[1, 0, 0]]), padding=1).tolist()  # the window one pixel to the left
+        [[[[0, 1], [0, 3]]]]
+        >>> crop_and_flip(images, torch.tensor([[1, 1, 1]]), padding=1).tolist()  # the centre, flipped
+        [[[[2, 1], [4, 3]]]]
+    """
+    count, channels, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4) if padding else images.contiguous()
+    top, left, flipped = crops.unbind(1)
+    across = torch.arange(width, device=images.device)
+    columns = left[:, None] + torch.where(flipped[:, None] != 0, width - 1 - across, across)  # (N, W)
+    rows = top[:, None] + torch.arange(height, device=images.device)  # (N, H)
+    pixels = (rows * (width + 2 * padding))[:, :, None] + columns[:, None, :]  # (N, H, W), the same for each channel
+    pixels = pixels.reshape(count, 1, height * width).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, pixels).reshape(images.shape)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float = 255.0) -> Tensor:
+    """out = (images / scale - mean_c) / std_c in float32: torchvision's `ToTensor` and `Normalize`, the same bits.
+
+    Args:
+        images: (N, C, H, W), uint8 or float32, any device.
+        mean, std: float32 (C,), same device, of images in 0 .. 1.
+        scale: the value of full brightness.
+
+    Returns:
+        float32 (N, C, H, W), a new contiguous tensor.
+
+    Example:
+        >>> import torch
+        >>> from frskd_fast.training.data.augmentation import normalise
+        >>> white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
+        >>> normalise(white, torch.tensor([0.5]), torch.tensor([0.25])).item()
+        2.0
+    """
+    values = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return values.div_(scale).sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def draw_resized_crops(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers in [0, 1): for every image four of each attempt to find a window, and one of the flip.
+
+    Args:
+        count: number of images N.
+        generator: a CPU generator; the numbers of the first n images do not depend on `count`.
+
+    Returns:
+        float64 (N, 41), for `resized_crop_window`.
+    """
+    return torch.rand(count, UNIFORMS_PER_IMAGE, dtype=torch.float64, generator=generator)
+
+
+def resized_crop_window(
+    width: int,
+    height: int,
+    uniforms: list[float],
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """w = round(sqrt(A * r)), h = round(sqrt(A / r)), A = W * H * U(scale), log r = U(log ratio): a window w x h inside.
+
+    Up to ten attempts draw (A, r) until the window fits, then its place uniformly; if none fits, the largest centred
+    window whose aspect ratio is in `ratio` is taken. These are the rules of torchvision's `RandomResizedCrop`.
+
+    Args:
+        width, height: of the image, in pixels.
+        uniforms: numbers in [0, 1): area, ratio, top, left of the first attempt, of the second, ...
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height of the window.
+
+    Returns:
+        (left, top, right, bottom) in pixels, as PIL counts.
+
+    Example:
+        >>> from frskd_fast.training.data.augmentation import resized_crop_window
+        >>> resized_crop_window(100, 50, [0.5, 0.5, 0.0, 0.0], scale=(0.5, 0.5), ratio=(1.0, 1.0))
+        (0, 0, 50, 50)
+        >>> resized_crop_window(100, 10, [], ratio=(1.0, 2.0))  # no attempt fits: centred, twice as wide as high
+        (40, 0, 60, 10)
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for start in range(0, min(len(uniforms), 4 * ATTEMPTS) - 3, 4):
+        u_area, u_ratio, u_top, u_left = uniforms[start : start + 4]
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * u_area)
+        aspect = math.exp(low + (high - low) * u_ratio)
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            top, left = int(u_top * (height - down + 1)), int(u_left * (width - across + 1))
+            return left, top, left + across, top + down
+    across, down = width, height
+    if width / height < ratio[0]:
+        down = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        across = round(height * ratio[1])
+    top, left = (height - down) // 2, (width - across) // 2
+    return left, top, left + across, top + down
+
+
+def random_resized_crop(
+    image: Image,
+    size: tuple[int, int],
+    uniforms: list[float],
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+) -> Image:
+    """resize(image[window], size), mirrored where the last uniform number is below `flip`; window: `resized_crop_window`.
+
+    Args:
+        image: a PIL image.
+        size: (H, W) of the result, in pixels.
+        uniforms: 41 numbers in [0, 1), a row of `draw_resized_crops`.
+        scale, ratio: as `resized_crop_window` takes them.
+        flip: probability of a horizontal flip.
+
+    Returns:
+        A PIL image of the size asked for, resampled with PIL's bilinear filter, which averages when it shrinks.
+    """
+    from PIL import Image as PILImage
+
+    window = resized_crop_window(*image.size, uniforms, scale, ratio)
+    result = image.crop(window).resize((size[1], size[0]), PILImage.Resampling.BILINEAR)
+    return result.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT) if uniforms[-1] < flip else result
+
+
+def resize_and_centre_crop(image: Image, resize: int, size: tuple[int, int]) -> Image:
+    """The middle (H, W) of the image after its shorter side was made `resize` pixels: `Resize` and `CenterCrop`.
+
+    The longer side becomes floor(resize * longer / shorter); the window starts at round((side - wanted) / 2), half to
+    even. Both are torchvision's rules.
+
+    Args:
+        image: a PIL image.
+        resize: length of the shorter side, in pixels, at least the largest of `size`.
+        size: (H, W) of the result, in pixels.
+
+    Returns:
+        A PIL image of the size asked for.
+
+    Example:
+        >>> from PIL import Image
+        >>> from frskd_fast.training.data.augmentation import resize_and_centre_crop
+        >>> resize_and_centre_crop(Image.new("RGB", (500, 375)), 256, (224, 224)).size
+        (224, 224)
+    """
+    from PIL import Image as PILImage
+
+    width, height = image.size
+    if min(width, height) != resize:
+        shorter = min(width, height)
+        width, height = resize * width // shorter, resize * height // shorter
+        image = image.resize((width, height), PILImage.Resampling.BILINEAR)
+    if (height, width) == size:
+        return image
+    top, left = round((height - size[0]) / 2.0), round((width - size[1]) / 2.0)
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def as_tensor(values: tuple[float, ...], device: Any = None) -> Tensor:
+    """The values as a float32 tensor (C,)."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
