@@ -1,4 +1,5 @@
-# Everything from a bare clone: `make bench` measures, `make test` proves. Both set up their own .venv first.
+# Everything from a bare clone: `make bench` measures, `make test` proves, `make train` trains. Each sets up its own .venv
+# first.
 #
 #   make bench TORCH=system   use the PyTorch (and GPU) already installed for $(PYTHON) instead of a pinned CPU build
 #   make test PIP_ARGS="..."  pass arguments to every pip install, for example the index your PyTorch builds come from
@@ -8,11 +9,13 @@ TORCH ?= 2.13.0
 VENV ?= .venv
 PIP_ARGS ?=
 BENCH_ARGS ?=
+RECIPE ?= digits
+TRAIN_ARGS ?=
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test demo lint build sanitize cuda-build gpu-check clean
+.PHONY: bench test demo train lint build sanitize cuda-build gpu-check clean
 
 bench: build
 	$(RUN) bench/run.py $(BENCH_ARGS)
@@ -24,6 +27,10 @@ test: build
 
 demo: build
 	$(RUN) examples/digits.py
+
+# A recipe of the package, or RECIPE=path/to/mine.yaml; TRAIN_ARGS overrides settings. Started again, it goes on.
+train: build
+	$(RUN) -m frskd_fast.training fit --config $(RECIPE) $(TRAIN_ARGS)
 
 lint: build
 	$(VENV)/bin/ruff format --check .
@@ -37,14 +44,15 @@ SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
 # libstdc++ must be there before the sanitizer looks for the function that throws exceptions.
 SANITIZER_RUNTIME = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libstdc++.so.6)
 sanitize: build
-	FRSKD_FAST_BUILD=cpu CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" \
+	FRSKD_FAST_BUILD=cpu CXXFLAGS="$(SANITIZE) -O1 -g1" LDFLAGS="$(SANITIZE)" \
 	  $(RUN) setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd tests && LD_PRELOAD=$(SANITIZER_RUNTIME) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=../build/sanitize/lib FRSKD_FAST_SANITIZED=1 \
 	  $(abspath $(VENV))/bin/pytest -q -p no:cacheprovider test_entry_points.py test_sanitized.py
 
-# Compiles every CUDA source, warnings as errors; needs nvcc, but neither a GPU nor a CUDA build of PyTorch.
+# Compiles every CUDA source, warnings as errors; needs nvcc, but neither a GPU nor a CUDA build of PyTorch. The objects lie
+# beside those of `build`, so that the CPU kernels are not compiled again where they were compiled with the same flags.
 cuda-build: $(VENV)/.packages
-	FRSKD_FAST_BUILD=cuda FRSKD_FAST_WERROR=1 $(RUN) setup.py --quiet build_ext --build-lib build/cuda-check
+	FRSKD_FAST_BUILD=cuda FRSKD_FAST_WERROR=1 $(RUN) setup.py --quiet build_ext --build-temp build --build-lib build/cuda-check
 
 # For a machine with a GPU and a CUDA build of PyTorch: no network and no .venv. See scripts/gpu_check.py --help.
 gpu-check:
@@ -66,7 +74,7 @@ endif
 # The constraint keeps pip from replacing the PyTorch chosen above while it resolves the other packages.
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml
 	$(RUN) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
-	$(RUN) scripts/requirements.py dev demo > $(VENV)/requirements.txt
+	$(RUN) scripts/requirements.py dev demo train onnx > $(VENV)/requirements.txt
 	$(PIP) --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements.txt
 ifneq ($(TORCH),system)
 	-$(PIP) --constraint $(VENV)/constraints.txt --no-deps "triton>=3.6,<3.7"
