@@ -1,0 +1,388 @@
+"""The student alone, taken out of a checkpoint: as safetensors, by torch.export or as ONNX, and verified."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frskd_fast.tasks import Student
+
+from .backbones import build_backbone
+
+FORMATS = (".safetensors", ".pt2", ".onnx")
+# Where other trainers put the weights in a checkpoint, and what they put in front of the names.
+CONTAINERS = ("state_dict", "net", "model", "student", "model_state_dict")
+PREFIXES = ("module.", "_orig_mod.", "task.", "backbone.", "student.", "net.", "model.")
+
+
+class ExportError(Exception):
+    """What kept the student from being exported, as a sentence."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """The student with what is known about its input."""
+
+    student: Student
+    backbone: str
+    num_classes: int
+    channels: int
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of a checkpoint: a file of PyTorch, read with `weights_only=True`, or of safetensors.
+
+    Raises:
+        ExportError: when it is missing, torn, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ExportError(
+            f"The checkpoint {path} is a folder of shards; make one file of it with python -m "
+            f"lightning.pytorch.utilities.consolidate_checkpoint {path}, and give that."
+        )
+    if not path.is_file():
+        raise ExportError(f"The checkpoint {path} does not exist.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file as load_safetensors
+
+        return dict(load_safetensors(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ExportError(
+            f"The checkpoint {path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). It is torn, "
+            "or holds Python objects besides tensors; in that case save its state_dict() alone with the program that "
+            "made it."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ExportError(f"The checkpoint {path} holds a {type(content).__name__}, but a state dict was wanted.")
+    return dict(content)
+
+
+def backbone_weights(content: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Tensor]:
+    """The backbone's tensors out of a checkpoint, under the backbone's own names.
+
+    Args:
+        content: what the file holds: a state dict; or one inside "state_dict", "net", "model" or "student". Names may
+            have prefixes, several of them too: "module.", "task.backbone.", "model." and so on.
+        wanted: the names in the backbone's `state_dict()`.
+
+    Returns:
+        A tensor for each name of `wanted` that was found under one and the same prefix.
+
+    Raises:
+        ExportError: when no prefix leads to the backbone's names, naming some of what is there.
+
+    Example:
+        >>> list(backbone_weights({"net": {"module.fc.weight": torch.zeros(2, 3)}}, ["fc.weight"]))
+        ['fc.weight']
+    """
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    for container in CONTAINERS:
+        inner = content.get(container)
+        if not tensors and isinstance(inner, Mapping):
+            return backbone_weights(inner, wanted)
+    best: dict[str, Tensor] = {}
+    names = set(wanted)
+    for prefix in _prefixes(tensors):
+        found = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix) and name.removeprefix(prefix) in names
+        }
+        if len(found) > len(best):
+            best = found
+    if not best:
+        some = ", ".join(list(content)[:5])
+        raise ExportError(
+            f"The checkpoint holds none of the backbone's weights. It has {len(content)} entries such as {some}; wanted "
+            f"were names such as {', '.join(list(wanted)[:3])}, perhaps behind a prefix like 'module.'. Is it another network?"
+        )
+    return best
+
+
+def _prefixes(tensors: Mapping[str, Any]) -> list[str]:
+    """Every sequence of known prefixes that some name begins with, the empty one first."""
+    found = {""}
+    for name in tensors:
+        prefix = ""
+        while True:
+            following = [known for known in PREFIXES if name.startswith(prefix + known)]
+            if not following:
+                break
+            prefix += following[0]
+            found.add(prefix)
+    return sorted(found, key=len)
+
+
+def load_backbone_weights(
+    backbone: nn.Module, path: str | os.PathLike[str], *, skip_other_classifier: bool = False
+) -> None:
+    """Load a backbone's weights from a checkpoint in any of the known forms, in place.
+
+    Args:
+        backbone: the network.
+        path: the file, see `backbone_weights`.
+        skip_other_classifier: leave the last linear layer as it is where the file's has another number of classes.
+
+    Raises:
+        ExportError: naming what is missing or has another shape.
+    """
+    own = backbone.state_dict()
+    weights = backbone_weights(load_file(path), list(own))
+    other = [name for name, value in weights.items() if value.shape != own[name].shape]
+    if skip_other_classifier:
+        classifier = [name for name in other if weights[name].shape[1:] == own[name].shape[1:]]
+        weights = {name: value for name, value in weights.items() if name not in classifier}
+        own = {name: value for name, value in own.items() if name not in classifier}
+        other = [name for name in other if name not in classifier]
+    if other:
+        name = other[0]
+        raise ExportError(
+            f"{name} in {path} has shape {tuple(weights[name].shape)}, but the backbone's has {tuple(own[name].shape)}; "
+            "another network, or another number of classes?"
+        )
+    # A counter that older files lack; it starts from 0.
+    missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
+    if missing:
+        raise ExportError(
+            f"{path} lacks {len(missing)} of the backbone's {len(own)} tensors, {', '.join(missing[:3])} among them; is it "
+            "another network?"
+        )
+    backbone.load_state_dict(weights, strict=False)
+
+
+def load_student(
+    path: str | os.PathLike[str],
+    *,
+    backbone: str | None = None,
+    num_classes: int | None = None,
+    size: int | Sequence[int] | None = None,
+    channels: int | None = None,
+) -> Export:
+    """student(images) = logits, in evaluation mode, out of a checkpoint of this library or of another program.
+
+    Args:
+        path: the checkpoint. Those of `frskd-fast fit` say themselves what network they hold; for others give
+        backbone: its name, see `frskd_fast.training.backbones.build_backbone`.
+        num_classes: number of logits; None reads it from the last linear layer of a foreign checkpoint.
+        size: side, or height and width, of the images to export for; None takes the training's, else 32 (224 for the
+            networks with an ImageNet stem).
+        channels: of the images; None takes the training's, else 3.
+
+    Returns:
+        The student and what is known about its images.
+
+    Raises:
+        ExportError: as a sentence.
+    """
+    content = load_file(path)
+    settings = content.get("hyper_parameters", {})
+    about = content.get("frskd_fast", {}).get("images", {}) if isinstance(content.get("frskd_fast"), Mapping) else {}
+    name = backbone or settings.get("backbone")
+    if name is None:
+        raise ExportError(f"The checkpoint {path} does not say which network it holds; give --backbone a name.")
+    classes = num_classes or settings.get("num_classes") or _classes(content)
+    if classes is None:
+        raise ExportError(f"The number of classes in {path} was not found; give --num_classes.")
+    try:
+        network = build_backbone(name, int(classes))
+    except (ValueError, TypeError, ImportError) as error:
+        raise ExportError(str(error)) from error
+    load_backbone_weights(network, path)
+    if size is None:
+        size = about.get("size") or (224 if name in ("resnet18", "resnet34", "resnet50") else 32)
+    sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    network.eval()
+    return Export(
+        Student(network, channels_last=bool(settings.get("channels_last", False))).eval(),
+        name,
+        int(classes),
+        int(channels or about.get("channels") or 3),
+        sides,
+        tuple(about.get("mean", ())),
+        tuple(about.get("std", ())),
+    )
+
+
+def _classes(content: Mapping[str, Any]) -> int | None:
+    for container in CONTAINERS:
+        if isinstance(content.get(container), Mapping):
+            return _classes(content[container])
+    for name, value in content.items():
+        for classifier in ("fc.weight", "classifier.weight", "head.weight"):
+            is_own = name.removesuffix(classifier).endswith((".", "")) and "self_teacher" not in name
+            if name.endswith(classifier) and is_own and isinstance(value, Tensor) and value.dim() == 2:
+                return int(value.shape[0])
+    return None
+
+
+def bound(student: nn.Module, logits: Tensor) -> float:
+    """Largest difference of logits that rounding explains: 4 * layers * eps * max(1, largest |logit|).
+
+    Each layer rounds once relative to its output, a few times over where sums are taken in another order; 4 stands for
+    these few times.
+
+    Args:
+        student: the network, whose layers with weights of two or more dimensions are counted.
+        logits: what it gave.
+    """
+    layers = sum(1 for parameter in student.parameters() if parameter.dim() >= 2)
+    return 4 * max(layers, 1) * torch.finfo(logits.dtype).eps * max(1.0, float(logits.detach().abs().max()))
+
+
+@torch.no_grad()
+def write_student(exported: Export, out: str | os.PathLike[str]) -> tuple[float, float]:
+    """Write the student in the format that the file's name ends in, read it back and compare logits.
+
+    Args:
+        exported: what `load_student` gave.
+        out: a name ending in .safetensors (weights under the backbone's own names, and how to use them as metadata),
+            .pt2 (torch.export, any batch size) or .onnx (any batch size; needs the extra `onnx`).
+
+    Returns:
+        Largest difference of logits between the student and what was read back, and the bound it was held against.
+
+    Raises:
+        ExportError: on an unknown format, a missing package, or a difference above the bound; then no file is left.
+    """
+    path = Path(out)
+    if path.suffix not in FORMATS:
+        raise ExportError(f"--out is {path}, but a name ending in {', '.join(FORMATS)} was wanted.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    # Two sizes of batch, so that a size built into the file would be noticed.
+    batches = [torch.randn(count, exported.channels, *exported.size, generator=generator) for count in (2, 3)]
+    wanted = [exported.student(images) for images in batches]
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        reload = {".safetensors": _safetensors, ".pt2": _pt2, ".onnx": _onnx}[path.suffix](
+            exported, partial, batches[0]
+        )
+        given = [reload(images) for images in batches]
+        difference = max(float((a - b).abs().max()) for a, b in zip(wanted, given, strict=True))
+        limit = max(bound(exported.student, logits) for logits in wanted)
+        if not difference <= limit:
+            raise ExportError(
+                f"The exported student differs from the checkpoint's by up to {difference:.3g} in its logits, which is more "
+                f"than rounding explains ({limit:.3g}); {path} was not written."
+            )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return difference, limit
+
+
+def _safetensors(exported: Export, path: Path, images: Tensor) -> Any:
+    from safetensors.torch import load_file as load_safetensors
+    from safetensors.torch import save
+
+    # Contiguous and unshared, as the format asks.
+    tensors = {
+        name: value.detach().clone().contiguous() for name, value in exported.student.backbone.state_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "backbone": exported.backbone,
+        "num_classes": str(exported.num_classes),
+        "input": json.dumps(
+            {"channels": exported.channels, "size": exported.size, "mean": exported.mean, "std": exported.std}
+        ),
+    }
+    path.write_bytes(save(tensors, metadata))
+    network = build_backbone(exported.backbone, exported.num_classes)
+    network.load_state_dict(load_safetensors(path))
+    return Student(network.eval(), channels_last=exported.student.channels_last)
+
+
+def _pt2(exported: Export, path: Path, images: Tensor) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(exported.student, (images,), dynamic_shapes=({0: batch},), strict=False)
+    with open(path, "wb") as file:  # a stream: the partial file's name does not end in .pt2
+        torch.export.save(program, file)
+    with open(path, "rb") as file:
+        return torch.export.load(file).module()
+
+
+def _onnx(exported: Export, path: Path, images: Tensor) -> Any:
+    try:
+        import onnx
+        import onnx.reference
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            f"{error.name} cannot be imported, but is needed to write {path.suffix}; pip install 'frskd_fast[onnx]'."
+        ) from error
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            exported.student,
+            (images,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch},),
+        )
+        assert program is not None
+        program.save(path)
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    try:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    except ImportError:
+        session = onnx.reference.ReferenceEvaluator(model)
+    return lambda values: torch.from_numpy(session.run(None, {"images": values.numpy()})[0])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`frskd-fast export`: see --help."""
+    parser = argparse.ArgumentParser(
+        prog="frskd-fast export",
+        description="Write the student alone, read it back and compare its logits with the checkpoint's.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="a run's last.ckpt, or a state dict of another program")
+    parser.add_argument("--out", required=True, help="student.safetensors, student.pt2 or student.onnx")
+    parser.add_argument("--backbone", help="name of the network, where the checkpoint does not say")
+    parser.add_argument("--num_classes", type=int, help="where the checkpoint does not say")
+    parser.add_argument("--size", type=int, nargs="+", help="side, or height and width, of the images")
+    parser.add_argument("--channels", type=int, help="channels of the images")
+    options = parser.parse_args(arguments)
+    size = None if options.size is None else (options.size[0], options.size[-1])
+    try:
+        loaded = load_student(
+            options.checkpoint,
+            backbone=options.backbone,
+            num_classes=options.num_classes,
+            size=size,
+            channels=options.channels,
+        )
+        difference, limit = write_student(loaded, options.out)
+    except ExportError as error:
+        print(f"frskd-fast export: {error}", file=sys.stderr)
+        return 1
+    count = sum(parameter.numel() for parameter in loaded.student.parameters())
+    height, width = loaded.size
+    print(
+        f"{options.out}: {loaded.backbone}, {count:,} parameters, images (N, {loaded.channels}, {height}, {width}), "
+        f"{loaded.num_classes} classes."
+    )
+    print(f"Read back and compared: largest difference of logits {difference:.3g} (bound {limit:.3g}).")
+    return 0

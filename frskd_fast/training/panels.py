@@ -1,0 +1,200 @@
+"""PNG panels of a run: its curves, and where student and self-teacher look."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from frskd_fast.functional import attention_map
+
+from .callbacks import EPOCHS, read_table
+
+CURVES, ATTENTION = "curves.png", "attention.png"
+MISSING = (
+    "No panels were drawn, because matplotlib cannot be imported; pip install 'frskd_fast[plot]', then "
+    "frskd-fast panels --run_dir {folder} draws the curves."
+)
+
+
+def pyplot() -> Any | None:
+    """matplotlib's pyplot, drawing into files; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as module
+
+    return module
+
+
+def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
+    """Draw `curves.png` from `epochs.csv`: loss parts, accuracies and learning rate against epochs.
+
+    Args:
+        folder: the run's folder.
+
+    Returns:
+        The file; None without matplotlib or before the first epoch has ended.
+    """
+    plots = pyplot()
+    source = Path(folder) / EPOCHS
+    if plots is None or not source.is_file():
+        return None
+    _, rows = read_table(source)
+    if not rows:
+        return None
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for name, text in row.items():
+            if text not in ("", None) and name not in ("epoch", "step"):
+                epochs, values = columns.setdefault(name, ([], []))
+                epochs.append(int(row["epoch"]) + 1)
+                values.append(float(text))
+    figure, (losses, scores, rate) = plots.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for name, (epochs, values) in columns.items():
+        label = name.removeprefix("train/")
+        marker = "." if len(values) == 1 else None
+        if "accuracy" in name:
+            scores.plot(epochs, [100 * value for value in values], label=name, marker=marker)
+        elif name.startswith("train/") or name == "validation/loss":
+            losses.plot(epochs, values, label=label, linewidth=2 if label == "loss" else 1, marker=marker)
+    rate.plot(*columns["learning_rate"])
+    positive = all(value > 0 for name, (_, values) in columns.items() if name.startswith("train/") for value in values)
+    losses.set(xlabel="epoch", ylabel="loss (parts before their weights)", yscale="log" if positive else "linear")
+    scores.set(xlabel="epoch", ylabel="accuracy, %")
+    rate.set(xlabel="epoch", ylabel="learning rate")
+    for axes in (losses, scores):
+        axes.legend(fontsize=8)
+    path = Path(folder) / CURVES
+    figure.savefig(path, dpi=110)
+    plots.close(figure)
+    return path
+
+
+@torch.no_grad()
+def draw_attention(
+    task: nn.Module, images: Tensor, path: str | os.PathLike[str], mean: Any = (), std: Any = ()
+) -> Path | None:
+    """Draw the attention maps of student and self-teacher over images, one row for each image.
+
+    Args:
+        task: `FRSKDTask` or `ClassificationTask`; its mode (training or not) is as before afterwards.
+        images: (N, C, H, W), normalised.
+        path: the PNG file.
+        mean, std: what the images were normalised with, one number a channel.
+
+    Returns:
+        The file; None without matplotlib.
+    """
+    plots = pyplot()
+    if plots is None:
+        return None
+    modes = [(module, module.training) for module in task.modules()]
+    task.eval()
+    try:
+        features, _ = task.backbone(images)  # type: ignore[operator]
+        columns = {"student": list(features)}
+        self_teacher = getattr(task, "self_teacher", None)
+        if self_teacher is not None:
+            columns["self-teacher"] = list(self_teacher(features)[0])
+    finally:
+        for module, training in modes:
+            module.training = training
+    pictures = shown_images(images, mean, std)
+    count = 1 + sum(len(maps) for maps in columns.values())
+    figure, axes = plots.subplots(
+        len(images), count, figsize=(1.3 * count, 1.3 * len(images) + 0.4), squeeze=False, layout="constrained"
+    )
+    extent = (0, images.shape[-1], images.shape[-2], 0)
+    for row, picture in enumerate(pictures):
+        axes[row, 0].imshow(picture, extent=extent)
+    axes[0, 0].set_title("image", fontsize=8)
+    column = 1
+    for name, maps in columns.items():
+        for level, feature in enumerate(maps, start=1):
+            attention = attention_map(feature.float()).reshape(len(images), *feature.shape[-2:]).cpu().numpy()
+            for row, picture in enumerate(pictures):
+                axes[row, column].imshow(picture.mean(-1), cmap="gray", extent=extent)
+                axes[row, column].imshow(attention[row], cmap="viridis", alpha=0.65, extent=extent)
+            axes[0, column].set_title(f"{name} {level}", fontsize=8)
+            column += 1
+    for axis in axes.flat:
+        axis.set_axis_off()
+    path = Path(path)
+    figure.savefig(path, dpi=110)
+    plots.close(figure)
+    return path
+
+
+def shown_images(images: Tensor, mean: Any, std: Any) -> Any:
+    """Images as arrays (N, H, W, 3) in [0, 1]: the normalisation undone, or stretched to the range without one."""
+    pictures = images.detach().float().cpu()
+    if len(mean) == pictures.shape[1]:
+        pictures = pictures * torch.tensor(std).reshape(-1, 1, 1) + torch.tensor(mean).reshape(-1, 1, 1)
+        pictures = pictures.clamp(0, 1)
+    else:
+        low, high = pictures.amin((1, 2, 3), keepdim=True), pictures.amax((1, 2, 3), keepdim=True)
+        pictures = (pictures - low) / (high - low).clamp(min=1e-12)
+    return pictures[:, :3].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+
+
+class Panels(Callback):
+    """Draws `curves.png` and `attention.png` when training ends.
+
+    Args:
+        enabled: whether to.
+        images: rows of `attention.png`: images of the validation set, of different classes as far as they go.
+    """
+
+    def __init__(self, enabled: bool = True, images: int = 6) -> None:
+        self.enabled = enabled
+        self.images = images
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.enabled and self.kept is None and trainer.is_global_zero:
+            images, targets = batch
+            labels = targets.tolist()
+            first = [labels.index(label) for label in sorted(set(labels))]
+            rows = (first + [row for row in range(len(labels)) if row not in first])[: self.images]
+            self.kept = images[rows].clone(), targets[rows].clone()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.default_root_dir)
+        if pyplot() is None:
+            print(MISSING.format(folder=folder))
+            return
+        drawn = [draw_curves(folder)]
+        sharded = type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
+        if self.kept is not None and not sharded:
+            task: nn.Module = pl_module.task  # type: ignore[assignment]
+            device = next(task.parameters()).device
+            about = getattr(pl_module, "images", {})
+            drawn.append(
+                draw_attention(
+                    task,
+                    self.kept[0].to(device),
+                    folder / ATTENTION,
+                    about.get("mean", ()),
+                    about.get("std", ()),
+                )
+            )
+        for path in drawn:
+            if path is not None:
+                print(f"Panel: {path}")

@@ -1,0 +1,107 @@
+"""Recipes: YAML files of the package or of the user, each a few differences to the one it builds on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+FOLDER = "recipes"
+BASE = "base"
+
+
+class RecipeError(ValueError):
+    """A recipe that is not there or cannot be read, as a sentence."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package.
+
+    Example:
+        >>> "digits" in recipe_names()
+        True
+    """
+    folder = resources.files(__package__) / FOLDER
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_text(name: str, beside: Path | None = None) -> tuple[str, Path | None]:
+    """The text of a recipe, and its file where it is not one of the package's.
+
+    Args:
+        name: a path to a YAML file, absolute or relative to `beside` or to the working directory; else the name of a
+            recipe in the package, with or without ".yaml".
+        beside: the folder of the file that names this one.
+
+    Raises:
+        RecipeError: naming the recipes there are.
+    """
+    for folder in (beside, Path()):
+        if folder is not None and (folder / name).is_file():
+            path = folder / name
+            return path.read_text(encoding="utf-8"), path
+    entry = resources.files(__package__) / FOLDER / f"{name.removesuffix('.yaml')}.yaml"
+    if "/" not in name and entry.is_file():
+        return entry.read_text(encoding="utf-8"), None
+    raise RecipeError(
+        f"The recipe {name!r} is neither a file nor one of the package's; those are: {', '.join(recipe_names())}."
+    )
+
+
+def recipe(name: str, beside: Path | None = None, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """settings = those of its `base`, overridden by its own.
+
+    A mapping is merged key by key, everything else (lists too) is replaced. Where a `class_path` changes, the old class's
+    `init_args` are dropped.
+
+    Args:
+        name, beside: as for `recipe_text`.
+        seen: the recipes that lead here.
+
+    Returns:
+        The settings, without `base`.
+
+    Raises:
+        RecipeError: on an unknown recipe, on a circle of bases, or on a file that is no mapping.
+
+    Example:
+        >>> recipe("cifar100_resnet18_frskd")["model"]["beta"]
+        100.0
+    """
+    import yaml
+
+    text, path = recipe_text(name, beside)
+    own = yaml.safe_load(text) or {}
+    if not isinstance(own, dict):
+        raise RecipeError(f"The recipe {name!r} holds a {type(own).__name__}, but a mapping of settings was wanted.")
+    base = own.pop(BASE, None)
+    if base is None:
+        return own
+    if base in seen:
+        raise RecipeError(
+            f"The recipe {name!r} is built on {base!r}, which is built on it: {' -> '.join((*seen, name))}."
+        )
+    return merged(recipe(str(base), None if path is None else path.parent, (*seen, name)), own)
+
+
+def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` overridden by `own`, see `recipe`.
+
+    Example:
+        >>> merged({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 5}})
+        {'a': 1, 'b': {'c': 5, 'd': 3}}
+    """
+    result = dict(base)
+    if own.get("class_path", base.get("class_path")) != base.get("class_path"):
+        result.pop("init_args", None)
+    for key, value in own.items():
+        before = result.get(key)
+        result[key] = merged(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def summary(name: str) -> str:
+    """The first line of a recipe's comment."""
+    first = recipe_text(name)[0].split("\n", 1)[0]
+    return first.removeprefix("#").strip()

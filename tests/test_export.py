@@ -1,0 +1,172 @@
+"""The student alone: written, read back, compared; foreign checkpoints; refusals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("safetensors")
+
+import safetensors
+from safetensors.torch import load_file, save, save_file
+
+from frskd_fast.models import cifarresnet18, wrn16x2
+from frskd_fast.training import export
+from frskd_fast.training.export import ExportError, backbone_weights, bound, load_student, write_student
+from frskd_fast.training.module import DistillationModule
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `frskd-fast fit` writes it, of a module whose statistics are not those of a fresh one."""
+    torch.manual_seed(1)
+    module = DistillationModule(num_classes=7, backbone="wrn16x2")
+    module.task(torch.randn(8, 3, 16, 16), torch.arange(8) % 7)["loss"].backward()
+    path = tmp_path_factory.mktemp("export") / "last.ckpt"
+    images = {"size": [16, 16], "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    torch.save(
+        {
+            "state_dict": module.state_dict(),
+            "hyper_parameters": dict(module.hparams),
+            "frskd_fast": {"seed": 1, "images": images},
+            "epoch": 3,
+        },
+        path,
+    )
+    return path
+
+
+def logits(path: Path, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return load_student(path).student(images)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2", ".onnx"])
+def test_exported_student_gives_the_same_logits(
+    checkpoint: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxscript")
+    out = tmp_path / f"student{suffix}"
+    assert export.main(["--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "largest difference of logits" in printed and "(N, 3, 16, 16), 7 classes" in printed
+    images = torch.randn(5, 3, 16, 16)  # another batch size than any that the export used
+    expected = logits(checkpoint, images)
+    if suffix == ".safetensors":
+        network = wrn16x2(num_classes=7)
+        network.load_state_dict(load_file(out))  # under the original's own names
+        with torch.no_grad():
+            actual = network.eval()(images)[1]
+        with safetensors.safe_open(out, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["backbone"] == "wrn16x2" and '"mean": [0.1, 0.2, 0.3]' in metadata["input"]
+    elif suffix == ".pt2":
+        actual = torch.export.load(out).module()(images)
+    else:
+        import onnx.reference
+
+        session = onnx.reference.ReferenceEvaluator(str(out))
+        actual = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    network = load_student(checkpoint).student
+    assert float((actual.detach() - expected).abs().max()) <= bound(network, expected)
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_wrong_export_is_noticed_and_not_left_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are off by one part in ten thousand are more than rounding."""
+
+    def slightly_wrong(tensors: dict[str, torch.Tensor], metadata: Any) -> bytes:
+        return save({**tensors, "fc.weight": tensors["fc.weight"] * 1.0001}, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save", slightly_wrong)
+    with pytest.raises(ExportError, match="more than rounding explains"):
+        write_student(load_student(checkpoint), tmp_path / "student.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+WRAPPINGS = {
+    "plain": lambda state: state,
+    "module. prefix": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "net": lambda state: {"net": {f"module.{name}": value for name, value in state.items()}, "acc": 1.5},
+    "model": lambda state: {"model": state, "optimizer": {"param_groups": []}},
+    "compiled": lambda state: {"model": {f"_orig_mod.{name}": value for name, value in state.items()}},
+    "task": lambda state: {
+        **{f"backbone.{name}": value for name, value in state.items()},
+        "self_teacher.fc.weight": torch.zeros(9, 8),
+    },
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_state_dicts_of_other_programs(wrapping: str, tmp_path: Path) -> None:
+    network = wrn16x2(num_classes=6).eval()
+    torch.save(WRAPPINGS[wrapping](network.state_dict()), tmp_path / "other.pth")
+    loaded = load_student(tmp_path / "other.pth", backbone="wrn16x2")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert loaded.num_classes == 6 and loaded.size == (32, 32)
+        torch.testing.assert_close(loaded.student(images), network(images)[1], rtol=0, atol=0)
+
+
+def test_safetensors_are_read_too(tmp_path: Path) -> None:
+    network = wrn16x2(num_classes=6)
+    save_file(network.state_dict(), tmp_path / "other.safetensors")
+    loaded = load_student(tmp_path / "other.safetensors", backbone="wrn16x2", size=16)
+    assert torch.equal(loaded.student.backbone.fc.weight, network.fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (lambda: {"fc.weight": torch.zeros(5, 512)}, {}, "give --backbone a name"),
+        (lambda: wrn16x2(5).state_dict(), {"backbone": "cifarresnet18"}, "has shape|lacks"),
+        (lambda: wrn16x2(5).state_dict(), {"backbone": "wrn16x2", "num_classes": 6}, "another number of classes"),
+        (lambda: {"x": 3}, {"backbone": "wrn16x2", "num_classes": 6}, "none of the backbone's weights"),
+        (lambda: wrn16x2(5).state_dict(), {"backbone": "wrn16x3"}, "but one of cifarresnet18"),
+        (lambda: [torch.zeros(2)], {"backbone": "wrn16x2"}, "holds a list"),
+        (lambda: {"args": argparse.Namespace(a=1)}, {"backbone": "wrn16x2"}, "Python objects besides tensors"),
+    ],
+)
+def test_refusals_are_sentences(content: Any, arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "other.pth")
+    with pytest.raises(ExportError, match=message) as error:
+        load_student(tmp_path / "other.pth", **arguments)
+    assert str(error.value)[0].isupper() or str(error.value).startswith(("fc.", "conv", "backbone"))
+
+
+def test_missing_file_and_unknown_format(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export.main(["--checkpoint", "no.ckpt", "--out", "x.pt2"]) == 1
+    assert "no.ckpt does not exist" in capsys.readouterr().err
+    assert export.main(["--checkpoint", str(checkpoint), "--out", "student.bin"]) == 1
+    assert "a name ending in .safetensors, .pt2, .onnx was wanted" in capsys.readouterr().err
+
+
+def test_the_backbone_is_found_among_the_self_teacher_and_other_prefixes() -> None:
+    wanted = ["conv1.weight", "fc.weight"]
+    content = {
+        "task.self_teacher.fc.weight": torch.zeros(1),
+        "task.backbone.conv1.weight": torch.ones(1),
+        "task.backbone.fc.weight": torch.ones(2),
+    }
+    found = backbone_weights(content, wanted)
+    assert sorted(found) == wanted and found["fc.weight"].numel() == 2
+
+
+def test_weights_to_start_from_leave_out_another_classifier(tmp_path: Path) -> None:
+    source = cifarresnet18(num_classes=5)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    module = DistillationModule(
+        num_classes=3, backbone="cifarresnet18", method="plain", weights=str(tmp_path / "weights.pth")
+    )
+    assert torch.equal(module.backbone.conv1.weight, source.conv1.weight)
+    assert module.backbone.fc.weight.shape[0] == 3

@@ -1,0 +1,249 @@
+"""Kill, torn file, full disk: a run goes on bit for bit, or says in a sentence why it does not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("sklearn")
+
+from training_utils import epochs, process, same_weights, small_run, steps, weights
+
+from frskd_fast.training import checkpoints
+from frskd_fast.training.callbacks import Records
+from frskd_fast.training.checkpoints import find_checkpoint, problem_with, write_atomically
+from frskd_fast.training.cli import main
+from frskd_fast.training.module import DistillationModule
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    assert main(small_run(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def begun(reference: Path, tmp_path: Path) -> Path:
+    """A copy of that run; `last.ckpt` is its end, `previous.ckpt` three steps or an epoch earlier."""
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    return folder
+
+
+def kill_after(words: list[str], folder: Path, row: int) -> None:
+    """Start the command in a process of its own and SIGKILL it as soon as `steps.csv` has so many rows."""
+    running = process(words)
+    file = folder / "steps.csv"
+    deadline = time.monotonic() + 120
+    try:
+        while not file.is_file() or file.read_bytes().count(b"\n") <= row:
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < deadline, "the run does not get on"
+            time.sleep(0.002)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+    assert running.returncode == -signal.SIGKILL
+
+
+def test_a_run_killed_twice_continues_bit_for_bit(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "killed"
+    words = small_run(folder, trainer__callbacks="training_utils.Slow")
+    kill_after(words, folder, 6)  # within the second epoch
+    assert find_checkpoint(folder) is not None and len(steps(folder)) < len(steps(reference))
+    kill_after(words, folder, 10)
+    assert main(words) == 0
+    assert "goes on after" in capsys.readouterr().out
+    assert steps(folder) == steps(reference)
+    assert epochs(folder) == epochs(reference)
+    assert same_weights(weights(folder), weights(reference))
+    last, wanted = (torch.load(f / "last.ckpt", weights_only=True) for f in (folder, reference))
+    assert last["lr_schedulers"] == wanted["lr_schedulers"]
+    for name, state in wanted["optimizer_states"][0]["state"].items():
+        assert torch.equal(last["optimizer_states"][0]["state"][name]["momentum_buffer"], state["momentum_buffer"])
+
+
+@pytest.mark.parametrize("moment", ["before the checkpoint", "after it"])
+@pytest.mark.parametrize("step", [6, 8])
+def test_sigterm_saves_and_the_run_goes_on(
+    reference: Path, tmp_path: Path, moment: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cluster that takes the node back sends it. In an epoch's last step the validation is still to come, which a
+    restart from there would leave out: the run then goes back to its last checkpoint."""
+    # Callbacks' hooks, the checkpoint's last, come before the module's.
+    owner = Records if moment == "before the checkpoint" else DistillationModule
+    original = owner.on_train_batch_end
+
+    def told(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        trainer = arguments[0] if owner is Records else self.trainer
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "taken"
+    words = small_run(folder, checkpoint__every_n_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "on_train_batch_end", told)
+        with pytest.raises(SystemExit) as status:
+            main(words)
+    assert status.value.code == 128 + signal.SIGTERM
+    found = find_checkpoint(folder)
+    assert found is not None and found.progress.steps == (4 if step == 8 else step)
+    assert main(words) == 0
+    assert steps(folder) == steps(reference) and epochs(folder) == epochs(reference)
+    assert same_weights(weights(folder), weights(reference))
+
+
+def test_every_checkpoint_within_and_between_epochs_leads_to_the_same_end(reference: Path, tmp_path: Path) -> None:
+    """Restarts from each step at which a checkpoint was written, the last of an epoch included."""
+    saved = tmp_path / "saved"
+    saved.mkdir()
+
+    def keep(folder: Path, keep_best: bool = False) -> None:
+        incoming = folder / checkpoints.INCOMING
+        shutil.copyfile(incoming, saved / f"{len(list(saved.iterdir())):03d}.ckpt")
+        original(folder, keep_best)
+
+    original = checkpoints.rotate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "rotate", keep)
+        first = tmp_path / "first"
+        assert main(small_run(first, trainer__max_epochs=2, model__schedule="constant")) == 0
+    states = sorted(saved.iterdir())
+    reached = [torch.load(state, weights_only=True)["global_step"] for state in states]
+    assert reached == [3, 4, 7, 8], "one within each epoch, one at its end"
+    for state, step in zip(states[:-1], reached, strict=False):
+        folder = tmp_path / f"from{step}"
+        shutil.copytree(first, folder)
+        (folder / "previous.ckpt").unlink()
+        shutil.copyfile(state, folder / "last.ckpt")
+        words = small_run(folder, trainer__max_epochs=2, model__schedule="constant")
+        assert main(words) == 0
+        assert steps(folder) == steps(first), step
+        assert epochs(folder) == epochs(first), step
+        assert same_weights(weights(folder), weights(first)), step
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "one bit"])
+def test_a_damaged_checkpoint_is_passed_over(
+    begun: Path, reference: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = begun / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    if damage == "torn":
+        content = content[: 2 * len(content) // 3]
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        content[len(content) // 2] ^= 1  # within the data of a tensor
+    last.write_bytes(content)
+    assert main(small_run(begun)) == 0
+    out = capsys.readouterr().out
+    assert f"{last} is passed over: it" in out or f"{last} is passed over: its entry" in out
+    assert "from previous.ckpt" in out
+    assert steps(begun) == steps(reference) and epochs(begun) == epochs(reference)
+    assert same_weights(weights(begun), weights(reference))
+
+
+def test_no_usable_checkpoint_is_an_error_not_a_new_run(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("last.ckpt", "previous.ckpt"):
+        (begun / name).write_bytes(b"not a checkpoint")
+    assert main(small_run(begun)) == 1
+    error = capsys.readouterr().err
+    assert "last.ckpt is passed over" in error and "--fresh to start anew" in error
+    assert (begun / "steps.csv").is_file()
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (begun / "last.ckpt").read_bytes()
+    assert main(small_run(begun)) == 0
+    assert "is finished: 4 epochs, 16 steps" in capsys.readouterr().out
+    assert (begun / "last.ckpt").read_bytes() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(small_run(begun, model__beta=3.0)) == 1
+    assert "model.beta was 100.0 and is 3.0" in capsys.readouterr().err
+    assert main(small_run(begun, seed_everything=11)) == 1
+    assert "seed_everything was 10 and is 11" in capsys.readouterr().err
+
+
+def test_fresh_moves_the_old_run_aside(begun: Path, reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*small_run(begun, model__beta=3.0, trainer__max_epochs=1), "--fresh"]
+    assert main(words) == 0
+    old = begun.with_name("run.old-1")
+    assert f"is now in {old}" in capsys.readouterr().out
+    assert steps(old) == steps(reference)
+    assert len(steps(begun)) == 4 and steps(begun) != steps(old)[:4]
+
+
+def test_a_full_disk_stops_neither_training_nor_harms_checkpoints(
+    begun: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first writes after the restart fail; later ones succeed, and the run ends as if nothing had been."""
+    shutil.copyfile(begun / "previous.ckpt", begun / "last.ckpt")
+    before = (begun / "last.ckpt").read_bytes()
+    failed: list[Path] = []
+
+    def full(path: Any, content: Any) -> None:
+        if Path(path).name == checkpoints.INCOMING and len(failed) < 1:
+            failed.append(Path(path))
+            assert (begun / "last.ckpt").read_bytes() == before
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomically(path, content)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(UserWarning, match="No space left on device.*training goes"),
+    ):
+        patch.setattr(checkpoints, "write_atomically", full)
+        assert main(small_run(begun, trainer__max_epochs=5)) == 0
+    assert failed
+    assert len(steps(begun)) == 20 and steps(begun)[:16] == steps(reference)
+    assert problem_with(begun / "last.ckpt") is None
+
+
+def test_a_limit_on_file_sizes_as_a_full_disk(begun: Path) -> None:
+    """A real failure of the system's write(2), in a process of its own."""
+    before = {name: (begun / name).read_bytes() for name in ("last.ckpt", "previous.ckpt")}
+    limit = len(before["last.ckpt"]) // 2
+    done = process(small_run(begun, trainer__max_epochs=5), limit=limit)
+    _, error = done.communicate(timeout=120)
+    assert done.returncode == 0, error
+    assert "could not be written" in error and "earlier checkpoints are as they were" in error.replace("\n", " ")
+    assert {name: (begun / name).read_bytes() for name in before} == before
+    assert len(steps(begun)) == 20
+    assert not list(begun.glob(".*partial")) and not (begun / "incoming.ckpt").exists()
+
+
+def test_atomic_write_leaves_old_content_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_checkpoints_load_without_running_code(reference: Path) -> None:
+    for name in ("last.ckpt", "previous.ckpt"):
+        content = torch.load(reference / name, weights_only=True)
+        assert content["hyper_parameters"]["backbone"] == "training_utils.SmallNet"
+        assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"} <= set(content)
