@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXECUTED = [ROOT / "README.md", ROOT / "docs" / "migrate.md", ROOT / "docs" / "numerics.md"]
+EXECUTED = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("migrate", "numerics", "data", "training"))]
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
 
@@ -29,7 +29,10 @@ def python_blocks() -> list[Any]:
 
 
 @pytest.mark.parametrize(("document", "code"), python_blocks())
-def test_python_block_runs_on_its_own(document: str, code: str) -> None:
+def test_python_block_runs_on_its_own(
+    document: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
         exec(compile(code, document, "exec"), {"__name__": "document"})
 
