@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import frskd_fast
 from frskd_fast import _dispatch, functional
 from frskd_fast.losses import FRSKDLoss
+from frskd_fast.models import wrn16x2
+from frskd_fast.tasks import FRSKDTask, build_frskd
 
 pytestmark = pytest.mark.gpu
 
@@ -584,6 +586,71 @@ def test_autocast_with_a_gradient_scaler(impl: str) -> None:
     difference = torch.tensor(losses[impl]) - torch.tensor(losses["reference"])
     assert bool(difference.isfinite().all())
     assert float(difference.abs().max()) < 0.02 * losses["reference"][0]
+
+
+VARIANTS = [("att", None), ("fit", None), ("od", None), ("att", "sla")]
+
+
+def _variant_step(
+    distill: str, auxiliary: str | None, device: str, dtype: torch.dtype
+) -> tuple[Any, Callable[[], Any]]:
+    """A task of that variant, the same on every device, and one step of it."""
+    torch.manual_seed(3)
+    task = build_frskd(wrn16x2(num_classes=10), distill, auxiliary, beta=1.0).to(device, dtype)
+    images = torch.randn(8, 3, 16, 16).to(device, dtype)
+    targets = torch.randint(10, (8,)).to(device)
+
+    def step() -> Any:
+        task.zero_grad(set_to_none=True)
+        parts = task(images, (targets, targets.flip(0), 0.3))
+        parts["loss"].backward()
+        return parts
+
+    return task, step
+
+
+@pytest.mark.parametrize(("distill", "auxiliary"), VARIANTS)
+def test_variants_agree_with_the_cpu_and_never_wait(distill: str, auxiliary: str | None) -> None:
+    """Every part of the loss and the whole gradient against float64 on the host; a second step without synchronisation."""
+    task, step = _variant_step(distill, auxiliary, "cuda", torch.float32)
+    exact, exact_step = _variant_step(distill, auxiliary, "cpu", torch.float64)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        parts = step()
+    for name, value in exact_step().items():
+        if value.dim() == 0:
+            torch.testing.assert_close(parts[name].cpu().double(), value, rtol=1e-3, atol=1e-6)
+    pairs = [(p.grad, q.grad) for p, q in zip(task.parameters(), exact.parameters(), strict=True) if q.grad is not None]
+    wrong = sum(float((mine.cpu().double() - true).square().sum()) for mine, true in pairs)
+    # A rounding across the kink of a ReLU removes a term, so the gradient is compared as one vector.
+    assert wrong < 1e-3 * sum(float(true.square().sum()) for _, true in pairs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_task_trains_two_hundred_steps_in_float16() -> None:
+    """Autocast and GradScaler on the whole of FRSKD: no step but the scaler's own trials is lost, the loss falls."""
+    torch.manual_seed(3)
+    task = FRSKDTask(wrn16x2(num_classes=10)).cuda()
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.02, momentum=0.9)
+    scaler = torch.amp.GradScaler("cuda")
+    images, targets = _normal(32, 3, 32, 32), torch.randint(10, (32,), device="cuda")
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = task(images, targets)["loss"]
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.detach())
+    history = torch.stack(losses).cpu()
+    assert bool(history.isfinite().all())
+    assert float(history[-20:].mean()) < 0.5 * float(history[:5].mean())
+    assert scaler.get_scale() >= 2.0**10, "steps were skipped for infinite gradients"
 
 
 def test_compiled_without_graph_breaks(impl: str) -> None:
