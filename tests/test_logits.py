@@ -135,8 +135,12 @@ def test_forward_and_backward(kind: str, dtype: torch.dtype, shape: tuple[int, .
         labels = (*PARTS, "student gradient", "teacher gradient")
         for label, mine, other, truth in zip(labels, results, plain_results, true_results, strict=True):
             where = f"{label}, {layout}, T={temperature}, smoothing={smoothing}"
-            # Losses are differences of logarithms, gradients differences of probabilities: both of order 1 times T^2 or T.
+            # Losses are differences of logarithms, gradients differences of probabilities: both of order 1 times T^2 or T;
+            # but the teacher's gradient by KD is a difference of probabilities times logarithms.
             scale = max(1.0, temperature) if "gradient" in label else max(1.0, temperature**2)
+            if label == "teacher gradient":
+                logarithms = [F.log_softmax(x.double() / temperature, dim=1) for x in (teacher, student)]
+                scale += float((temperature * logarithms[0].exp() * (logarithms[0].abs() + logarithms[1].abs())).max())
             assert_close(mine, other, truth, where, scale)
             accumulate = torch.float64 if dtype == torch.float64 else torch.float32
             assert mine.dtype == (dtype if "gradient" in label else accumulate)

@@ -300,7 +300,8 @@ class _Fusion(torch.autograd.Function):
         node = _node(normalised, weight, tensors)
         need_convolution, need_weight, *need_tensors = ctx.needs_input_grad[5:]
         need_inputs = need_tensors[: len(normalised)]
-        convolution_gradient, depthwise = None, tuple[Tensor, ...]()
+        convolution_gradient = None
+        depthwise: tuple[Tensor, ...] = ()
         if convolution is not None and convolves_fused_map(node[0], settings, convolution, impl):
             depthwise = (convolution.to(weight.dtype).contiguous(),)
             if not _holds_whole_pixels(grad):
