@@ -502,7 +502,7 @@ def plot_steps(document: Document, path: Path) -> None:
     names = [f"{row['case'].removeprefix('step ')}: {row['implementation']}" for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)
     axes.set_xlim(left=0.0)
     axes.set_xlabel("median ms of a step (forward, loss, backward), divided as in one profiled step")
     here = document["environment"]

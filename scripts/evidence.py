@@ -114,23 +114,25 @@ def read(folder: Path) -> Run | None:
     )
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and 95 % interval of paired differences, by Student's t."""
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean, by Student's t."""
     import scipy.stats
 
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:+.2f}"
-    half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:+.2f} ± {half:.2f}"
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and 95 % interval of paired differences."""
+    spread = f" ± {half_width(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.2f}{spread}"
 
 
 def verdict(name: str, differences: Sequence[float]) -> str:
     """Whether a method is ahead of the baseline by more than the spread of the paired differences."""
-    text = interval(differences)
+    text, mean = interval(differences), statistics.fmean(differences)
     if len(differences) < 2:
         return f"{name} differs from cross-entropy by {text} percentage points on one seed, which says nothing of the spread."
-    mean, half = (float(part) for part in text.split(" ± "))
+    half = half_width(differences)
     if mean - half > 0:
         return f"{name} is ahead of cross-entropy by {text} percentage points."
     if mean + half < 0:
@@ -153,6 +155,9 @@ def report(runs: dict[str, dict[int, Run]], out: Path) -> str:
     """The table as Markdown, a verdict for each method, and how it was made."""
     if BASELINE not in runs:
         sys.exit(f"{out} holds no finished run of {BASELINE}, which the others are compared with.")
+    lengths = {run.epochs for found in runs.values() for run in found.values()}
+    if len(lengths) > 1:
+        sys.exit(f"{out} holds runs of {sorted(lengths)} epochs, which do not compare; remove those of other lengths.")
     baseline = runs[BASELINE]
     base_seconds = statistics.median(run.seconds for run in baseline.values())
     lines = [
@@ -174,7 +179,6 @@ def report(runs: dict[str, dict[int, Run]], out: Path) -> str:
         )
         if variant != BASELINE:
             verdicts.append(f"* {verdict(VARIANTS[variant].title, differences)}")
-    some = next(iter(baseline.values()))
     about = json.loads((folder_of(out, BASELINE, next(iter(baseline))) / "process.json").read_text(encoding="utf-8"))
     return "\n".join(
         [
@@ -182,8 +186,8 @@ def report(runs: dict[str, dict[int, Run]], out: Path) -> str:
             "",
             *verdicts,
             "",
-            f"{some.epochs} epochs each, the same steps for all methods; {about['machine']}, {about['cores']} cores. Memory is "
-            "that of the whole process, Python and PyTorch included. Overrides: "
+            f"{lengths.pop()} epochs each, the same steps for all methods; {about['machine']}, {about['cores']} cores. Memory "
+            "is that of the whole process, Python and PyTorch included. Overrides: "
             + "; ".join(f"{VARIANTS[name].title}: `{' '.join(VARIANTS[name].overrides) or 'none'}`" for name in runs)
             + ".",
             "",

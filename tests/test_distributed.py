@@ -9,6 +9,7 @@ over images, so with equal shares the mean over the processes is the joint mean.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningCLI
 from training_utils import epochs, process, small_run, steps
 
 from frskd_fast.models import wrn16x2
 from frskd_fast.tasks import FRSKDTask
 from frskd_fast.training.checkpoints import Progress, find_checkpoint, problem_with
 from frskd_fast.training.cli import main
+from frskd_fast.training.export import load_student
 
 COMMON = {
     "model__backbone": "training_utils.NormalisedByGroups",
@@ -91,7 +95,8 @@ def test_means_over_an_epoch_and_accuracy_count_every_image_once(runs: tuple[Pat
 
 
 def test_sharded_parameters_and_checkpoints_give_the_same_losses(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    """FSDP2: backbone, self-teacher and loss as units, on channels_last images; the checkpoint is a folder."""
+    """FSDP2: backbone, self-teacher and loss as units, on channels_last images; the checkpoint is a folder, and the run goes on
+    from it within the epoch."""
     folder = tmp_path / "sharded"
     strategy = {
         "trainer__strategy": "lightning.pytorch.strategies.ModelParallelStrategy",
@@ -100,6 +105,8 @@ def test_sharded_parameters_and_checkpoints_give_the_same_losses(runs: tuple[Pat
     }
     settings = {**COMMON, **TWO, **strategy, "trainer__max_epochs": 1, "trainer__precision": "32-true"}
     settings["trainer__callbacks"] = "training_utils.Frozen"
+    run([*small_run(folder, **settings), "--trainer.max_steps", "1"], processes=2)
+    assert find_checkpoint(folder).progress == Progress(0, 1)  # type: ignore[union-attr]
     run(small_run(folder, **settings), processes=2)
     for expected, row in zip(steps(runs[0])[:2], steps(folder), strict=True):
         for name, value in row.items():
@@ -109,6 +116,34 @@ def test_sharded_parameters_and_checkpoints_give_the_same_losses(runs: tuple[Pat
             assert float(value) == pytest.approx(float(expected[name]), rel=tolerance), name
     assert problem_with(folder / "last.ckpt") is None and (folder / "last.ckpt").is_dir()
     assert find_checkpoint(folder).progress == Progress(1, 2)  # type: ignore[union-attr]
+    assert load_student(folder / "last.ckpt").num_classes == 10
+
+
+@pytest.mark.parametrize(("nodes", "processes"), [(1, 2), (3, 3)])
+def test_processes_of_torchrun_that_the_settings_do_not_know(
+    nodes: int, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would train on its own, or the images of processes that are not there would be left out; the number of nodes
+    follows torchrun, which may start with fewer after a failure."""
+    environment = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": 1}
+    environment |= {"GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_RUN_ID": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    created: list[Any] = []
+    original = LightningCLI.instantiate_trainer
+
+    def watched(self: Any, **arguments: Any) -> Any:
+        created.append(original(self, **arguments))
+        return created[-1]
+
+    monkeypatch.setattr(LightningCLI, "instantiate_trainer", watched)
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *_, **__: None)
+    folder = tmp_path / "run"
+    words = small_run(folder, trainer__strategy="ddp", trainer__devices=1)
+    assert main(words) == (1 if nodes == 1 else 0)
+    assert created[0].num_nodes == nodes
+    if nodes == 1:
+        assert "torchrun started 2 processes on 1 nodes, but the settings say 1 on 1" in capsys.readouterr().err
 
 
 def test_every_parameter_that_trains_gets_a_gradient() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ pytest.importorskip("lightning")
 pytest.importorskip("safetensors")
 
 import safetensors
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save, save_file
+from training_utils import same_weights
 
-from frskd_fast.models import cifarresnet18, wrn16x2
+from frskd_fast.models import cifarresnet18, resnet34, wrn16x2
 from frskd_fast.training import export
 from frskd_fast.training.export import ExportError, backbone_weights, bound, load_student, write_student
 from frskd_fast.training.module import DistillationModule
@@ -133,6 +137,11 @@ def test_safetensors_are_read_too(tmp_path: Path) -> None:
         (lambda: wrn16x2(5).state_dict(), {"backbone": "wrn16x2", "num_classes": 6}, "another number of classes"),
         (lambda: {"x": 3}, {"backbone": "wrn16x2", "num_classes": 6}, "none of the backbone's weights"),
         (lambda: wrn16x2(5).state_dict(), {"backbone": "wrn16x3"}, "but one of cifarresnet18"),
+        (
+            lambda: resnet34(5).state_dict(),
+            {"backbone": "resnet18"},
+            r"96 tensors .* such as layer1\.2\.conv1\.weight",
+        ),
         (lambda: [torch.zeros(2)], {"backbone": "wrn16x2"}, "holds a list"),
         (lambda: {"args": argparse.Namespace(a=1)}, {"backbone": "wrn16x2"}, "Python objects besides tensors"),
     ],
@@ -170,3 +179,79 @@ def test_weights_to_start_from_leave_out_another_classifier(tmp_path: Path) -> N
     )
     assert torch.equal(module.backbone.conv1.weight, source.conv1.weight)
     assert module.backbone.fc.weight.shape[0] == 3
+    assert not torch.equal(module.backbone.fc.weight, source.fc.weight[:3])
+
+
+def test_weights_to_start_from_leave_out_nothing_but_the_classifier(tmp_path: Path) -> None:
+    """A convolution and a BatchNorm of another width are another network, though they differ in their first size alone."""
+    weights = {**wrn16x2(5).state_dict(), "conv1.weight": torch.zeros(8, 3, 3, 3)}
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(ExportError, match=r"conv1\.weight .* has shape \(8, 3, 3, 3\)"):
+        DistillationModule(num_classes=3, backbone="wrn16x2", method="plain", weights=str(tmp_path / "weights.pth"))
+
+
+def test_a_module_comes_back_without_the_file_it_started_from(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(wrn16x2(3).state_dict(), file)
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer.strategy.connect(DistillationModule(num_classes=3, backbone="wrn16x2", method="plain", weights=str(file)))
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    file.unlink()
+    again = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu")
+    assert torch.equal(again.backbone.conv1.weight, trainer.lightning_module.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"distill": "fit"},
+        {"distill": "od"},
+        {"auxiliary": "sla"},
+        {"self_teacher": "BiFPN", "num_channels": 16},
+        {"method": "plain"},
+        {"backbone": "training_utils.Adapted"},
+    ],
+)
+def test_students_of_every_variant(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The loss's adapters and heads and the self-teacher stay behind; an adapted network goes under its own names."""
+    module = DistillationModule(**{"num_classes": 7, "backbone": "wrn16x2", **settings})
+    path = tmp_path / "last.ckpt"
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    torch.save(content, path)
+    loaded = load_student(path, size=16)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.student(images), module.eval()(images))
+    write_student(loaded, tmp_path / "student.safetensors")
+    foreign = load_student(tmp_path / "student.safetensors", backbone=module.hparams.backbone, num_classes=7, size=16)
+    assert same_weights(foreign.student.state_dict(), loaded.student.state_dict())
+
+
+@pytest.mark.parametrize("torn", [".metadata", "meta.pt", "__0_0.distcp"])
+def test_shards_are_read_as_a_file_is(checkpoint: Path, tmp_path: Path, torn: str) -> None:
+    """A folder as Lightning's FSDP2 leaves it."""
+    import torch.distributed.checkpoint as distributed
+
+    content = torch.load(checkpoint, weights_only=True)
+    folder = tmp_path / "shards.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        distributed.save({"state_dict": content.pop("state_dict")}, checkpoint_id=folder)
+    torch.save(content, folder / "meta.pt")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(logits(folder, images), logits(checkpoint, images))
+    (folder / torn).write_bytes(b"torn")
+    with pytest.raises(ExportError, match=r"shards\.ckpt cannot be loaded"):
+        load_student(folder)
+    (folder / ".metadata").unlink()
+    with pytest.raises(ExportError, match="no folder of shards"):
+        load_student(folder)
+
+
+def test_a_file_that_torch_refuses_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (("data.pkl", b""), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"archive/{name}", content)
+    with pytest.raises(ExportError, match=r"cannot be loaded \(EOFError\)"):
+        load_student(path)

@@ -159,6 +159,10 @@ def test_mistakes_in_recipes_are_sentences(tmp_path: Path, capsys: pytest.Captur
         recipe(str(tmp_path / "list.yaml"))
     assert main(["fit", "--config", "cifar1000"]) == 1
     assert "neither a file nor one of the package's; those are: cifar100_resnet18_frskd," in capsys.readouterr().err
+    assert main(["recipes", "digts"]) == 1
+    assert capsys.readouterr().err.endswith(" Did you mean 'digits'?\n")
+    assert main(["recipes", "zzz"]) == 1
+    assert "Did you mean" not in capsys.readouterr().err
 
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:

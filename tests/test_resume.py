@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,22 @@ def begun(reference: Path, tmp_path: Path) -> Path:
 def kill_after(words: list[str], folder: Path, row: int) -> None:
     """Start the command in a process of its own and SIGKILL it as soon as `steps.csv` has so many rows."""
     running = process(words)
-    file = folder / "steps.csv"
-    deadline = time.monotonic() + 120
     try:
-        while not file.is_file() or file.read_bytes().count(b"\n") <= row:
-            assert running.poll() is None, running.communicate()
-            assert time.monotonic() < deadline, "the run does not get on"
-            time.sleep(0.002)
+        wait_for_row(running, folder, row)
     finally:
         running.send_signal(signal.SIGKILL)
         running.communicate()
     assert running.returncode == -signal.SIGKILL
+
+
+def wait_for_row(running: Any, folder: Path, row: int) -> None:
+    """Wait until `steps.csv` of the process has so many rows."""
+    file = folder / "steps.csv"
+    deadline = time.monotonic() + 120
+    while not file.is_file() or file.read_bytes().count(b"\n") <= row:
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.002)
 
 
 def test_a_run_killed_twice_continues_bit_for_bit(
@@ -105,6 +111,47 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert main(words) == 0
     assert steps(folder) == steps(reference) and epochs(folder) == epochs(reference)
     assert same_weights(weights(folder), weights(reference))
+
+
+def test_interrupted_at_the_terminal_a_run_saves_and_goes_on(reference: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the workers, too, which must not die of it before the step has ended."""
+    folder = tmp_path / "interrupted"
+    words = small_run(folder, trainer__callbacks="training_utils.Slow", data__workers=1, checkpoint__every_n_steps=0)
+    running = process(words, group=True)
+    try:
+        wait_for_row(running, folder, 5)
+        os.killpg(running.pid, signal.SIGINT)
+        out, error = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 128 + signal.SIGINT, out + error
+    assert "Stopped by SIGINT after " in out and "Traceback" not in error
+    found = find_checkpoint(folder)
+    assert found is not None and found.progress.steps == len(steps(folder)) in (6, 7)
+    assert main(small_run(folder)) == 0
+    assert steps(folder) == steps(reference) and same_weights(weights(folder), weights(reference))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_sanity_check_end"])
+def test_a_second_interrupt_or_one_before_training_stops_at_once(
+    tmp_path: Path, hook: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        if hook == "on_train_batch_end":
+            assert not capsys.readouterr().out
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the signal had no effect")
+
+    before = signal.getsignal(signal.SIGINT)
+    folder = tmp_path / "run"
+    monkeypatch.setattr(Records, hook, told)
+    with pytest.raises(SystemExit) as status:
+        main(small_run(folder, trainer__num_sanity_val_steps=1))
+    assert status.value.code == 128 + signal.SIGINT
+    assert "Stopped at once; " in capsys.readouterr().out
+    assert folder.exists() == (hook == "on_train_batch_end") and find_checkpoint(folder) is None
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_every_checkpoint_within_and_between_epochs_leads_to_the_same_end(reference: Path, tmp_path: Path) -> None:
@@ -181,6 +228,28 @@ def test_other_settings_in_the_same_folder_are_refused(begun: Path, capsys: pyte
     assert "seed_everything was 10 and is 11" in capsys.readouterr().err
 
 
+def test_a_cosine_is_not_prolonged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PyTorch's schedule, taken up after its end, would rise again."""
+    folder = tmp_path / "run"
+    settings = {"model__schedule": "cosine", "model__method": "plain"}
+    assert main(small_run(folder, **settings, trainer__max_epochs=1)) == 0
+    assert main(small_run(folder, **settings, trainer__max_epochs=2)) == 1
+    error = capsys.readouterr().err
+    assert "by a cosine over 1 epochs, but trainer.max_epochs is 2" in error and "--fresh to begin anew" in error
+    assert len(epochs(folder)) == 1
+    assert main(small_run(folder, **settings, trainer__max_epochs=1)) == 0
+    out = capsys.readouterr().out
+    assert "is finished: 1 epochs" in out and "max_epochs with a larger number" not in out
+
+
+def test_a_cosine_is_not_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    settings = {"model__schedule": "cosine", "model__method": "plain", "trainer__max_steps": 8}
+    assert main(small_run(folder, **settings, trainer__max_epochs=3)) == 0
+    assert main(small_run(folder, **settings, trainer__max_epochs=1)) == 1
+    assert "by a cosine over 3 epochs, but trainer.max_epochs is 1" in capsys.readouterr().err
+
+
 def test_fresh_moves_the_old_run_aside(begun: Path, reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*small_run(begun, model__beta=3.0, trainer__max_epochs=1), "--fresh"]
     assert main(words) == 0
@@ -229,6 +298,16 @@ def test_a_limit_on_file_sizes_as_a_full_disk(begun: Path) -> None:
     assert not list(begun.glob(".*partial")) and not (begun / "incoming.ckpt").exists()
 
 
+def test_a_full_disk_ends_the_events_and_not_the_training(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = process(small_run(folder, tensorboard="true", model__method="plain"), limit=3000)
+    out, error = done.communicate(timeout=120)
+    assert done.returncode == 0, out + error
+    assert error.count("TensorBoard's events could not be written ([Errno") == 1
+    (events,) = (folder / "tensorboard").glob("events.out.*")
+    assert events.stat().st_size == 3000, "the limit was met"
+
+
 def test_atomic_write_leaves_old_content_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")
@@ -240,6 +319,22 @@ def test_atomic_write_leaves_old_content_when_the_disk_is_full(tmp_path: Path, m
     with pytest.raises(OSError, match="full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    """Whole by its checksums, but refused by torch.load without a word; and a folder of shards without its end."""
+    with zipfile.ZipFile(tmp_path / "last.ckpt", "w") as archive:
+        for name, content in (("data.pkl", b""), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"archive/{name}", content)
+    shards = tmp_path / "previous.ckpt"
+    shards.mkdir()
+    (shards / ".metadata").write_bytes(b"")
+    sentences = r"it cannot be loaded \(EOFError\)\. .* it is a folder without meta\.pt\. No checkpoint"
+    with pytest.raises(RuntimeError, match=sentences):
+        find_checkpoint(tmp_path)
+    (shards / "meta.pt").write_bytes(b"torn")
+    with pytest.raises(RuntimeError, match=r"previous\.ckpt is passed over: it cannot be loaded"):
+        find_checkpoint(tmp_path)
 
 
 def test_checkpoints_load_without_running_code(reference: Path) -> None:

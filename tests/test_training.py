@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +18,15 @@ pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
 import lightning.pytorch as pl
+from data_files import write_image_folder
+from torchmetrics.classification import MulticlassAccuracy
 from training_utils import SmallNet, epochs, small_run, steps, weights
 
 from frskd_fast.training import checkpoints, panels
 from frskd_fast.training.backbones import build_backbone
-from frskd_fast.training.callbacks import ProgressBar, Records, Table, Throughput, read_table
-from frskd_fast.training.cli import main, run
-from frskd_fast.training.data import DigitsData
+from frskd_fast.training.callbacks import Predictions, ProgressBar, Records, Table, Throughput, read_table
+from frskd_fast.training.cli import main, run, sentence_of
+from frskd_fast.training.data import DigitsData, ImageFolderData, ImageLoader
 from frskd_fast.training.metrics import MeanOfParts
 from frskd_fast.training.module import DistillationModule, epoch_schedule, fraction_correct, step_seed
 
@@ -100,6 +104,56 @@ def test_best_checkpoint_is_that_of_the_highest_accuracy(trained: Path) -> None:
     assert best["callbacks"]["RunCheckpoint"]["best"] == pytest.approx(max(accuracies))
 
 
+def test_best_checkpoint_holds_the_weights_that_were_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though checkpoints are due at other times; and one that the disk refuses is not taken for the best."""
+    folder = tmp_path / "run"
+    accuracies = iter([0.2, 0.6, 0.5, 0.7])
+    monkeypatch.setattr(
+        MulticlassAccuracy, "compute", lambda self: torch.tensor(next(accuracies) if self.top_k == 1 else 1.0)
+    )
+    original = checkpoints.write_atomically
+
+    def full(path: Any, content: Any) -> None:
+        records = folder / "epochs.csv"
+        if Path(path).name == checkpoints.INCOMING and records.is_file() and len(epochs(folder)) == 4:
+            raise OSError(28, "No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    settings = {"checkpoint__every_n_epochs": 3, "checkpoint__every_n_steps": 1, "checkpoint__keep_best": "true"}
+    settings["trainer__num_sanity_val_steps"] = 0
+    with pytest.warns(UserWarning, match="No space left"):
+        assert main(small_run(folder, model__method="plain", **settings)) == 0
+    best = torch.load(folder / "best.ckpt", weights_only=True)
+    assert (best["epoch"], best["global_step"]) == (1, 8)
+    assert best["callbacks"]["RunCheckpoint"]["best"] == pytest.approx(0.6)
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 15 and last["callbacks"]["RunCheckpoint"]["best"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_predictions_count_images_in_the_data_set(tmp_path: Path, rank: int) -> None:
+    """Row r of rank k is image 2 r + k; the ones that could not be decoded have no row."""
+    write_image_folder(tmp_path, classes=2, images=4)
+    for number in (1, 2):
+        (tmp_path / "val" / "class_0" / f"{number}.jpg").write_bytes(b"torn")
+    data = ImageFolderData(str(tmp_path), image_size=16, workers=0, batch_size=3, on_corrupt="skip")
+    loader = ImageLoader(data.make_reader("test"), batch_size=3, seed=0, share=lambda: (rank, 2))
+    with pytest.warns(UserWarning, match="1 of 8 images could not be decoded"):
+        batches = [
+            {"class": batch.targets, "probability": torch.ones(len(batch.targets), dtype=torch.float64)}
+            for batch in loader
+        ]
+    trainer = SimpleNamespace(
+        predict_dataloaders=loader, global_rank=rank, world_size=2, default_root_dir=tmp_path, is_global_zero=rank == 0
+    )
+    Predictions().write_on_epoch_end(trainer, None, batches, [])  # type: ignore[arg-type]
+    rows = read_table(tmp_path / f"predictions-{rank}.csv")[1]
+    assert [(row["image"], row["class"]) for row in rows] == [
+        [("0", "0"), ("4", "1"), ("6", "1")], [("1", "0"), ("3", "0"), ("5", "1"), ("7", "1")][1:],
+    ][rank]  # fmt: skip
+
+
 def test_the_module_can_be_taken_up_by_a_program(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu")
     state = weights(trained)
@@ -136,14 +190,20 @@ def test_variants_train_from_the_command_line(tmp_path: Path, settings: dict[str
 
 
 def test_accumulated_gradients_resume_within_an_epoch(tmp_path: Path) -> None:
-    """Two batches a step; stopped after the first step of an epoch, started again: as if it had not stopped."""
+    """Two mixed batches a step, made by workers; stopped after the first step of an epoch and started again: as if it had
+    not stopped, and as without workers."""
     settings = {"trainer__accumulate_grad_batches": 2, "trainer__max_epochs": 2, "checkpoint__every_n_steps": 1}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(small_run(whole, **settings)) == 0
+    settings["data__workers"] = 2
     assert main([*small_run(stopped, **settings), "--trainer.max_steps", "3"]) == 0
     assert torch.load(stopped / "last.ckpt", weights_only=True)["global_step"] == 3
     assert main(small_run(stopped, **settings)) == 0
     assert steps(stopped) == steps(whole) and len(steps(whole)) == 8
+    for row in steps(whole):  # the loss of a batch, not its share in the step's
+        parts = {name: float(row[name]) for name in ("ce_student", "ce_teacher", "kd", "feature")}
+        expected = parts["ce_student"] + parts["ce_teacher"] + 2 * parts["kd"] + 100 * parts["feature"]
+        assert float(row["loss"]) == pytest.approx(expected, rel=1e-5)
     assert epochs(stopped) == epochs(whole)
     assert checkpoints.find_checkpoint(stopped).progress == checkpoints.Progress(2, 4)  # type: ignore[union-attr]
 
@@ -153,6 +213,98 @@ def test_missing_data_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "--run_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("frskd-fast fit: ") and str(tmp_path / "nowhere") in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("classes", ["null", "2"])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_incomplete_image_folder_is_a_sentence(
+    tmp_path: Path, part: str, classes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether its classes are counted before the model is built, or its files are listed when training is set up."""
+    write_image_folder(tmp_path / "data", classes=2, images=1)
+    shutil.rmtree(tmp_path / "data" / part)
+    words = small_run(tmp_path / "run", data="ImageFolderData", tensorboard="true", data__root=tmp_path / "data")
+    assert main([*words, "--data.image_size", "16", "--data.classes", classes]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"frskd-fast fit: {tmp_path / 'data'}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_example_of_a_folder_of_ones_own_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe that docs/data.md shows, on 32-pixel images of two classes."""
+    document = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    (recipe,) = (block.split("```")[0] for block in document.split("```yaml\n")[1:] if "# flowers.yaml" in block)
+    monkeypatch.chdir(tmp_path)
+    Path("flowers.yaml").write_text(recipe, encoding="utf-8")
+    write_image_folder(tmp_path / "flowers", classes=2, images=2)
+    words = ["--config", "flowers.yaml", "--data.image_size", "32", "--trainer.max_epochs", "1", "--data.workers", "0"]
+    words += ["--model.backbone", "training_utils.SmallNet", "--trainer.accelerator", "cpu"]
+    assert main(["fit", *words]) == 0
+    assert main(["validate", *words]) == 0
+    assert len(epochs(Path("runs/flowers"))) == 1
+
+
+def test_errors_within_training_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any) -> None:
+        raise ValueError("a batch that the task does not take")
+
+    monkeypatch.setattr(DistillationModule, "training_step", wrong)
+    with pytest.raises(ValueError, match="a batch that the task"):
+        main(small_run(tmp_path / "run"))
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_a_run_without_a_validation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = small_run(tmp_path / "run", trainer__max_epochs=1, trainer__check_val_every_n_epoch=2)
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "No validation took place (trainer.check_val_every_n_epoch is 2); frskd-fast validate" in out
+    assert "Validation accuracy" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model.backbone", "vgg"], "backbone is 'vgg', but one of"),
+        (["--model.backbone", "builtins.dict"], "backbone gave a dict, but a torch.nn.Module was wanted"),
+        (["--model.backbone", "timm:no_such_network"], "timm"),
+        (["--data.batch_size", "0"], "batch_size is 0, but it must be at least 1."),
+        (["--trainer.strategy", "no_such"], "You selected an invalid strategy name: `strategy='no_such'`"),
+        (["--model.schedule", "cosine", "--trainer.max_epochs", "0"], "schedule is 'cosine', but the number of epochs"),
+        (["--model.weights", "no.pth"], "The checkpoint no.pth does not exist."),
+        (["--data.mixup", "0.2", "--data.cutmix", "1"], "mixup is 0.2 and cutmix is 1.0"),
+        (["--checkpoint.every_n_epochs", "0"], "every_n_epochs 0, but 0 or more and 1 or more"),
+        (["--seed_everything", "true"], "--seed_everything is True, but a whole number was wanted"),
+    ],
+)
+def test_wrong_settings_on_the_command_line_are_sentences(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small_run(tmp_path / "run", data__mixup=0.0), *words]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("frskd-fast fit: ") and "Traceback" not in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*small_run(tmp_path / "run"), "--trainer.accelerator", "gpu"]) == 1
+    assert "give --trainer.accelerator cpu or auto" in capsys.readouterr().err
+
+
+def test_an_error_of_other_code_is_named_with_its_place() -> None:
+    try:
+        raise ValueError("Call to compute_fn of link 'a' failed: widths are odd") from outside()
+    except ValueError as error:
+        sentence = sentence_of(error)
+    assert sentence.startswith(f"widths are odd (ValueError in {__file__}, line ")
+
+
+def outside() -> ValueError:
+    try:
+        raise ValueError("widths are odd")
+    except ValueError as error:
+        return error
 
 
 def test_usage_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,11 +325,24 @@ def test_panels_without_matplotlib_are_one_sentence(
     assert "matplotlib cannot be imported" in capsys.readouterr().err
 
 
-def test_panels_can_be_drawn_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_panels_can_be_drawn_again(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    plots = panels.pyplot()
+    assert plots is not None
+    monkeypatch.setattr(plots, "close", drawn.append)
     (trained / "curves.png").unlink()
     assert main(["panels", "--run_dir", str(trained)]) == 0
     assert (trained / "curves.png").stat().st_size > 1000
     assert main(["panels", "--run_dir", str(trained / "tensorboard")]) == 1
+    (figure,) = drawn
+    assert figure.get_suptitle() == "run"
+    for axes in figure.axes:
+        assert all(line.get_marker() == "o" for line in axes.lines), "two points"
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    names = {text.get_text() for axes in figure.axes[:2] for text in axes.get_legend().get_texts()}
+    assert {"student accuracy, training", "self-teacher accuracy, training", "student cross-entropy"} <= names
+    monkeypatch.undo()
+    plots.close(figure)
 
 
 def test_recipes_and_export_do_not_wait_for_lightning() -> None:

@@ -50,6 +50,22 @@ class NormalisedByGroups(SmallNet):
         super().__init__(num_classes, dropout=0.0, normalisation=partial(nn.GroupNorm, 4))
 
 
+class Adapted(nn.Module):
+    """A network that hands out features when it is asked as RepDistiller asks, and so has to be adapted."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, 2, 1)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor, is_feat: bool = False) -> Any:
+        first = F.relu(self.conv1(images))
+        second = F.relu(self.conv2(first))
+        pooled = second.mean((2, 3))
+        logits = self.fc(pooled)
+        return ([first, second, pooled], logits) if is_feat else logits
+
+
 class Slow(Callback):
     """Leaves a tenth of a second after each step, so that another process can end this one where it wants to."""
 
@@ -83,7 +99,7 @@ class Witness(Frozen):
 def small_run(folder: Path, **overrides: Any) -> list[str]:
     """Words of a short `fit`: 4 batches an epoch, every loss written down, a checkpoint every 3 steps."""
     settings = {
-        "model": {"backbone": "training_utils.SmallNet", "schedule": "cosine"},
+        "model": {"backbone": "training_utils.SmallNet", "schedule": "multistep", "milestones": [2, 3]},
         "data": {"init_args": {"batch_size": 25, "mixup": 0.2}},
         "trainer": {
             "max_epochs": 4,
@@ -106,8 +122,10 @@ def small_run(folder: Path, **overrides: Any) -> list[str]:
     return words
 
 
-def process(words: list[str], limit: int | None = None, processes: int = 1) -> subprocess.Popen[str]:
-    """`frskd-fast WORDS` in a process of its own.
+def process(
+    words: list[str], limit: int | None = None, processes: int = 1, group: bool = False
+) -> subprocess.Popen[str]:
+    """`frskd-fast WORDS` in a process of its own, that leads a group with `group`, as the command of a terminal does.
 
     `limit` is the largest file that it may write, in bytes;
     several `processes` are started by torchrun."""
@@ -131,7 +149,13 @@ def process(words: list[str], limit: int | None = None, processes: int = 1) -> s
         )
         command = [sys.executable, "-c", program, *words]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=TESTS,
+        start_new_session=group,
     )
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from .checkpoints import write_atomically
 from .module import DistillationModule
+from .recipe_files import CONFIG
 
 STEPS, EPOCHS, PREDICTIONS = "steps.csv", "epochs.csv", "predictions.csv"
 
@@ -104,6 +107,52 @@ def read_table(path: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, 
     return list(reader.fieldnames or []), rows
 
 
+class Beginning(Callback):
+    """Knows whether the setting-up is over, and writes the settings of a run when its training begins.
+
+    Attributes:
+        config: what `config.yaml` is to hold, or None.
+        over: whether batches are being worked on: before, an error is one of the settings or of the data's files.
+        validated: whether a validation of the run has ended.
+    """
+
+    def __init__(self) -> None:
+        self.config: bytes | None = None
+        self.over = False
+        self.validated = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validated = state_dict["validated"]
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = False  # the training images are still to come
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+        if self.config is not None and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / CONFIG, self.config)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = self.validated or not trainer.sanity_checking
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+
+
 class Records(Callback):
     """Writes `steps.csv` (loss parts every N steps) and `epochs.csv`, and tells the loggers the same numbers.
 
@@ -154,8 +203,7 @@ class Records(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or trainer.fit_loop.total_batch_idx % every or not isinstance(outputs, dict):
             return
-        names = [name for name, value in outputs.items() if isinstance(value, Tensor) and value.dim() == 0]
-        stacked = torch.stack([outputs[name].detach().double() for name in names])
+        names, stacked = loss_parts(trainer, outputs)
         if trainer.world_size > 1:
             stacked = trainer.strategy.reduce(stacked, reduce_op="mean")
         values = dict(zip(names, stacked.tolist(), strict=True))
@@ -206,6 +254,16 @@ class Records(Callback):
         self._epoch_rate = float(optimizer.param_groups[0]["lr"])
 
 
+def loss_parts(trainer: Trainer, outputs: dict[str, Any]) -> tuple[list[str], Tensor]:
+    """Names and values, float64 (P,), of the scalars that a training step returned; nothing is read from the device."""
+    scalars = {name: value.detach().double() for name, value in outputs.items() if torch.is_tensor(value)}
+    scalars = {name: value for name, value in scalars.items() if value.dim() == 0}
+    if "loss" in scalars:
+        # Lightning hands callbacks the share of this batch in the step's loss.
+        scalars["loss"] = scalars["loss"] * trainer.accumulate_grad_batches
+    return list(scalars), torch.stack(list(scalars.values()))
+
+
 class Throughput:
     """images / seconds, with pauses left out. Reads the host's clock alone; a queue of kernels evens out over steps."""
 
@@ -232,6 +290,36 @@ class Throughput:
     @property
     def images_per_second(self) -> float:
         return self.images / self.seconds if self.seconds > 0 else 0.0
+
+
+class Events(TensorBoardLogger):
+    """Lightning's TensorBoard logger; a disk that is full ends the events with a warning, and not the training.
+
+    TensorBoard writes in a thread that does not recover from an error, so nothing is tried again; the CSV files go on.
+    """
+
+    ended = False
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt(super().log_metrics, *args, **kwargs)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self._attempt(super().log_hyperparams, *args, **kwargs)
+
+    def save(self) -> None:
+        self._attempt(super().save)
+
+    def finalize(self, status: str) -> None:
+        self._attempt(super().finalize, status)
+
+    def _attempt(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self.ended:
+            return
+        try:
+            write(*args, **kwargs)
+        except OSError as error:
+            self.ended = True
+            rank_zero_warn(f"TensorBoard's events could not be written ({error}); this run writes no more of them.")
 
 
 class ProgressBar(TQDMProgressBar):
@@ -271,9 +359,8 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""
         if isinstance(self.outputs, dict):
-            names = [name for name, value in self.outputs.items() if isinstance(value, Tensor) and value.dim() == 0]
-            values = torch.stack([self.outputs[name].detach().float() for name in names]).tolist()
-            self.shown = {name: f"{value:.3g}" for name, value in zip(names, values, strict=True)}
+            names, values = loss_parts(trainer, self.outputs)
+            self.shown = {name: f"{value:.3g}" for name, value in zip(names, values.tolist(), strict=True)}
             self.shown = {"images/s": f"{self.rate.images_per_second:.0f}", **self.shown}
         accuracy = trainer.callback_metrics.get("validation/accuracy")
         if accuracy is not None:
@@ -282,7 +369,10 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Predictions(BasePredictionWriter):
-    """Writes `predictions.csv` in the run's folder: position of the image, class, its probability."""
+    """Writes `predictions.csv` in the run's folder: position of the image in the data set, class, its probability.
+
+    Several processes write `predictions-RANK.csv` each.
+    """
 
     def __init__(self) -> None:
         super().__init__("epoch")
@@ -291,11 +381,13 @@ class Predictions(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         rows = ["image,class,probability"]
-        image = 0
+        # A process has every world-th image, without those that could not be decoded.
+        left_out = getattr(trainer.predict_dataloaders, "corrupt", ())
+        every = itertools.count(trainer.global_rank, trainer.world_size)
+        positions = (position for position in every if position not in left_out)
         for batch in predictions:
             for label, probability in zip(batch["class"].tolist(), batch["probability"].tolist(), strict=True):
-                rows.append(f"{image},{label},{probability:.6f}")
-                image += 1
+                rows.append(f"{next(positions)},{label},{probability:.6f}")
         name = PREDICTIONS if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.csv"
         path = Path(trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from .export import SHARDED, brief
 
 LAST, PREVIOUS, BEST, INCOMING = "last.ckpt", "previous.ckpt", "best.ckpt", "incoming.ckpt"
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
@@ -97,7 +99,8 @@ def problem_with(path: str | os.PathLike[str]) -> str | None:
     """
     path = Path(path)
     if path.is_dir():  # a sharded checkpoint
-        return None if (path / ".metadata").is_file() else "it is a folder without .metadata"
+        missing = [name for name in (".metadata", SHARDED) if not (path / name).is_file()]
+        return f"it is a folder without {missing[0]}" if missing else None
     if not path.is_file():
         return "it does not exist"
     if path.stat().st_size == 0:
@@ -154,31 +157,20 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Found | None:
     present = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     for path in present:
         problem = problem_with(path)
-        progress = None
         if problem is None:
-            if path.is_dir():
-                # Sharded files are read by their strategy; their own metadata says how far they are.
-                progress = _sharded_progress(path)
-            else:
-                try:
-                    progress = progress_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-                except Exception as error:
-                    problem = f"it cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]})"
-        if problem is None and progress is not None:
-            return Found(path, progress, tuple(passed_over))
+            # Shards are read by their strategy; the file beside them says how far they are.
+            file = path / SHARDED if path.is_dir() else path
+            try:
+                progress = progress_of(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+                return Found(path, progress, tuple(passed_over))
+            except Exception as error:
+                problem = f"it cannot be loaded ({brief(error)})"
         passed_over.append(f"{path} is passed over: {problem}.")
     if not present:
         return None
     raise RuntimeError(
         " ".join(passed_over) + f" No checkpoint in {folder} can be used; remove them or give --fresh to start anew."
     )
-
-
-def _sharded_progress(path: Path) -> Progress:
-    metadata = path / "meta.pt"
-    if not metadata.is_file():
-        return Progress(0, 0)
-    return progress_of(torch.load(metadata, map_location="cpu", weights_only=True))
 
 
 class RunCheckpoint(Checkpoint):
@@ -191,7 +183,8 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: save after each so many optimiser steps; 0 never does so within an epoch.
         every_n_epochs: save after each so many epochs, and after the last.
             A run that is told to stop (by SIGTERM, `max_steps`, early stopping) saves besides.
-        keep_best: also keep `best.ckpt`, the checkpoint with the highest `monitor`.
+        keep_best: also keep `best.ckpt`: of the epochs that end with a validation, the one with the highest `monitor`.
+            Checkpoints that are folders (sharded ones) are not kept.
         monitor: name of the metric that decides, larger is better.
         folder: where; None is the trainer's `default_root_dir`.
     """
@@ -217,6 +210,7 @@ class RunCheckpoint(Checkpoint):
         self.folder = folder
         self.best: float | None = None
         self.saved_step = 0
+        self.validated_step: int | None = None
         self.failures = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,8 +242,18 @@ class RunCheckpoint(Checkpoint):
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # stopped within the epoch: the checkpoint of the last step says so, this one would not
         done = trainer.current_epoch + 1
-        if done % self.every_n_epochs == 0 or done == trainer.max_epochs or self._is_stopping(trainer):
+        if (
+            done % self.every_n_epochs == 0
+            or done == trainer.max_epochs
+            or self._step_is_due(trainer)
+            or self._is_stopping(trainer)
+            or self._improved(trainer)
+        ):
             self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validated_step = trainer.global_step
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save when SIGTERM came after the last chance to do so in its step; after an error nothing is saved."""
@@ -280,11 +284,13 @@ class RunCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.folder or trainer.default_root_dir)
-        improved = self._improved(trainer)
-        failure = None
+        before, improved = self.best, self._improved(trainer)
+        if improved:
+            self.best = float(trainer.callback_metrics[self.monitor])
+        failure: BaseException | None = None
         try:
             trainer.save_checkpoint(folder / INCOMING, weights_only=False)
-        except OSError as error:
+        except (OSError, CheckpointException) as error:
             failure = error
             # The other processes wait where this one would have come to after writing.
             trainer.strategy.barrier("Trainer.save_checkpoint")
@@ -295,21 +301,20 @@ class RunCheckpoint(Checkpoint):
                 failure = error
         self.saved_step = trainer.global_step
         if failure is not None:
+            self.best = before
             self.failures += 1
             rank_zero_warn(
-                f"The checkpoint of step {trainer.global_step} could not be written to {folder} ({failure}). The earlier "
-                "checkpoints are as they were, and training goes on; the next save tries again. Make room on the disk.",
+                f"The checkpoint of step {trainer.global_step} could not be written to {folder} ({brief(failure)}). The "
+                "earlier checkpoints are as they were, and training goes on; the next save tries again. Make room on the disk.",
                 stacklevel=2,
             )
 
     def _improved(self, trainer: Trainer) -> bool:
+        # A metric of earlier weights says nothing of these.
+        if not self.keep_best or trainer.global_step != self.validated_step:
+            return False
         value = trainer.callback_metrics.get(self.monitor)
-        if not self.keep_best or value is None:
-            return False
-        if self.best is not None and float(value) <= self.best:
-            return False
-        self.best = float(value)
-        return True
+        return value is not None and (self.best is None or float(value) > self.best)
 
 
 @rank_zero_only

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import threading
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import recipe_files
-from .recipe_files import RecipeError
+from .recipe_files import CONFIG, RecipeError
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningCLI
+
+    from .callbacks import Beginning
 
 STAGES = ("fit", "validate", "test", "predict")
 USAGE = """\
@@ -40,7 +45,9 @@ RECIPE is a name from `frskd-fast recipes` or a YAML file; without --config it i
   frskd-fast fit --help                              all of them
 """
 DEFAULT_RECIPE = "digits"
-CONFIG = "config.yaml"
+# What constructors and readers raise of wrong settings, and how errors begin that hold another one.
+MISTAKES = (ValueError, TypeError, ImportError)
+WRAPPED = ("Call to compute_fn of link", "Does not validate against any of the Union subtypes")
 # Settings of the data that change how fast batches come, not which.
 HARMLESS_DATA = ("root", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size")
 
@@ -71,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Refusal, RecipeError) as error:
         print(f"frskd-fast {command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"frskd-fast {command}: stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
     print(f"frskd-fast: {command!r} is no command.\n\n{USAGE}", end="", file=sys.stderr)
     return 2
 
@@ -188,16 +198,21 @@ def _quieten() -> None:
 
 
 def _cli_class() -> Any:
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import ModelSummary
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from .callbacks import Predictions, ProgressBar, Records
-    from .checkpoints import AtomicCheckpointIO, RunCheckpoint, find_checkpoint, write_atomically
+    from .callbacks import Beginning, Events, Predictions, ProgressBar, Records
+    from .checkpoints import AtomicCheckpointIO, RunCheckpoint, find_checkpoint
     from .data import ImageData
+    from .export import ExportError
     from .module import DistillationModule
     from .panels import Panels
+
+    mistakes = (*MISTAKES, FileNotFoundError, MisconfigurationException)
 
     @rank_zero_only
     def say(text: str) -> None:
@@ -255,6 +270,19 @@ def _cli_class() -> Any:
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             # Lightning's own warns that sys.argv is not what it parses.
             self.config = parser.parse_args(args)
+            seed = self.config[self.stage]["seed_everything"]
+            if isinstance(seed, bool):
+                raise Refusal(
+                    f"--seed_everything is {seed}, but a whole number was wanted: images and augmentation follow from it, "
+                    "and a run that goes on needs the same again."
+                )
+
+        def instantiate_classes(self) -> None:
+            """What a constructor says of its arguments is for the user; a traceback would hide it."""
+            try:
+                super().instantiate_classes()
+            except (*mistakes, ExportError) as error:
+                raise Refusal(sentence_of(error)) from error
 
         def _parse_ckpt_path(self) -> None:
             """Settings come from the recipe, not from the checkpoint."""
@@ -275,11 +303,30 @@ def _cli_class() -> Any:
                 self._parser(self.subcommand).callback_keys.remove("progress")
             callbacks = settings.get("callbacks") or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-            own: list[Any] = [Records(), Predictions()]
+            self.beginning = Beginning()
+            own: list[Any] = [self.beginning, Records(), Predictions()]
             if settings.get("enable_model_summary") is not False and not settings.get("fast_dev_run"):
                 own.append(ModelSummary(max_depth=2))  # the networks within the task
             kwargs["callbacks"] = [*own, *callbacks]
-            return super().instantiate_trainer(**kwargs)
+            processes = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+            if processes is not None and settings.get("num_nodes") == 1:
+                # Their number changes where torchrun may start with fewer nodes again.
+                kwargs["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+            try:
+                trainer: Trainer = super().instantiate_trainer(**kwargs)
+            except MisconfigurationException as error:
+                names = ("accelerator", "devices", "strategy", "precision")
+                listed = ", ".join(f"trainer.{name} {settings.get(name)}" for name in names)
+                without = settings.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available()
+                cpu = " PyTorch finds no GPU here; give --trainer.accelerator cpu or auto." if without else ""
+                raise Refusal(f"The trainer cannot be set up with {listed}: {sentence_of(error)}{cpu}") from error
+            if processes not in (None, trainer.num_nodes * trainer.num_devices):
+                # Lightning would train the whole set in each, or leave the images of missing ones out.
+                raise Refusal(
+                    f"torchrun started {processes} processes on {os.environ['GROUP_WORLD_SIZE']} nodes, but the settings say "
+                    f"{trainer.num_devices} on {trainer.num_nodes}; give --trainer.devices the number on a node."
+                )
+            return trainer
 
         def loggers(self) -> list[Any]:
             """TensorBoard and Weights & Biases, as asked for; CSV files are written without a logger."""
@@ -288,12 +335,10 @@ def _cli_class() -> Any:
                 return result
             tensorboard = self._get(self.config, "tensorboard")
             if tensorboard is not False:
-                from lightning.pytorch.loggers import TensorBoardLogger
-
                 try:
                     import torch.utils.tensorboard  # noqa: F401
 
-                    result.append(TensorBoardLogger(self.folder, name="", version="tensorboard"))
+                    result.append(Events(self.folder, name="", version="tensorboard"))
                 except ImportError as error:
                     if tensorboard:
                         raise Refusal(f"--tensorboard true, but it cannot be imported ({error}).") from error
@@ -322,7 +367,7 @@ def _cli_class() -> Any:
 
             folder, trainer = self.folder, self.trainer
             if trainer.fast_dev_run:  # type: ignore[attr-defined]
-                trainer.fit(**kwargs)
+                self.begin(trainer.fit, **kwargs)
                 return
             settings = self.settings()
             if self._get(self.config, "fresh"):
@@ -338,50 +383,86 @@ def _cli_class() -> Any:
                     for sentence in found.passed_over:
                         say(sentence)
                     _check_settings(folder, settings)
+                    _check_length(folder, settings)
                     epochs = trainer.max_epochs
                     steps = trainer.max_steps
                     if (epochs is not None and 0 <= epochs <= found.progress.epochs) or (
                         0 <= steps <= found.progress.steps
                     ):
+                        longer = "--trainer.max_epochs with a larger number goes on, --fresh begins anew."
+                        if settings["model"]["schedule"] == "cosine":
+                            longer = (
+                                "Its length is part of the cosine schedule; --fresh or another --run_dir begins anew."
+                            )
                         say(
                             f"The run in {folder} is finished: {found.progress.epochs} epochs, {found.progress.steps} steps. "
-                            "--trainer.max_epochs with a larger number goes on, --fresh begins anew."
+                            f"{longer}"
                         )
                         return
                     kwargs["ckpt_path"] = str(found.path)
                     say(
-                        f"The run in {folder} goes on after {found.progress.epochs} epochs and {found.progress.steps} "
-                        f"steps, from {found.path.name}."
+                        f"The run in {folder} goes on after step {found.progress.steps}, in epoch "
+                        f"{found.progress.epochs + 1}, from {found.path.name}."
                     )
                 elif folder.is_dir() and any(folder.glob("*.csv")) and trainer.global_rank == 0:
                     say(f"{folder} holds no checkpoint; the run begins anew.")
-            if trainer.global_rank == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False).encode())
-            try:
-                trainer.fit(**kwargs)
-            except SIGTERMException:
-                say(f"Stopped by SIGTERM after {trainer.global_step} steps; the same command goes on from there.")
-                raise SystemExit(128 + signal.SIGTERM) from None
+            self.beginning.config = yaml.safe_dump(settings, sort_keys=False).encode()
+            there = {path for path in (folder, folder / "tensorboard") if path.exists()}
+            with Interrupt(trainer, self.beginning) as interrupt:
+                try:
+                    self.begin(trainer.fit, **kwargs)
+                except SIGTERMException:
+                    number = signal.SIGINT if interrupt.times else signal.SIGTERM
+                    say(
+                        f"Stopped by {number.name} after {trainer.global_step} steps; the same command goes on from there."
+                    )
+                    raise SystemExit(128 + number) from None
+                except SystemExit:
+                    if not interrupt.times:
+                        raise
+                    on = (
+                        "the same command goes on from the last checkpoint"
+                        if self.beginning.over
+                        else "nothing was trained"
+                    )
+                    say(f"Stopped at once; {on}.")
+                    raise SystemExit(128 + signal.SIGINT) from None
+                finally:
+                    if not self.beginning.over and trainer.global_rank == 0:
+                        _leave_nothing(folder, there)
             if trainer.state.finished:
                 self.report()
 
         def report(self) -> None:
+            folder = self.folder
             accuracy = self.trainer.callback_metrics.get("validation/accuracy")
             if accuracy is not None:
                 say(f"Validation accuracy of the student: {100 * float(accuracy):.2f} %.")
-            folder = self.folder
+            elif not self.beginning.validated:
+                say(
+                    f"No validation took place (trainer.check_val_every_n_epoch is {self.trainer.check_val_every_n_epoch}); "
+                    "frskd-fast validate with the same options gives the accuracy of the student."
+                )
             say(f"Records and checkpoints: {folder} (steps.csv, epochs.csv, last.ckpt).")
             say(f"The student alone: frskd-fast export --checkpoint {folder / 'last.ckpt'} --out student.safetensors")
 
+        def begin(self, work: Callable[..., Any], **kwargs: Any) -> None:
+            """Call one of the trainer's methods; a mistake found before the first batch is a sentence."""
+            try:
+                work(**kwargs)
+            except mistakes as error:
+                if self.beginning.over:
+                    raise
+                raise Refusal(sentence_of(error)) from error
+
         def validate(self, **kwargs: Any) -> None:
-            self.trainer.validate(**self.with_checkpoint(kwargs))
+            self.begin(self.trainer.validate, **self.with_checkpoint(kwargs))
 
         def test(self, **kwargs: Any) -> None:
-            self.trainer.test(**self.with_checkpoint(kwargs))
+            self.begin(self.trainer.test, **self.with_checkpoint(kwargs))
 
         def predict(self, **kwargs: Any) -> None:
-            self.trainer.predict(**{**self.with_checkpoint(kwargs), "return_predictions": False})
+            self.begin(self.trainer.predict, **{**self.with_checkpoint(kwargs), "return_predictions": False})
 
         def with_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
             """Without --ckpt_path: the run's own last checkpoint."""
@@ -403,18 +484,76 @@ def _cli_class() -> Any:
     return FRSKDCommandLine
 
 
+class Interrupt:
+    """Within it the first SIGINT (Ctrl-C) stops a fit as SIGTERM does, and a second one at once.
+
+    Args:
+        trainer: whose fit it is.
+        beginning: tells whether there is anything to save yet; before, the first SIGINT stops at once.
+    """
+
+    def __init__(self, trainer: Trainer, beginning: Beginning) -> None:
+        self.trainer, self.beginning = trainer, beginning
+        self.process = os.getpid()
+        self.times = 0
+        self.before: Any = None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():  # no other may set a handler
+            self.before = signal.signal(signal.SIGINT, self.told)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def told(self, number: int, frame: Any) -> None:
+        """The handler. Workers, forked from this process, have it too; the trainer's process ends them."""
+        if os.getpid() != self.process:
+            return
+        self.times += 1
+        if self.times > 1 or not self.beginning.over:
+            raise KeyboardInterrupt
+        # Lightning asks for it after each step, and tells it to the other processes.
+        self.trainer._signal_connector.received_sigterm = True
+
+
+def sentence_of(error: BaseException) -> str:
+    """What an error says, without what wraps it; where code of others says it, with the file and the line."""
+    while str(error).startswith(WRAPPED):
+        inner = error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    text = str(error).strip() or type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(__file__).resolve().parents[1]
+    if frames and not isinstance(error, ImportError | FileNotFoundError):
+        file = Path(frames[-1].filename)
+        if ours not in file.resolve().parents and "lightning" not in file.parts:
+            text += f" ({type(error).__name__} in {file}, line {frames[-1].lineno})"
+    return text
+
+
+def _leave_nothing(folder: Path, there: set[Path]) -> None:
+    """After a start that failed: remove the loggers' folder, and the run's, where they were not there before."""
+    if (folder / CONFIG).exists():
+        return  # of a run that has begun, perhaps in other processes
+    if folder / "tensorboard" not in there:
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    if folder not in there and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _classes_of(data: Any) -> int:
     return int(data.num_classes)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to go on with a run whose model, data or seed were set differently."""
-    import yaml
-
-    file = folder / CONFIG
-    if not file.is_file():
+    before = _settings_of(folder)
+    if before is None:
         return
-    before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     differences = []
     for part in ("seed_everything", "model", "data"):
         differences += _differences(part, before.get(part), settings.get(part))
@@ -424,6 +563,25 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise Refusal(
             f"{folder} holds a run with other settings: {listed}. Give --run_dir another folder, or --fresh to begin anew."
         )
+
+
+def _check_length(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on with a cosine that was laid out over another number of epochs."""
+    before, now = ((part or {}).get("trainer", {}).get("max_epochs") for part in (_settings_of(folder), settings))
+    if settings["model"]["schedule"] == "cosine" and before not in (None, now):
+        raise Refusal(
+            f"The learning rate of the run in {folder} falls by a cosine over {before} epochs, but trainer.max_epochs is "
+            f"{now}, and the steps so far would have been others. Give {before} again, or --run_dir another folder, or "
+            "--fresh to begin anew; runs with model.schedule multistep or constant can be prolonged."
+        )
+
+
+def _settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings with which the run was last started."""
+    import yaml
+
+    file = folder / CONFIG
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else None
 
 
 def _differences(name: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:

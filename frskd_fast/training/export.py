@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from frskd_fast.tasks import Student
 from .backbones import build_backbone
 
 FORMATS = (".safetensors", ".pt2", ".onnx")
+# Keys and files of a checkpoint: what Lightning does not save by itself, and what it keeps beside the tensors of shards.
+STATE, SHARDED = "frskd_fast", "meta.pt"
 # Where other trainers put the weights in a checkpoint, and what they put in front of the names.
 CONTAINERS = ("state_dict", "net", "model", "student", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "task.", "backbone.", "student.", "net.", "model.")
@@ -43,17 +46,16 @@ class Export:
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of a checkpoint: a file of PyTorch, read with `weights_only=True`, or of safetensors.
+    """The contents of a checkpoint: a file of PyTorch, read with `weights_only=True`, or of safetensors, or a folder of shards.
+
+    PyTorch unpickles the `.metadata` of shards, which can run code: read only those that you trust.
 
     Raises:
         ExportError: when it is missing, torn, or holds more than tensors and plain values.
     """
     path = Path(path)
     if path.is_dir():
-        raise ExportError(
-            f"The checkpoint {path} is a folder of shards; make one file of it with python -m "
-            f"lightning.pytorch.utilities.consolidate_checkpoint {path}, and give that."
-        )
+        return _load_shards(path)
     if not path.is_file():
         raise ExportError(f"The checkpoint {path} does not exist.")
     if path.suffix == ".safetensors":
@@ -64,13 +66,35 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ExportError(
-            f"The checkpoint {path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). It is torn, "
-            "or holds Python objects besides tensors; in that case save its state_dict() alone with the program that "
-            "made it."
+            f"The checkpoint {path} cannot be loaded ({brief(error)}). It is torn, or holds Python objects besides tensors; "
+            "in that case save its state_dict() alone with the program that made it."
         ) from error
     if not isinstance(content, Mapping):
         raise ExportError(f"The checkpoint {path} holds a {type(content).__name__}, but a state dict was wanted.")
     return dict(content)
+
+
+def _load_shards(folder: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    about = folder / SHARDED
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = Path(scratch) / "whole.pt"
+            dcp_to_torch_save(folder, whole)
+            content = torch.load(whole, map_location="cpu", weights_only=True)
+        return {**content, **(torch.load(about, weights_only=True) if about.is_file() else {})}
+    except (Exception, CheckpointException) as error:
+        raise ExportError(
+            f"The checkpoint {folder} cannot be loaded ({brief(error)}). It is torn, or no folder of shards of "
+            "torch.distributed.checkpoint."
+        ) from error
+
+
+def brief(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, if it says anything."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def backbone_weights(content: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Tensor]:
@@ -85,7 +109,8 @@ def backbone_weights(content: Mapping[str, Any], wanted: Sequence[str]) -> dict[
         A tensor for each name of `wanted` that was found under one and the same prefix.
 
     Raises:
-        ExportError: when no prefix leads to the backbone's names, naming some of what is there.
+        ExportError: when no prefix leads to the backbone's names, or when there is more below the backbone's layers than
+            it has, as in a deeper network; naming some of what is there.
 
     Example:
         >>> list(backbone_weights({"net": {"module.fc.weight": torch.zeros(2, 3)}}, ["fc.weight"]))
@@ -97,6 +122,7 @@ def backbone_weights(content: Mapping[str, Any], wanted: Sequence[str]) -> dict[
         if not tensors and isinstance(inner, Mapping):
             return backbone_weights(inner, wanted)
     best: dict[str, Tensor] = {}
+    best_prefix = ""
     names = set(wanted)
     for prefix in _prefixes(tensors):
         found = {
@@ -105,12 +131,20 @@ def backbone_weights(content: Mapping[str, Any], wanted: Sequence[str]) -> dict[
             if name.startswith(prefix) and name.removeprefix(prefix) in names
         }
         if len(found) > len(best):
-            best = found
+            best, best_prefix = found, prefix
     if not best:
         some = ", ".join(list(content)[:5])
         raise ExportError(
             f"The checkpoint holds none of the backbone's weights. It has {len(content)} entries such as {some}; wanted "
             f"were names such as {', '.join(list(wanted)[:3])}, perhaps behind a prefix like 'module.'. Is it another network?"
+        )
+    layers = {name.split(".", 1)[0] for name in wanted if "." in name}
+    others = [name.removeprefix(best_prefix) for name in tensors if name.startswith(best_prefix)]
+    more = [name for name in others if name not in names and "." in name and name.split(".", 1)[0] in layers]
+    if more:
+        raise ExportError(
+            f"The checkpoint has {len(more)} tensors below the backbone's layers that the backbone has not, such as "
+            f"{', '.join(more[:3])}; is it another network?"
         )
     return best
 
@@ -146,7 +180,8 @@ def load_backbone_weights(
     weights = backbone_weights(load_file(path), list(own))
     other = [name for name, value in weights.items() if value.shape != own[name].shape]
     if skip_other_classifier:
-        classifier = [name for name in other if weights[name].shape[1:] == own[name].shape[1:]]
+        layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+        classifier = [name for name in other if layers and name.rpartition(".")[0] == layers[-1]]
         weights = {name: value for name, value in weights.items() if name not in classifier}
         own = {name: value for name, value in own.items() if name not in classifier}
         other = [name for name in other if name not in classifier]
@@ -192,7 +227,7 @@ def load_student(
     """
     content = load_file(path)
     settings = content.get("hyper_parameters", {})
-    about = content.get("frskd_fast", {}).get("images", {}) if isinstance(content.get("frskd_fast"), Mapping) else {}
+    about = content[STATE].get("images", {}) if isinstance(content.get(STATE), Mapping) else {}
     name = backbone or settings.get("backbone")
     if name is None:
         raise ExportError(f"The checkpoint {path} does not say which network it holds; give --backbone a name.")
@@ -224,10 +259,9 @@ def _classes(content: Mapping[str, Any]) -> int | None:
         if isinstance(content.get(container), Mapping):
             return _classes(content[container])
     for name, value in content.items():
-        for classifier in ("fc.weight", "classifier.weight", "head.weight"):
-            is_own = name.removesuffix(classifier).endswith((".", "")) and "self_teacher" not in name
-            if name.endswith(classifier) and is_own and isinstance(value, Tensor) and value.dim() == 2:
-                return int(value.shape[0])
+        is_classifier = name.endswith(".weight") and name.split(".")[-2] in ("fc", "classifier", "head")
+        if is_classifier and "self_teacher" not in name and isinstance(value, Tensor) and value.dim() == 2:
+            return int(value.shape[0])
     return None
 
 
@@ -365,6 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, nargs="+", help="side, or height and width, of the images")
     parser.add_argument("--channels", type=int, help="channels of the images")
     options = parser.parse_args(arguments)
+    if options.size is not None and len(options.size) > 2:
+        parser.error(f"--size has {len(options.size)} numbers, but a side, or height and width, were wanted.")
     size = None if options.size is None else (options.size[0], options.size[-1])
     try:
         loaded = load_student(

@@ -14,10 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from frskd_fast import tasks
 
 from .backbones import build_backbone
+from .export import STATE
 from .metrics import MeanOfParts
-
-# Key of a checkpoint's entry with what is needed to go on that Lightning does not save by itself.
-STATE = "frskd_fast"
 
 
 class DistillationModule(LightningModule):
@@ -109,7 +107,8 @@ class DistillationModule(LightningModule):
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs is {warmup_epochs}, but 0 or more was wanted.")
         milestones = [int(milestone) for milestone in milestones]
-        self.save_hyperparameters()
+        # A checkpoint holds the weights themselves; the file need not be there when it is loaded.
+        self.save_hyperparameters(ignore=["weights"])
         network = build_backbone(backbone, num_classes)
         if weights is not None:
             from .export import load_backbone_weights

@@ -15,6 +15,20 @@ from frskd_fast.functional import attention_map
 from .callbacks import EPOCHS, read_table
 
 CURVES, ATTENTION = "curves.png", "attention.png"
+FEW = 20  # points of a curve up to which each is marked
+# Columns of epochs.csv as the legends name them.
+LABELS = {
+    "train/loss": "loss, weighted sum",
+    "train/ce_student": "student cross-entropy",
+    "train/ce_teacher": "self-teacher cross-entropy",
+    "train/kd": "distillation of logits",
+    "train/feature": "distillation of features",
+    "train/accuracy": "student accuracy, training",
+    "train/teacher_accuracy": "self-teacher accuracy, training",
+    "validation/accuracy": "student accuracy, validation",
+    "validation/accuracy_top5": "student top-5 accuracy, validation",
+    "validation/loss": "student cross-entropy, validation",
+}
 MISSING = (
     "No panels were drawn, because matplotlib cannot be imported; pip install 'frskd_fast[plot]', then "
     "frskd-fast panels --run_dir {folder} draws the curves."
@@ -56,21 +70,26 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
                 epochs, values = columns.setdefault(name, ([], []))
                 epochs.append(int(row["epoch"]) + 1)
                 values.append(float(text))
-    figure, (losses, scores, rate) = plots.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure, (losses, scores, rate) = plots.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    figure.suptitle(Path(folder).resolve().name)
     for name, (epochs, values) in columns.items():
-        label = name.removeprefix("train/")
-        marker = "." if len(values) == 1 else None
+        label = LABELS.get(name, name.removeprefix("train/").replace("_", " "))
+        marker = "o" if len(values) <= FEW else None  # a line of one point is none
         if "accuracy" in name:
-            scores.plot(epochs, [100 * value for value in values], label=name, marker=marker)
+            scores.plot(epochs, [100 * value for value in values], label=label, marker=marker)
         elif name.startswith("train/") or name == "validation/loss":
-            losses.plot(epochs, values, label=label, linewidth=2 if label == "loss" else 1, marker=marker)
-    rate.plot(*columns["learning_rate"])
+            losses.plot(epochs, values, label=label, linewidth=2 if name == "train/loss" else 1, marker=marker)
+    rate.plot(*columns["learning_rate"], marker="o" if len(rows) <= FEW else None)
     positive = all(value > 0 for name, (_, values) in columns.items() if name.startswith("train/") for value in values)
     losses.set(xlabel="epoch", ylabel="loss (parts before their weights)", yscale="log" if positive else "linear")
     scores.set(xlabel="epoch", ylabel="accuracy, %")
     rate.set(xlabel="epoch", ylabel="learning rate")
+    for axes in (losses, scores, rate):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(rows) == 1:
+            axes.set_xticks([int(rows[0]["epoch"]) + 1])
     for axes in (losses, scores):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     path = Path(folder) / CURVES
     figure.savefig(path, dpi=110)
     plots.close(figure)

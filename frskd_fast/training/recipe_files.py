@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 FOLDER = "recipes"
 BASE = "base"
+CONFIG = "config.yaml"  # the settings of a run, in its folder
 
 
 class RecipeError(ValueError):
@@ -44,8 +46,11 @@ def recipe_text(name: str, beside: Path | None = None) -> tuple[str, Path | None
     entry = resources.files(__package__) / FOLDER / f"{name.removesuffix('.yaml')}.yaml"
     if "/" not in name and entry.is_file():
         return entry.read_text(encoding="utf-8"), None
+    names = recipe_names()
+    close = difflib.get_close_matches(name.removesuffix(".yaml"), names, n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
     raise RecipeError(
-        f"The recipe {name!r} is neither a file nor one of the package's; those are: {', '.join(recipe_names())}."
+        f"The recipe {name!r} is neither a file nor one of the package's; those are: {', '.join(names)}.{meant}"
     )
 
 

@@ -1,8 +1,10 @@
-"""CIFAR-10 and CIFAR-100 from the Python pickles of their authors, read by an unpickler that runs nothing else."""
+"""CIFAR-10 and CIFAR-100 from the Python pickles of their authors, read without running anything that they ask for."""
 
 from __future__ import annotations
 
+import math
 import pickle
+import re
 import tarfile
 import warnings
 from pathlib import Path
@@ -20,18 +22,6 @@ from .loader import ArrayReader
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 SPLIT_SEED = 210308273  # of the images that validation_images holds out: the same for every seed of a run
-
-# Functions that the files of CIFAR need, under their names of yesterday and today. None of them runs code of the file.
-HARMLESS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-    ("builtins", "bytes"),
-}
 
 
 class _Source(NamedTuple):
@@ -151,8 +141,7 @@ def read_cifar(root: str, classes: int, part: str) -> tuple[Tensor, Tensor]:
         some_images, some_labels = _read_file(Path(root), source, name, classes)
         images.append(some_images)
         labels.append(some_labels)
-    # One file: no copy of its 150 MB.
-    all_images = images[0] if len(images) == 1 else numpy.concatenate(images)
+    all_images = numpy.ascontiguousarray(numpy.concatenate(images))
     found, wanted = len(all_images), source.images[part]
     if found != wanted:
         warnings.warn(
@@ -160,8 +149,7 @@ def read_cifar(root: str, classes: int, part: str) -> tuple[Tensor, Tensor]:
             f"{wanted}; accuracies will not compare with published ones.",
             stacklevel=2,
         )
-    tensor = torch.from_numpy(numpy.require(all_images, requirements=["C", "W"]))
-    return tensor.view(-1, 3, SIDE, SIDE), torch.from_numpy(numpy.concatenate(labels))
+    return torch.from_numpy(all_images).view(-1, 3, SIDE, SIDE), torch.from_numpy(numpy.concatenate(labels))
 
 
 def _read_file(
@@ -186,16 +174,16 @@ def _read_file(
         raise DataFileError(
             f"{where} has {source.label_key!r} that is no list of numbers; {wanted} was wanted. {advice}"
         )
-    labels = numpy.asarray(raw_labels, dtype=numpy.int64)
-    if len(labels) != len(data) or not len(data):
+    if len(raw_labels) != len(data) or not len(data):
         raise DataFileError(
-            f"{where} has {len(data)} images and {len(labels)} labels, but equally many were wanted, and some. {advice}"
+            f"{where} has {len(data)} images and {len(raw_labels)} labels, but equally many were wanted, and some. {advice}"
         )
-    if labels.min() < 0 or labels.max() >= classes:
+    # Before they become numbers of 64 bits, which the file's need not fit into.
+    if min(raw_labels) < 0 or max(raw_labels) >= classes:
         raise DataFileError(
-            f"{where} has labels from {labels.min()} to {labels.max()}, but 0 to {classes - 1} were wanted. {advice}"
+            f"{where} has labels from {min(raw_labels)} to {max(raw_labels)}, but 0 to {classes - 1} were wanted. {advice}"
         )
-    return data, labels
+    return data, numpy.asarray(raw_labels, dtype=numpy.int64)
 
 
 def _load(root: Path, source: _Source, name: str) -> tuple[Any, str]:
@@ -233,21 +221,92 @@ def _load_from_archive(archive: Path, source: _Source, name: str) -> tuple[Any, 
         ) from error
 
 
+class _DType:
+    """What a pickle says of a NumPy dtype. Its state is not looked at: with one, NumPy could be led to foreign memory."""
+
+    def __init__(self, code: Any, *copy: Any) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else str(code)
+
+    def __setstate__(self, state: Any) -> None:
+        self.little_endian = state[1] in ("<", "|", b"<", b"|")
+
+    little_endian = True
+
+    def checked(self) -> numpy.dtype[Any]:
+        """The dtype, of plain numbers alone."""
+        if re.fullmatch("[biuf][1248]", self.code) is None or self.code == "f1":
+            raise pickle.UnpicklingError(f"it has an array of dtype {self.code!r}, but numbers were wanted")
+        return numpy.dtype(self.code).newbyteorder("<" if self.little_endian else ">")
+
+
+class _Array:
+    """What a pickle says of a NumPy array."""
+
+    def __init__(self, content: Any = b"", dtype: Any = None, shape: Any = (), order: Any = "C") -> None:
+        self.content, self.dtype, self.shape, self.fortran = content, dtype, shape, order in ("F", b"F")
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, self.dtype, self.fortran, self.content = state
+
+    def made(self) -> numpy.typing.NDArray[Any]:
+        """The array, once its size is that of the bytes in the file."""
+        if not isinstance(self.dtype, _DType) or not isinstance(self.content, bytes | bytearray):
+            raise pickle.UnpicklingError("it has an array without bytes or without a dtype")
+        dtype = self.dtype.checked()
+        if dtype.itemsize * math.prod(self.shape) != len(self.content):
+            raise pickle.UnpicklingError(f"it has an array of shape {self.shape} with {len(self.content)} bytes")
+        flat = numpy.frombuffer(self.content, dtype)
+        return flat.reshape(self.shape, order="F" if self.fortran else "C")
+
+
+def _empty_array(kind: Any, shape: Any, code: Any) -> _Array:
+    return _Array()
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it has a text encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+# What the files of CIFAR ask for, under its names of yesterday and today, and what they get in its place.
+STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy.core.numeric", "_frombuffer"): _Array,
+    ("numpy._core.numeric", "_frombuffer"): _Array,
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _DType,
+    ("_codecs", "encode"): _encoded,
+    ("builtins", "bytes"): _no_bytes,
+}
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
+    """Plain values and arrays of numbers: no function or class outside of this file is ever called."""
+
     def find_class(self, module: str, name: str) -> Any:
         # Python 2's name of the module, where the translation of old names does not reach.
-        if (module.replace("__builtin__", "builtins"), name) in HARMLESS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR needs")
+        wanted = (module.replace("__builtin__", "builtins"), name)
+        if wanted not in STAND_INS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR needs")
+        return STAND_INS[wanted]
 
 
 def _unpickle(file: IO[bytes], where: str, source: _Source) -> Any:
     try:
-        return _RestrictedUnpickler(file, encoding="bytes").load()
-    except (tarfile.TarError, MemoryError):
+        content = _RestrictedUnpickler(file, encoding="bytes").load()
+        if isinstance(content, dict):
+            content = {key: value.made() if isinstance(value, _Array) else value for key, value in content.items()}
+        return content
+    except tarfile.TarError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataFileError(
-            f"{where} could not be read as a pickle of CIFAR ({error or type(error).__name__}); it is truncated, damaged "
+            f"{where} could not be read as a pickle of CIFAR ({str(error) or type(error).__name__}); it is truncated, damaged "
             f"or something else. Replace it with the file of that name from {source.archive} of CIFAR's authors."
         ) from error

@@ -273,13 +273,15 @@ class FileReader(Reader):
             raise MissingDataError(
                 f"{path} is in the list of images but was not found; unpack the data set's archive again."
             ) from error
+        except MemoryError:
+            raise  # the machine's, not the file's
         except Exception as error:  # decoders raise nearly anything
             if isinstance(error, OSError) and error.errno is not None:
                 raise DataFileError(
                     f"{path} could not be read: {error}; check the disk and the permissions."
                 ) from error
             raise CorruptImageError(
-                f"{path} could not be decoded as an image ({error or type(error).__name__}). Repair or remove it, or pass "
+                f"{path} could not be decoded as an image ({str(error) or type(error).__name__}). Repair or remove it, or pass "
                 "on_corrupt='skip' to go on without such images."
             ) from error
 
@@ -311,6 +313,8 @@ def _decode_with_torchvision(path: str) -> Image | None:
     try:
         pixels = decode_image(read_file(path), mode=ImageReadMode.RGB)
     except RuntimeError:
+        return None
+    if pixels.dtype != torch.uint8:  # a PNG of 16 bits
         return None
     return PILImage.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 

@@ -153,7 +153,7 @@ def dogs(root: Path) -> Listing:
         except Exception as error:  # a damaged file raises nearly anything
             raise DataFileError(
                 f"{path} could not be read as a list of Stanford Dogs with file_list and labels "
-                f"({error or type(error).__name__}); unpack lists.tar again."
+                f"({str(error) or type(error).__name__}); unpack lists.tar again."
             ) from error
         if len(files) != len(labels) or min(labels, default=0) < 0:
             raise DataFileError(

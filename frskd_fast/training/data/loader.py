@@ -183,6 +183,7 @@ class ImageLoader:
         self._loader: DataLoader[Any] | None = None
         self._iterations = 0
         self._epoch = 0
+        self.corrupt: set[int] = set()  # rows that the current iteration found not to be images
         self._start = 0  # the batch at which the next iteration begins
         self._position = 0  # batches of the current epoch that were consumed
         # Lightning calls `set_epoch` of `loader.sampler` at the start of each epoch.
@@ -258,7 +259,7 @@ class ImageLoader:
     def _batches(self) -> Iterator[ImageBatch]:
         self._iterations += 1
         iteration = self._iterations
-        corrupt: set[int] = set()
+        corrupt = self.corrupt = set()
         try:
             # The iterator has no name: the traceback of an error keeps this frame, which must not keep the workers.
             for result in self._begin():
