@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "evidence.md"
-PLOT = ROOT / "docs" / "evidence.png"
 BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 BASELINE = "ce"
 
@@ -151,13 +150,24 @@ def collect(out: Path) -> dict[str, dict[int, Run]]:
     return found
 
 
-def report(runs: dict[str, dict[int, Run]], out: Path) -> str:
-    """The table as Markdown, a verdict for each method, and how it was made."""
+def length_of(runs: dict[str, dict[int, Run]], out: Path) -> int:
+    """Epochs of the runs in one folder, which have to be the same."""
     if BASELINE not in runs:
         sys.exit(f"{out} holds no finished run of {BASELINE}, which the others are compared with.")
     lengths = {run.epochs for found in runs.values() for run in found.values()}
     if len(lengths) > 1:
         sys.exit(f"{out} holds runs of {sorted(lengths)} epochs, which do not compare; remove those of other lengths.")
+    return lengths.pop()
+
+
+def plot_of(epochs: int) -> Path:
+    """The file of the plot of runs of this length."""
+    return DOCUMENT.with_name(f"evidence-{epochs}.png")
+
+
+def report(runs: dict[str, dict[int, Run]], out: Path) -> str:
+    """The table as Markdown, a verdict for each method, and how it was made."""
+    epochs = length_of(runs, out)
     baseline = runs[BASELINE]
     base_seconds = statistics.median(run.seconds for run in baseline.values())
     lines = [
@@ -168,12 +178,12 @@ def report(runs: dict[str, dict[int, Run]], out: Path) -> str:
     verdicts = []
     for variant, found in runs.items():
         values = [run.accuracy for run in found.values()]
-        deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         seconds = statistics.median(run.seconds for run in found.values())
         shared = sorted(set(found) & set(baseline))
         differences = [found[seed].accuracy - baseline[seed].accuracy for seed in shared]
         lines.append(
-            f"| {VARIANTS[variant].title} | {len(values)} | {statistics.fmean(values):.2f} ± {deviation:.2f} | "
+            f"| {VARIANTS[variant].title} | {len(values)} | {statistics.fmean(values):.2f}{deviation} | "
             f"{'-' if variant == BASELINE else interval(differences)} | {1000 * seconds:.0f} | "
             f"{seconds / base_seconds:.2f}x | {max(run.peak for run in found.values()) / 1e6:.0f} |"
         )
@@ -182,16 +192,18 @@ def report(runs: dict[str, dict[int, Run]], out: Path) -> str:
     about = json.loads((folder_of(out, BASELINE, next(iter(baseline))) / "process.json").read_text(encoding="utf-8"))
     return "\n".join(
         [
+            f"### {epochs} epochs",
+            "",
             *lines,
             "",
             *verdicts,
             "",
-            f"{lengths.pop()} epochs each, the same steps for all methods; {about['machine']}, {about['cores']} cores. Memory "
+            f"The same steps for all methods; {about['machine']}, {about['cores']} cores. Memory "
             "is that of the whole process, Python and PyTorch included. Overrides: "
             + "; ".join(f"{VARIANTS[name].title}: `{' '.join(VARIANTS[name].overrides) or 'none'}`" for name in runs)
             + ".",
             "",
-            "![Test accuracy against epochs: mean over the seeds, and their range](evidence.png)",
+            f"![Test accuracy against epochs: mean over the seeds, and their range]({plot_of(epochs).name})",
         ]
     )
 
@@ -232,7 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The methods beside each other on the digits recipe.")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. seeds-1 (default %(default)s)")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder (default %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        nargs="+",
+        default=[Path("runs/evidence")],
+        help="folders to report on, each with runs of one length; the first is also trained in (default runs/evidence)",
+    )
     parser.add_argument("--only-report", action="store_true", help="train nothing")
     parser.add_argument("--check", action="store_true", help="train nothing, change nothing, compare the document")
     options, extra = parser.parse_known_args(arguments)
@@ -243,17 +261,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (options.only_report or options.check):
         for seed in range(options.seeds):
             for variant in variants:
-                if read(folder_of(options.out, variant, seed)) is None:
+                if read(folder_of(options.out[0], variant, seed)) is None:
                     print(f"{variant}, seed {seed}", flush=True)
-                    train(options.out, variant, seed, extra)
-    runs = collect(options.out)
-    text = report(runs, options.out)
+                    train(options.out[0], variant, seed, extra)
+    found = {out: collect(out) for out in options.out}
+    text = "\n\n".join(report(runs, out) for out, runs in found.items())
     content = DOCUMENT.read_text(encoding="utf-8")
     if options.check:
         if inserted(content, text) != content:
-            sys.exit(f"{DOCUMENT} is not what the logs in {options.out} give; run scripts/evidence.py --only-report.")
+            folders = " and ".join(map(str, options.out))
+            sys.exit(f"{DOCUMENT} is not what the logs in {folders} give; run scripts/evidence.py --only-report.")
         return
-    plot(runs, PLOT)
+    for out, runs in found.items():
+        plot(runs, plot_of(length_of(runs, out)))
     DOCUMENT.write_text(inserted(content, text), encoding="utf-8")
     print(text)
 
