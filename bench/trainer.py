@@ -17,6 +17,7 @@ as a check.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
@@ -187,15 +188,17 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    result = {
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "lightning": pl.__version__,
-        "start": start(options.starts),
-        "nothing": turns_of("bench.trainer.AlmostNothing", options.images, options.turns, False),
-        "step": turns_of(options.backbone, options.images, options.steps, options.compile),
-    }
+    # The progress bars write to standard output, which is the result's.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "lightning": pl.__version__,
+            "start": start(options.starts),
+            "nothing": turns_of("bench.trainer.AlmostNothing", options.images, options.turns, False),
+            "step": turns_of(options.backbone, options.images, options.steps, options.compile),
+        }
     result["overhead"] = result["nothing"]["difference_seconds"] / result["step"]["bare_seconds"]
     if options.json:
         print(json.dumps(result, indent=1))
