@@ -323,7 +323,7 @@ struct FusionWorker {
         numbers(
             longest_row * (2 + 4 * kMostFusionInputs) + longest_line * 7 * kMostFusionInputs +
             2 * kMostFusionInputs * longest_line * kDouble +
-            (call.depthwise == nullptr ? 0 : 4 * ring_size() + longest_row + longest_line * kTaps) + 16),
+            (call.depthwise == nullptr ? 0 : 5 * longest_row + longest_line * kTaps) + 16),
         copies(longest_line * 8),
         tables(table_size * kMostFusionInputs) {
     A* next = numbers.data;
@@ -336,7 +336,7 @@ struct FusionWorker {
       totals[i] = reinterpret_cast<double*>(take(2 * longest_line * kDouble));
     }
     if (call.depthwise != nullptr) {
-      ring = take(4 * ring_size());
+      ring = take(4 * longest_row);
       map_gradient = take(longest_row);
       depthwise_sums = take(kTaps * longest_line);
     }
@@ -557,15 +557,11 @@ struct FusionWorker {
     });
   }
 
-  // Elements of a row of the ring, with a line of zeros at both ends.
-  int64 ring_size() const { return longest_row + 2 * (longest_line + gap(call)); }
+  // Row y of the ring; rows beyond the map are zeros, by which an infinite weight is multiplied, too.
+  A* ring_row(int64 y) const { return ring + (y < 0 || y >= call.out.height ? 3 : y % 3) * longest_row; }
 
-  // Line 0 of row y; rows beyond the map are zeros.
-  A* ring_row(int64 y, int64 pitch) const {
-    return ring + (y < 0 || y >= call.out.height ? 3 : y % 3) * ring_size() + pitch;
-  }
-
-  // Points at the depthwise weights of the block, and clears what is added to and the borders of the ring.
+  // Points at the depthwise weights of the block, whose first channel is a multiple of the vectors' width, and clears
+  // what is added to and the row of zeros.
   void prepare_depthwise(const A* table, double* gradients, int64 first, int64 count) {
     depthwise = table + first * kTaps;
     depthwise_totals = gradients == nullptr ? nullptr : gradients + first * kTaps;
@@ -573,12 +569,7 @@ struct FusionWorker {
       depthwise_sums[k] = 0;
       if (gradients != nullptr) depthwise_totals[k] = 0;
     }
-    const int64 pitch = pitch_of(count);
-    for (int64 k = 0; k < ring_size(); ++k) ring[3 * ring_size() + k] = 0;
-    for (int row = 0; row < 3; ++row) {
-      A* line = ring_row(row % call.out.height, pitch);
-      for (int64 k = 0; k < pitch; ++k) line[k - pitch] = line[call.out.width * pitch + k] = 0;
-    }
+    for (int64 k = 0; k < longest_row; ++k) ring[3 * longest_row + k] = 0;
   }
 
   // A row of the convolution, read from rows y - 1 to y + 1 of the ring, into `results`; a line is `line` elements
@@ -592,8 +583,7 @@ struct FusionWorker {
       const V w0 = load(taps), w1 = load(taps + kWidth), w2 = load(taps + 2 * kWidth), w3 = load(taps + 3 * kWidth),
               w4 = load(taps + 4 * kWidth), w5 = load(taps + 5 * kWidth), w6 = load(taps + 6 * kWidth),
               w7 = load(taps + 7 * kWidth), w8 = load(taps + 8 * kWidth);
-      const A *above = ring_row(y - 1, pitch) + element, *here = ring_row(y, pitch) + element,
-              *below = ring_row(y + 1, pitch) + element;
+      const A *above = ring_row(y - 1) + element, *here = ring_row(y) + element, *below = ring_row(y + 1) + element;
       const auto walk = [=](const auto& write) __attribute__((always_inline)) {
         // A column adds to three results: the one before it, its own and the next.
         V before = {}, own = {};
@@ -618,7 +608,7 @@ struct FusionWorker {
   void forward_depthwise(int64 sample, int64 first_channel, int64 channels) {
     for (int64 y = 0; y <= call.out.height; ++y) {
       if (y < call.out.height) {
-        sums = ring_row(y, pitch_of(channels));
+        sums = ring_row(y);
         fuse_row(sample, first_channel, channels, y, false);
       }
       if (y == 0) continue;
@@ -631,7 +621,7 @@ struct FusionWorker {
   void load_gradient_row(int64 sample, int64 first_channel, int64 channels, int64 y) {
     const Lines<const T> given = row_of<const T>(call.out, sample, first_channel, y, nullptr);
     const int64 pitch = pitch_of(channels);
-    A* row = ring_row(y, pitch);
+    A* row = ring_row(y);
     for (int64 x = 0; x < call.out.width; ++x) {
       const T* from = given.line(x);
       A* to = row + x * pitch;
@@ -670,8 +660,8 @@ struct FusionWorker {
       V t0 = load(places), t1 = load(places + kWidth), t2 = load(places + 2 * kWidth), t3 = load(places + 3 * kWidth),
         t4 = load(places + 4 * kWidth), t5 = load(places + 5 * kWidth), t6 = load(places + 6 * kWidth),
         t7 = load(places + 7 * kWidth), t8 = load(places + 8 * kWidth);
-      const A *above = ring_row(y - 1, pitch) + element, *here = ring_row(y, pitch) + element,
-              *below = ring_row(y + 1, pitch) + element, *fused = sums + element;
+      const A *above = ring_row(y - 1) + element, *here = ring_row(y) + element, *below = ring_row(y + 1) + element,
+              *fused = sums + element;
       V left = {}, middle = load(fused);
       for (int64 x = 0; x < call.out.width; ++x) {
         const V right = x + 1 < call.out.width ? load(fused + (x + 1) * pitch) : V{};
