@@ -15,6 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("lightning")
+pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
 import lightning.pytorch as pl

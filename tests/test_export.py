@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("lightning")
+pytest.importorskip("jsonargparse")
 pytest.importorskip("safetensors")
 
 import safetensors

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("lightning")
+pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
 import data_files

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("lightning")
+pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
 from training_utils import epochs, process, same_weights, small_run, steps, weights

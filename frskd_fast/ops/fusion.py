@@ -260,7 +260,7 @@ def _holds_whole_pixels(x: Tensor) -> bool:
 def convolves_fused_map(inputs: Sequence[Tensor], settings: Settings, convolution: Tensor, impl: str) -> bool:
     """Whether the node's kernel applies a depthwise ``convolution`` itself, to rows that never leave the cache.
 
-    The CPU kernels do, to maps in channels_last; then neither the fused map nor its gradient is written at all.
+    The CPU kernels do, to maps in channels_last; then the fused map is never written, in either direction.
     """
     depthwise = convolution.shape[2] == 3 and settings.act == reference.ACTIVATIONS.index("none")
     return impl == "cpu" and depthwise and all(map(_holds_whole_pixels, inputs))
