@@ -20,8 +20,9 @@ PIP = $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 bench: build
 	$(RUN) bench/run.py $(BENCH_ARGS)
 
-# One worker a core, one thread a worker: most of the suite is single-threaded.
-TEST_ARGS ?= --numprocesses auto --dist loadfile
+# One worker a core, one thread a worker: most of the suite is single-threaded. A worker that a test took down is not
+# replaced: the replacement would begin with that test again.
+TEST_ARGS ?= --numprocesses auto --dist loadfile --max-worker-restart 0
 test: build
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TEST_ARGS)
 

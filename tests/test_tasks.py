@@ -218,17 +218,26 @@ class Nothing(nn.Module):
         return self.outputs
 
 
+def train_in_a_group_of_one(task: nn.Module, batches: list[tuple[Tensor, Tensor]], folder: Path) -> None:
+    """Forward and backward passes of DistributedDataParallel; from the second batch on it complains of parameters that the
+    backward pass before left out."""
+    store = torch.distributed.FileStore(str(folder / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel = nn.parallel.DistributedDataParallel(task)
+    try:
+        for images, labels in batches:
+            parallel(images, labels)["loss"].backward()
+    finally:
+        # Before the group: the reducer, were it the group's last owner, would join the group's threads while it holds the
+        # GIL, which such a thread may be waiting for to let go of its last piece of work.
+        del parallel
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("memory", ["normal", "low"])
 def test_data_parallel_finds_no_unused_parameter(memory: str, tmp_path: Path) -> None:
     task = FRSKDTask(wrn16x2(num_classes=CLASSES), memory=memory)
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(task)
-        for _ in range(2):  # the second forward pass complains of parameters that the first backward pass left out
-            parallel(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))["loss"].backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    train_in_a_group_of_one(task, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])) for _ in range(2)], tmp_path)
     idle = [name for name, parameter in task.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert idle == []
 
@@ -459,14 +468,7 @@ def test_a_variant_under_autocast(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_data_parallel_trains_every_parameter_of_a_variant(name: str, tmp_path: Path) -> None:
     task = variant(name)
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(task)
-        for _ in range(2):  # the second forward pass complains of parameters that the first backward pass left out
-            parallel(*squares())["loss"].backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    train_in_a_group_of_one(task, [squares(), squares()], tmp_path)
     assert all(parameter.grad is not None for parameter in task.parameters())
 
 
