@@ -18,8 +18,8 @@ from frskd_fast.ops import attention as attention_ops
 IMPLEMENTATIONS = ["reference", "cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # channels of the student, channels of the teacher, height, width: one pixel, one channel, widths around the vector
-# length 8, channel counts around the blocks of 4 and 32, more pixels than a tile of 1024.
-LEVELS = [(5, 3, 1, 1), (1, 2, 3, 5), (33, 66, 4, 4), (7, 9, 5, 9), (64, 128, 8, 8), (3, 4, 33, 32)]
+# length 8, channel counts around the blocks of 4 and 32, planes longer than 512 bytes, more pixels than a tile of 1024.
+LEVELS = [(5, 3, 1, 1), (1, 2, 3, 5), (33, 66, 4, 4), (7, 9, 5, 9), (64, 128, 8, 8), (35, 40, 17, 16), (3, 4, 33, 32)]
 
 
 def _channels_last(feature: Tensor) -> Tensor:
@@ -200,6 +200,19 @@ def test_nan_is_never_hidden(impl: str) -> None:
     assert rows[0, 0].isfinite() and rows[0, 1].isnan()
     rows.sum().backward()
     assert leaf.grad is not None and leaf.grad[0].isfinite().all() and leaf.grad[1].isnan().any()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_nan_from_above_reaches_every_gradient(dtype: torch.dtype, layout: str) -> None:
+    """Also one of which rounding up would leave a number: all bits set."""
+    features = [LAYOUTS[layout](torch.randn(2, 35, 17, 16).to(dtype)).requires_grad_()]
+    loss = functional.attention_transfer(features, [torch.randn(2, 3, 17, 16).to(dtype)], impl="cpu")
+    bits = torch.tensor(-1, dtype=torch.int64 if dtype == torch.float64 else torch.int32)
+    upstream = bits.view(loss.dtype)
+    assert upstream.isnan()
+    (gradient,) = torch.autograd.grad(loss, features, upstream)
+    assert gradient.isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

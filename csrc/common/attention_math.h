@@ -22,17 +22,18 @@ FRSKD_HOST_DEVICE A inverse_clamped_norm(A norm) {
 
 // c = (p / C) * d loss / d a for one pixel, where loss = mean over pixels of (q_own - q_other)^2 and
 // q_own = a / max(||a||, floor). `projection` is <q_own, q_own - q_other> over the sample's pixels.
-template <typename A>
-FRSKD_HOST_DEVICE A attention_coefficient(
-    A own,         // q_own at the pixel
-    A other,       // q_other at the pixel
+// V is A, or a vector of it.
+template <typename V, typename A>
+FRSKD_HOST_DEVICE V attention_coefficient(
+    V own,         // q_own at the pixel
+    V other,       // q_other at the pixel
     A projection,  // <q_own, q_own - q_other>
     A norm,        // ||a_own|| before the clamp
     A scale        // p / C * 2 / (H * W)
 ) {
   // Below the floor the clamp passes no gradient through the norm.
-  const A radial = norm < A(kNormFloor) ? A(0) : own * projection;
-  return scale * ((own - other) - radial) * inverse_clamped_norm(norm);
+  const A radial = norm < A(kNormFloor) ? A(0) : projection;
+  return scale * ((own - other) - own * radial) * inverse_clamped_norm(norm);
 }
 
 }  // namespace frskd

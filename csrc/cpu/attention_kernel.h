@@ -12,6 +12,9 @@ namespace {
 constexpr int64 kPixelTile = 1024;  // accumulators of a tile stay in the first-level cache
 constexpr int64 kChannelBlock =
     32;  // channels summed before they join the total: keeps the rounding of long sums small
+// Bytes of a plane from which on channels are read one after the other, as they lie in memory: the processor fetches
+// one long stream ahead, but not four streams less than a page apart.
+constexpr int64 kPlaneInOrder = 512;
 
 // Whether to run along the pixels of a channel; a single pixel with contiguous channels runs along the channels
 // instead.
@@ -86,6 +89,7 @@ void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exp
       const bool direct = map.channels <= kChannelBlock;
       A* sums = direct ? total : block;
       for (int64 pixel = 0; pixel < count; ++pixel) total[pixel] = 0;
+      const bool in_order = count * static_cast<int64>(sizeof(T)) >= kPlaneInOrder;
       // `Rows` channels at once, so that the sums are loaded and stored once for all of them.
       const auto add_rows = [&](auto rows, int64 channel) __attribute__((always_inline)) {
         constexpr int Rows = decltype(rows)::kValue;
@@ -93,10 +97,6 @@ void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exp
         const int64 next = map.stride_c;
         for (int64 pixel = 0; pixel < whole; pixel += B::kElements) {
           V values[Rows][B::kVectors];
-          if constexpr (Rows == 4 && sizeof(T) == 2) {
-            // The next four channels. Measured: helps half-precision planes, which are short, and not float32.
-            for (int r = 0; r < Rows; ++r) prefetch(row + (Rows + r) * next + pixel);
-          }
           for (int r = 0; r < Rows; ++r) B::read(row + r * next + pixel, values[r]);
           for (int v = 0; v < B::kVectors; ++v) {
             V sum = raised<E>(values[0][v], exponent);
@@ -121,7 +121,9 @@ void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exp
           for (int64 pixel = 0; pixel < count; ++pixel) sums[pixel] = 0;
         }
         int64 channel = first;
-        for (; channel + 4 <= last; channel += 4) add_rows(Constant<4>{}, channel);
+        if (!in_order) {
+          for (; channel + 4 <= last; channel += 4) add_rows(Constant<4>{}, channel);
+        }
         for (; channel < last; ++channel) add_rows(Constant<1>{}, channel);
         if (!direct) {
           for (int64 pixel = 0; pixel < count; ++pixel) total[pixel] += sums[pixel];
@@ -196,56 +198,73 @@ void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exp
   }
 }
 
-// Turns channel sums into q = a / max(||a||, floor) in place and returns ||a||. The squares are added in double: those
-// of a float map can pass the float range.
+// sum_i first_i * second_i in double: squares of a float map can pass the float range.
+struct DoubleSum {
+  Double4 low = {}, high = {};
+  inline __attribute__((always_inline)) void add(const Widened& first, const Widened& second) {
+    low += first.low * second.low;
+    high += first.high * second.high;
+  }
+  double total() const { return horizontal_sum(low + high); }
+};
+
+// Turns channel sums into q = a / max(||a||, floor) in place and returns ||a||.
 template <typename A>
 A normalise(A* map, int64 pixels, int64 channels) {
-  double squares = 0;
+  constexpr int64 width = Lanes<A>::kWidth;
+  DoubleSum squares;
   const A inverse_channels = A(1) / static_cast<A>(channels);
-  for (int64 pixel = 0; pixel < pixels; ++pixel) {
-    map[pixel] *= inverse_channels;
-    squares += static_cast<double>(map[pixel]) * static_cast<double>(map[pixel]);
+  for (int64 pixel = 0; pixel < pixels; pixel += width) {
+    const auto mean = load_up_to(map + pixel, pixels - pixel) * inverse_channels;
+    store_up_to(mean, map + pixel, pixels - pixel);
+    squares.add(widened(mean), widened(mean));
   }
-  const double norm = __builtin_sqrt(squares);
+  const A norm = static_cast<A>(__builtin_sqrt(squares.total()));
   // Divided, not multiplied by an inverse: a map of one pixel is then exactly 1.
-  const A divisor = clamped_norm(static_cast<A>(norm));
-  for (int64 pixel = 0; pixel < pixels; ++pixel) map[pixel] /= divisor;
-  return static_cast<A>(norm);
+  const A divisor = clamped_norm(norm);
+  for (int64 pixel = 0; pixel < pixels; pixel += width) {
+    store_up_to(load_up_to(map + pixel, pixels - pixel) / divisor, map + pixel, pixels - pixel);
+  }
+  return norm;
 }
 
 // Loss and coefficients of one (level, sample) from the channel sums of both sides, which become q in place.
 template <typename A>
 void finish_sample(
     const AttentionForward& call, int64 level, int64 sample, int64 level_offset, A* student, A* teacher) {
+  constexpr int64 width = Lanes<A>::kWidth;
   const Map& map = call.students[level];
   const int64 pixels = map.height * map.width;
   const A student_norm = normalise(student, pixels, map.channels);
   const A teacher_norm = normalise(teacher, pixels, call.teachers[level].channels);
-  double squares = 0, student_projection = 0, teacher_projection = 0;
-  for (int64 pixel = 0; pixel < pixels; ++pixel) {
-    const double difference = static_cast<double>(student[pixel]) - static_cast<double>(teacher[pixel]);
-    squares += difference * difference;
-    student_projection += student[pixel] * difference;
-    teacher_projection -= teacher[pixel] * difference;
+  DoubleSum squares, student_products, teacher_products;
+  for (int64 pixel = 0; pixel < pixels; pixel += width) {
+    const Widened ours = widened(load_up_to(student + pixel, pixels - pixel));
+    const Widened other = widened(load_up_to(teacher + pixel, pixels - pixel));
+    const Widened difference = {ours.low - other.low, ours.high - other.high};
+    squares.add(difference, difference);
+    student_products.add(ours, difference);
+    teacher_products.add(other, difference);
   }
-  static_cast<A*>(call.losses)[level * call.batch + sample] = static_cast<A>(squares / static_cast<double>(pixels));
+  static_cast<A*>(call.losses)[level * call.batch + sample] =
+      static_cast<A>(squares.total() / static_cast<double>(pixels));
   const int64 offset = call.batch * level_offset + sample * pixels;
-  if (call.student_coefficients != nullptr) {
-    A* out = static_cast<A*>(call.student_coefficients) + offset;
-    const A scale = static_cast<A>(call.exponent / map.channels * 2.0 / pixels);
-    const A projection = static_cast<A>(student_projection);
-    for (int64 pixel = 0; pixel < pixels; ++pixel) {
-      out[pixel] = attention_coefficient(student[pixel], teacher[pixel], projection, student_norm, scale);
+  const auto write_coefficients = [&](void* coefficients, const A* own, const A* other, double projection, A norm,
+                                      int64 channels) {
+    if (coefficients == nullptr) return;
+    A* out = static_cast<A*>(coefficients) + offset;
+    const A scale = static_cast<A>(call.exponent / channels * 2.0 / pixels);
+    for (int64 pixel = 0; pixel < pixels; pixel += width) {
+      const int64 rest = pixels - pixel;
+      const auto value = attention_coefficient(
+          load_up_to(own + pixel, rest), load_up_to(other + pixel, rest), static_cast<A>(projection), norm, scale);
+      store_up_to(value, out + pixel, rest);
     }
-  }
-  if (call.teacher_coefficients != nullptr) {
-    A* out = static_cast<A*>(call.teacher_coefficients) + offset;
-    const A scale = static_cast<A>(call.exponent / call.teachers[level].channels * 2.0 / pixels);
-    const A projection = static_cast<A>(teacher_projection);
-    for (int64 pixel = 0; pixel < pixels; ++pixel) {
-      out[pixel] = attention_coefficient(teacher[pixel], student[pixel], projection, teacher_norm, scale);
-    }
-  }
+  };
+  write_coefficients(call.student_coefficients, student, teacher, student_products.total(), student_norm, map.channels);
+  write_coefficients(
+      call.teacher_coefficients, teacher, student, -teacher_products.total(), teacher_norm,
+      call.teachers[level].channels);
 }
 
 // Elements of one sample over all levels and both sides: the work of one step of the sample loop.
@@ -346,7 +365,9 @@ void scale_sample(
   const int64 pixels = pixels_of(feature);
   const T* in = static_cast<const T*>(feature.data) + sample * feature.stride_n;
   T* out = static_cast<T*>(gradient.data) + sample * gradient.stride_n;
-  for (int64 pixel = 0; pixel < pixels; ++pixel) weights[pixel] = grad * coefficients[pixel];
+  for (int64 pixel = 0; pixel < pixels; pixel += width) {
+    store_up_to(quiet(load_up_to(coefficients + pixel, pixels - pixel) * grad), weights + pixel, pixels - pixel);
+  }
   using B = Block<T>;
   // gradient = weight * derivative for one block, by ordinary or cache-bypassing stores.
   const auto scale_block = [exponent](const V* weight, const T* source, T* target, auto past_cache)

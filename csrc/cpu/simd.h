@@ -22,6 +22,7 @@ struct Half {
 };
 
 typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
 typedef std::int32_t Int8 __attribute__((vector_size(32)));
 typedef std::uint32_t UInt8 __attribute__((vector_size(32)));
 typedef std::uint16_t UShort8 __attribute__((vector_size(16)));
@@ -237,10 +238,11 @@ struct Block<BFloat16> {
     values[0] = bits_of<Float8>(_mm256_slli_epi32(pairs, 16));
     values[1] = bits_of<Float8>(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+  // To bfloat16, in the upper half. A NaN must have zeros in the lower half, or rounding it up could end at infinity or
+  // zero: those made from bfloat16 numbers and `quiet` ones have.
   static inline __attribute__((always_inline)) UInt8 rounded(Float8 value) {
     const UInt8 bits = bits_of<UInt8>(value);
-    const UInt8 up = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return value != value ? UInt8{} + 0x7fc00000u : up;
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
   static inline __attribute__((always_inline)) __m256i packed(const Vector values[]) {
     const UInt8 even = rounded(values[0]) >> 16, odd = rounded(values[1]) & 0xffff0000u;
@@ -276,12 +278,6 @@ struct Block<BFloat16> {
 };
 #endif
 
-// Asks for the cache line that holds `pointer` ahead of its use.
-template <typename T>
-inline __attribute__((always_inline)) void prefetch(const T* pointer) {
-  __builtin_prefetch(pointer, 0, 3);
-}
-
 template <typename T>
 inline auto load_first(const T* pointer, int64 count) -> decltype(load(pointer)) {
   T padded[8] = {};
@@ -294,6 +290,41 @@ inline void store_first(V value, T* pointer, int64 count) {
   store(value, padded);
   for (int64 lane = 0; lane < count; ++lane) pointer[lane] = padded[lane];
 }
+
+// NaNs become the default one, whose lower bits are zeros.
+inline __attribute__((always_inline)) Float8 quiet(Float8 value) {
+  return value != value ? Float8{} + __builtin_nanf("") : value;
+}
+inline __attribute__((always_inline)) Double4 quiet(Double4 value) { return value; }
+
+// The first `count` lanes, without a copy where that is all of them.
+template <typename T>
+inline __attribute__((always_inline)) auto load_up_to(const T* pointer, int64 count) -> decltype(load(pointer)) {
+  constexpr int64 width = sizeof(load(pointer)) / sizeof(load(pointer)[0]);
+  return count >= width ? load(pointer) : load_first(pointer, count);
+}
+template <typename V, typename T>
+inline __attribute__((always_inline)) void store_up_to(V value, T* pointer, int64 count) {
+  constexpr int64 width = sizeof(V) / sizeof(value[0]);
+  if (count >= width) {
+    store(value, pointer);
+  } else {
+    store_first(value, pointer, count);
+  }
+}
+
+// A vector of the accumulate type in double.
+struct Widened {
+  Double4 low, high;
+};
+inline __attribute__((always_inline)) Widened widened(Float8 value) {
+  struct Halves {
+    Float4 low, high;
+  };
+  const Halves halves = bits_of<Halves>(value);
+  return {__builtin_convertvector(halves.low, Double4), __builtin_convertvector(halves.high, Double4)};
+}
+inline __attribute__((always_inline)) Widened widened(Double4 value) { return {value, Double4{}}; }
 
 template <typename V>
 inline __attribute__((always_inline)) auto horizontal_sum(V value) {
