@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import pickle
 import sys
+import types
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -333,6 +334,29 @@ def imported(name: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:
         pytest.skip(f"{name} is installed, but does not import beside this PyTorch: {error}")
+
+
+def test_a_name_that_timm_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"resnet18": None, "resnet34": None}
+    created = []
+
+    def create_model(name: str, **arguments: Any) -> nn.Module:
+        created.append((name, arguments))
+        return TimmLike()
+
+    module = types.SimpleNamespace(
+        __version__="1.0", is_model=known.__contains__, list_models=lambda: list(known), create_model=create_model
+    )
+    monkeypatch.setitem(sys.modules, "timm", module)
+    with pytest.raises(
+        ValueError, match=r"name is 'resnet81\.a1_in1k', but timm 1.0 has no such model; it has 'resnet18'"
+    ):
+        TimmBackbone.create("resnet81.a1_in1k")
+    with pytest.raises(ValueError, match=r"'vgg', but timm 1.0 has no such model; timm.list_models\(\) gives"):
+        TimmBackbone.create("vgg")
+    for name in ("resnet18.a1_in1k", "hf-hub:somebody/model"):
+        TimmBackbone.create(name, num_classes=5)
+        assert created.pop() == (name, {"num_classes": 5})
 
 
 @pytest.mark.parametrize(

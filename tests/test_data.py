@@ -902,6 +902,7 @@ def test_grey_palette_and_four_channel_images_become_rgb(tmp_path: Path) -> None
 def test_torchvision_decodes_where_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_files.write_image_folder(tmp_path, size=(32, 32))
     monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)  # found without its parent where it was imported before
     with pytest.raises(ImportError, match="decoder is 'torchvision', but it could not decode"):
         ImageFolderData(str(tmp_path), decoder="torchvision").setup("fit")
 
@@ -1177,6 +1178,17 @@ def test_small_images_and_an_imagenet_stem_are_warned_of() -> None:
         with torch.device("meta"):
             network = cifarresnet18(num_classes=5)
         assert stem_stride(network, (32, 32)) == 1
+
+
+def test_images_too_small_for_the_network_are_a_sentence() -> None:
+    class Deep(nn.Module):
+        def forward(self, images: Tensor) -> Any:
+            maps = nn.functional.avg_pool2d(images, 16)
+            return [maps, nn.functional.avg_pool2d(maps, 2)], images.flatten(1)
+
+    assert stem_stride(Deep(), (32, 32)) == 16
+    with pytest.raises(ValueError, match=r"backbone \(Deep\) does not accept images of 3 x 16 x 16 \(.*; take larger"):
+        warn_if_stem_mismatch(Deep(), (16, 16))
 
 
 # --- benchmark --------------------------------------------------------------------------------------------------------

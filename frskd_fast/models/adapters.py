@@ -3,6 +3,7 @@
 Neither timm nor torchvision is imported here unless a function that needs it is called.
 """
 
+import difflib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -318,6 +319,7 @@ class TimmBackbone(AdaptedBackbone):
 
         Raises:
             ImportError: without timm, saying how to install it.
+            ValueError: for a name that timm does not know, with those that are spelt alike.
         """
         try:
             import timm
@@ -326,6 +328,15 @@ class TimmBackbone(AdaptedBackbone):
                 f"timm cannot be imported ({error}), but was wanted to create the model {name!r}; install it with "
                 "pip install 'frskd_fast[timm]'."
             ) from error
+        # A source before the name ("hf-hub:") and a tag behind it (".a1_in1k") are timm's to look up.
+        architecture = name.partition(".")[0]
+        if ":" not in name and not timm.is_model(architecture):
+            alike = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+            raise ValueError(
+                f"name is {name!r}, but timm {timm.__version__} has no such model"
+                + (f"; it has {', '.join(map(repr, alike))}" if alike else "")
+                + "; timm.list_models() gives all names."
+            )
         return cls(timm.create_model(name, **arguments))
 
     def maps_and_logits(self, images: Tensor) -> tuple[Maps, Tensor]:

@@ -252,8 +252,9 @@ def _convolution_backward(
 
 def _holds_whole_pixels(x: Tensor) -> bool:
     """Whether the channels of each pixel lie together, as in channels_last and in slices of its channels."""
-    channels, sides = x.shape[1], ((2, x.shape[2]), (3, x.shape[3]))
-    nested = all(size == 1 or x.stride(dim) >= channels for dim, size in sides)
+    channels, height, width = x.shape[1:]
+    # No generator: PyTorch 2.14 does not trace one whose comparisons need a guard.
+    nested = (height == 1 or x.stride(2) >= channels) and (width == 1 or x.stride(3) >= channels)
     return not x.is_contiguous() and channels > 1 and x.stride(1) == 1 and nested
 
 

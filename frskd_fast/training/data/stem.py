@@ -25,7 +25,7 @@ def stem_stride(backbone: nn.Module, image_size: tuple[int, int], channels: int 
         The stride; 1 for a CIFAR stem, 4 for the ImageNet stem of a ResNet.
 
     Raises:
-        RuntimeError: when the network does not accept such images.
+        ValueError: when the network does not accept such images.
 
     Example:
         >>> from frskd_fast.models import cifarresnet18, resnet18
@@ -33,7 +33,14 @@ def stem_stride(backbone: nn.Module, image_size: tuple[int, int], channels: int 
         >>> stem_stride(cifarresnet18(), (32, 32)), stem_stride(resnet18(), (128, 128))
         (1, 4)
     """
-    features, _ = dry_pass(backbone, backbone, (channels, *image_size))
+    try:
+        features, _ = dry_pass(backbone, backbone, (channels, *image_size))
+    except RuntimeError as error:
+        height, width = image_size
+        raise ValueError(
+            f"backbone ({type(backbone).__name__}) does not accept images of {channels} x {height} x {width} "
+            f"({error.__cause__}); take larger images, or a network that halves them fewer times."
+        ) from error
     return -(-image_size[0] // features[0].shape[-2])
 
 
@@ -52,7 +59,7 @@ def warn_if_stem_mismatch(backbone: nn.Module, image_size: tuple[int, int], chan
         Whether there was something to warn of.
 
     Raises:
-        RuntimeError: when the network does not accept such images.
+        ValueError: when the network does not accept such images.
     """
     if min(image_size) > SMALL_IMAGE:
         return False
