@@ -202,14 +202,15 @@ def test_nan_is_never_hidden(impl: str) -> None:
     assert leaf.grad is not None and leaf.grad[0].isfinite().all() and leaf.grad[1].isnan().any()
 
 
+@pytest.mark.parametrize("batch", [2, 900])
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF], ids=hex)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_nan_from_above_reaches_every_gradient(dtype: torch.dtype, layout: str) -> None:
-    """Also one of which rounding up would leave a number: all bits set."""
-    features = [LAYOUTS[layout](torch.randn(2, 35, 17, 16).to(dtype)).requires_grad_()]
-    loss = functional.attention_transfer(features, [torch.randn(2, 3, 17, 16).to(dtype)], impl="cpu")
-    bits = torch.tensor(-1, dtype=torch.int64 if dtype == torch.float64 else torch.int32)
-    upstream = bits.view(loss.dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_from_above_reaches_every_gradient(dtype: torch.dtype, layout: str, bits: int, batch: int) -> None:
+    """Also one that rounding up would make infinity or zero; 900 samples are more than 16 MiB, whose stores bypass the cache."""
+    features = [LAYOUTS[layout](torch.ones(batch, 35, 17, 16).to(dtype)).requires_grad_()]
+    loss = functional.attention_transfer(features, [torch.ones(batch, 3, 17, 16).to(dtype)], impl="cpu")
+    upstream = torch.tensor(bits, dtype=torch.uint32).view(torch.float32)
     assert upstream.isnan()
     (gradient,) = torch.autograd.grad(loss, features, upstream)
     assert gradient.isnan().all()

@@ -223,14 +223,15 @@ def train_in_a_group_of_one(task: nn.Module, batches: list[tuple[Tensor, Tensor]
     backward pass before left out."""
     store = torch.distributed.FileStore(str(folder / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel = nn.parallel.DistributedDataParallel(task)
     try:
+        parallel: nn.Module | None = nn.parallel.DistributedDataParallel(task)
+        assert parallel is not None
         for images, labels in batches:
             parallel(images, labels)["loss"].backward()
     finally:
         # Before the group: the reducer, were it the group's last owner, would join the group's threads while it holds the
         # GIL, which such a thread may be waiting for to let go of its last piece of work.
-        del parallel
+        parallel = None
         torch.distributed.destroy_process_group()
 
 

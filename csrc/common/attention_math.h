@@ -1,4 +1,5 @@
-// Scalar arithmetic of the attention-transfer loss, shared by the host and device kernels.
+// Arithmetic of the attention-transfer loss, shared by the host kernels (which also use it on vectors) and the device
+// kernels.
 // A is the accumulate type: float, or double for float64 inputs.
 #pragma once
 

@@ -12,8 +12,9 @@ namespace {
 constexpr int64 kPixelTile = 1024;  // accumulators of a tile stay in the first-level cache
 constexpr int64 kChannelBlock =
     32;  // channels summed before they join the total: keeps the rounding of long sums small
-// Bytes of a plane from which on channels are read one after the other, as they lie in memory: the processor fetches
-// one long stream ahead, but not four streams less than a page apart.
+// Bytes of a tile's row from which on channels are read one after the other, as they lie in memory: the processor
+// fetches one stream ahead better than four that lie close together. In shorter rows loading and storing the sums costs
+// more.
 constexpr int64 kPlaneInOrder = 512;
 
 // Whether to run along the pixels of a channel; a single pixel with contiguous channels runs along the channels
