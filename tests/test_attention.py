@@ -207,7 +207,7 @@ def test_nan_is_never_hidden(impl: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_nan_from_above_reaches_every_gradient(dtype: torch.dtype, layout: str, bits: int, batch: int) -> None:
-    """Also one that rounding up would make infinity or zero; 900 samples are more than 16 MiB, whose stores bypass the cache."""
+    """Also one that rounding up would make a number; 900 samples are more than 16 MiB, whose stores bypass the cache."""
     features = [LAYOUTS[layout](torch.ones(batch, 35, 17, 16).to(dtype)).requires_grad_()]
     loss = functional.attention_transfer(features, [torch.ones(batch, 3, 17, 16).to(dtype)], impl="cpu")
     upstream = torch.tensor(bits, dtype=torch.uint32).view(torch.float32)
