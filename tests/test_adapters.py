@@ -7,9 +7,8 @@ import importlib
 import importlib.util
 import pickle
 import sys
-import types
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -337,15 +336,15 @@ def imported(name: str) -> ModuleType:
 
 
 def test_a_name_that_timm_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"resnet18": None, "resnet34": None}
+    known = ["resnet18", "resnet34"]
     created = []
 
     def create_model(name: str, **arguments: Any) -> nn.Module:
         created.append((name, arguments))
         return TimmLike()
 
-    module = types.SimpleNamespace(
-        __version__="1.0", is_model=known.__contains__, list_models=lambda: list(known), create_model=create_model
+    module = SimpleNamespace(
+        __version__="1.0", is_model=known.__contains__, list_models=lambda: known, create_model=create_model
     )
     monkeypatch.setitem(sys.modules, "timm", module)
     with pytest.raises(

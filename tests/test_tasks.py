@@ -223,9 +223,9 @@ def train_in_a_group_of_one(task: nn.Module, batches: list[tuple[Tensor, Tensor]
     backward pass before left out."""
     store = torch.distributed.FileStore(str(folder / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel: Any = None
     try:
-        parallel: nn.Module | None = nn.parallel.DistributedDataParallel(task)
-        assert parallel is not None
+        parallel = nn.parallel.DistributedDataParallel(task)
         for images, labels in batches:
             parallel(images, labels)["loss"].backward()
     finally:
