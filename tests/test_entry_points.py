@@ -183,31 +183,19 @@ def _logits_with_gradients(hostile: Hostile) -> tuple[Any, ...]:
     rows, classes = hostile.size(), hostile.often(hostile.size(), 1024, 1025)
     kind = hostile.random.choice([torch.float32, torch.float64])
     labels = [hostile.layout(torch.randint(max(hostile.often(classes, classes + 5), 1), (rows,))) for _ in range(2)]
-    targets = hostile.random.choice([[], labels[:1], labels])
-    targets = hostile.often(targets, [*labels, *labels], [hostile.tensor([rows, classes], kind)])
-    planes = hostile.often(hostile.random.choice([2, 3]) if targets else 1, 0, 1, 4)
+    targets, targets_b = hostile.random.choice([(None, None), (labels[0], None), (labels[0], labels[1])])
     return (
         hostile.tensor([rows, classes], kind),
         hostile.tensor([rows, classes], kind),
-        targets,
+        hostile.often(targets, None, hostile.tensor([rows, classes], kind)),
+        hostile.often(targets_b, None, labels[1]),
         hostile.number(0.3),
         hostile.often(0.1, 2.0, float("nan")),
         hostile.often(-100, 0, 1 << 62, -(1 << 62)),
         hostile.number(hostile.random.choice([1.0, 2.0, 4.0, 0.7])),
         hostile.random.random() < 0.5,
-        hostile.often([hostile.working(1, kind) for _ in range(3)], []),
-        hostile.tensor([planes, rows, classes], kind),
-    )
-
-
-def _logits_scale(hostile: Hostile) -> tuple[Any, ...]:
-    rows, classes, planes = hostile.size(), hostile.size(), hostile.random.choice([1, 2, 3])
-    kind = hostile.random.choice([torch.float32, torch.float64])
-    return (
-        hostile.tensor([planes, rows, classes], kind),
-        hostile.often([hostile.working(1, kind) for _ in range(3)], []),
-        hostile.working(rows * classes, kind),
-        hostile.often(hostile.working(rows * classes, kind) if planes == 3 else None, None),
+        *(hostile.random.choice([1.0, 0.0, -2.5, float("inf"), float("nan")]) for _ in range(3)),
+        hostile.often(targets is not None and hostile.random.random() < 0.5, True),
     )
 
 
@@ -382,7 +370,6 @@ def _fusion_backward(hostile: Hostile) -> tuple[Any, ...]:
         ("logits_forward", _logits_forward),
         ("logits_backward", _logits_backward),
         ("logits_with_gradients", _logits_with_gradients),
-        ("logits_scale", _logits_scale),
         ("combine", _combine),
         ("fusion_statistics", _fusion_statistics),
         ("fusion_forward", _fusion_forward),

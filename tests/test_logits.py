@@ -242,6 +242,46 @@ def test_gradients_of_small_calls_can_be_asked_for_twice_and_apart() -> None:
     torch.testing.assert_close(gradients[1], torch.autograd.grad(teacher_alone, teacher)[0])
 
 
+def test_small_calls_give_the_same_gradients_whatever_was_expected() -> None:
+    """The forward pass writes gradients for the upstream of the step before; bits must not depend on that guess."""
+    student, teacher = (torch.randn(9, 20, requires_grad=True) for _ in range(2))
+    labels = torch.randint(20, (9,))
+
+    def gradients(weights: tuple[float, ...], targets: Tensor | None) -> list[Tensor]:
+        parts = functional.cross_entropy_kd(student, teacher, targets, impl="cpu")
+        wanted = [student, teacher] if targets is not None else [student]
+        terms = zip(weights, parts, strict=True) if targets is not None else [(weights[2], parts.kd)]
+        return list(torch.autograd.grad(sum(weight * part for weight, part in terms), wanted))
+
+    for targets in (labels, None):
+        for weights in ((1.0, 1.0, 2.0), (0.5, 0.0, -3.0)):
+            recomputed, expected = gradients(weights, targets), gradients(weights, targets)
+            for first, second in zip(recomputed, expected, strict=True):
+                assert torch.equal(first, second)
+    # One objective's weights are not another's: with targets and without, in turns.
+    mixed = [gradients((1.0, 1.0, 5.0), labels), gradients((0.0, 0.0, 2.0), None), gradients((1.0, 1.0, 5.0), labels)]
+    assert torch.equal(mixed[0][0], mixed[2][0])
+
+
+def test_a_small_calls_gradient_may_be_written_into() -> None:
+    student, teacher = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    kd = functional.kd_loss(student, teacher, impl="cpu")
+    once = torch.autograd.grad(kd, student, retain_graph=True)[0].clone()
+    kd.backward(retain_graph=True)
+    assert student.grad is not None
+    student.grad.mul_(100.0)
+    torch.testing.assert_close(torch.autograd.grad(kd, student)[0], once)
+
+
+def test_logits_changed_between_the_passes_of_a_small_call_are_refused() -> None:
+    student = torch.randn(5, 7, requires_grad=True)
+    logits = student * 1.0
+    kd = functional.kd_loss(logits, torch.randn(5, 7), impl="cpu")
+    logits.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kd.backward()
+
+
 def test_parts_of_large_calls_can_be_added_to_in_place() -> None:
     student = torch.randn(200, 1000, requires_grad=True)
     parts = functional.cross_entropy_kd(student, torch.randn(200, 1000), torch.arange(200), impl="cpu")

@@ -1,7 +1,10 @@
 // Entry points of the logits operation on the CPU.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <optional>
+#include <tuple>
 
 #include "checks.h"
 
@@ -38,6 +41,32 @@ const std::int64_t* labels_of(const Tensor& labels, const Tensor& logits, std::i
   return static_cast<const std::int64_t*>(labels.data_ptr());
 }
 
+// `first_row` is left to the caller; absent tensors are null.
+Head head_of(
+    const Tensor& student, const Tensor* teacher, const Tensor* target, const Tensor* target_b, Element element) {
+  Head head{};
+  head.student = map_of(student, element, 2, "students");
+  head.batch = student.sizes()[0];
+  STD_TORCH_CHECK(head.student.channels > 0, "students has a head without classes.");
+  if (teacher != nullptr) {
+    check_same_shape(*teacher, student, "teachers");
+    head.teacher = map_of(*teacher, element, 2, "teachers");
+  }
+  if (target == nullptr) return head;
+  if (target->scalar_type() == ScalarType::Long) {
+    head.labels = labels_of(*target, student, head.label_strides, "targets");
+    if (target_b != nullptr) head.labels_b = labels_of(*target_b, student, head.label_b_strides, "targets_b");
+  } else {
+    STD_TORCH_CHECK(target_b == nullptr, "targets_b goes with class indices, but targets holds probabilities.");
+    check_same_shape(*target, student, "targets");
+    head.probabilities =
+        map_of(*target, element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32, 2, "targets");
+  }
+  return head;
+}
+
+std::int64_t rows_of(const Head& head) { return head.batch * head.student.height * head.student.width; }
+
 Call call_of(
     const std::vector<Tensor>& students,
     const std::vector<Tensor>& teachers,
@@ -49,34 +78,17 @@ Call call_of(
       (teachers.empty() || teachers.size() == count) && (targets.empty() || targets.size() == count) &&
           (targets_b.empty() || (targets_b.size() == count && targets.size() == count)),
       "teachers, targets and targets_b must be empty or have one entry for each of the ", count, " heads.");
+  const auto entry = [](const std::vector<Tensor>& tensors, std::size_t index) {
+    return tensors.empty() ? nullptr : &tensors[index];
+  };
   Call call;
   call.element = element_of(students[0], "students");
   for (std::size_t index = 0; index < count; ++index) {
-    Head head{};
-    head.student = map_of(students[index], call.element, 2, "students");
-    head.batch = students[index].sizes()[0];
+    const Tensor* target = entry(targets, index);
+    Head head = head_of(students[index], entry(teachers, index), target, entry(targets_b, index), call.element);
     head.first_row = call.rows;
-    STD_TORCH_CHECK(head.student.channels > 0, "students has a head without classes.");
-    if (!teachers.empty()) {
-      check_same_shape(teachers[index], students[index], "teachers");
-      head.teacher = map_of(teachers[index], call.element, 2, "teachers");
-    }
-    if (!targets.empty()) {
-      const Tensor& target = targets[index];
-      if (target.scalar_type() == ScalarType::Long) {
-        head.labels = labels_of(target, students[index], head.label_strides, "targets");
-        if (!targets_b.empty()) {
-          head.labels_b = labels_of(targets_b[index], students[index], head.label_b_strides, "targets_b");
-        }
-      } else {
-        STD_TORCH_CHECK(targets_b.empty(), "targets_b goes with class indices, but targets holds probabilities.");
-        check_same_shape(target, students[index], "targets");
-        const Element wanted = call.element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32;
-        call.has_probabilities = true;
-        head.probabilities = map_of(target, wanted, 2, "targets");
-      }
-    }
-    call.rows += head.batch * head.student.height * head.student.width;
+    call.has_probabilities |= target != nullptr && target->scalar_type() != ScalarType::Long;
+    call.rows += rows_of(head);
     call.heads.push_back(head);
   }
   return call;
@@ -142,95 +154,75 @@ void logits_forward(
   kernels().logits_forward(kernel_call, call.element, run_parallel, thread_count());
 }
 
-void logits_with_gradients(
+// A new contiguous tensor (rows, classes), or a scalar for a rank of 0.
+Tensor empty_tensor(std::int64_t rank, std::int64_t rows, std::int64_t classes, Element element) {
+  const std::int64_t sizes[2] = {rows, classes}, strides[2] = {classes, 1};
+  const std::int32_t dtype = element == Element::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> logits_with_gradients(
     Tensor student,
     Tensor teacher,
-    std::vector<Tensor> targets,
+    std::optional<Tensor> targets,
+    std::optional<Tensor> targets_b,
     double mix,
     double label_smoothing,
     std::int64_t ignore_index,
     double temperature,
     bool mean,
-    std::vector<Tensor> parts,
-    Tensor gradients) {
+    double ce_student_weight,
+    double ce_teacher_weight,
+    double kd_weight,
+    bool need_teacher) {
   check_settings(mix, label_smoothing, temperature);
+  const Element element = element_of(student, "student");
+  const Head head =
+      head_of(student, &teacher, targets ? &*targets : nullptr, targets_b ? &*targets_b : nullptr, element);
+  const std::int64_t rows = rows_of(head), classes = head.student.channels;
   STD_TORCH_CHECK(
-      targets.size() <= 2, "targets has ", targets.size(), " tensors, but none, the labels or two labels were wanted.");
-  const bool has_targets = !targets.empty();
-  std::vector<Tensor> first(targets.begin(), targets.begin() + (has_targets ? 1 : 0));
-  std::vector<Tensor> second(targets.begin() + first.size(), targets.end());
-  const Call call = call_of({student}, {teacher}, first, second);
-  const Head& head = call.heads[0];
-  STD_TORCH_CHECK(
-      call.element == Element::kFloat32 || call.element == Element::kFloat64,
+      element == Element::kFloat32 || element == Element::kFloat64,
       "student must be float32 or float64: gradients of other dtypes would be rounded twice.");
   STD_TORCH_CHECK(
-      student.dim() == 2 && head.student.channels <= kLargestFusedClasses && !call.has_probabilities,
-      "student has shape ", shape_text(student), ", but (N, K) with at most ", kLargestFusedClasses,
+      student.dim() == 2 && rows > 0 && classes <= kLargestFusedClasses && (!targets || head.labels != nullptr),
+      "student has shape ", shape_text(student), ", but (N, K) with at least one row, at most ", kLargestFusedClasses,
       " classes and labels of dtype int64 were wanted.");
   check_labels(head, head.labels, head.label_strides, ignore_index);
   check_labels(head, head.labels_b, head.label_b_strides, ignore_index);
-  const std::int64_t plane = call.rows * head.student.channels;
-  STD_TORCH_CHECK(parts.size() == 3, "parts has ", parts.size(), " tensors, but three were wanted.");
-  const std::int64_t planes = gradients.dim() == 3 ? gradients.sizes()[0] : 0;
   STD_TORCH_CHECK(
-      has_targets ? planes == 2 || planes == 3 : planes == 1, "gradients has shape ", shape_text(gradients),
-      ", but two or three planes (N, K) with targets and one without were wanted.");
-  std::vector<unsigned char> workspace(static_cast<std::size_t>(10 * call.rows) * sizeof(double));
+      targets || !(targets_b || need_teacher),
+      "targets_b and need_teacher go with targets: the divergence does not reach the teacher.");
+  Tensor ce_student = empty_tensor(0, 1, 1, element), ce_teacher = empty_tensor(0, 1, 1, element);
+  Tensor kd = empty_tensor(0, 1, 1, element), student_gradient = empty_tensor(2, rows, classes, element);
+  std::optional<Tensor> teacher_gradient;
+  if (need_teacher) teacher_gradient = empty_tensor(2, rows, classes, element);
+  const std::unique_ptr<double[]> workspace(new double[static_cast<std::size_t>(10 * rows)]);
   Logits kernel_call{};
-  kernel_call.heads = call.heads.data();
+  kernel_call.heads = &head;
   kernel_call.count = 1;
-  kernel_call.rows = call.rows;
+  kernel_call.rows = rows;
   kernel_call.mix = mix;
   kernel_call.label_smoothing = label_smoothing;
   kernel_call.ignore_index = ignore_index;
   kernel_call.temperature = temperature;
   kernel_call.has_teacher = true;
-  kernel_call.has_targets = has_targets;
-  kernel_call.losses = workspace.data();
-  kernel_call.statistics = workspace.data() + static_cast<std::size_t>(4 * call.rows) * sizeof(double);
-  kernel_call.gradients = working_tensor(gradients, call.element, planes * plane, "gradients");
-  kernel_call.gradient_planes = planes;
-  for (int part = 0; part < 3; ++part) kernel_call.parts[part] = working_tensor(parts[part], call.element, 1, "parts");
+  kernel_call.has_targets = targets.has_value();
+  kernel_call.losses = workspace.get();
+  kernel_call.statistics = workspace.get() + 4 * rows;
+  kernel_call.student_gradient = student_gradient.data_ptr();
+  kernel_call.teacher_gradient = teacher_gradient ? teacher_gradient->data_ptr() : nullptr;
+  kernel_call.parts[0] = ce_student.data_ptr();
+  kernel_call.parts[1] = ce_teacher.data_ptr();
+  kernel_call.parts[2] = kd.data_ptr();
+  kernel_call.weights[0] = ce_student_weight;
+  kernel_call.weights[1] = ce_teacher_weight;
+  kernel_call.weights[2] = kd_weight;
   kernel_call.mean = mean;
-  STD_TORCH_CHECK(call.rows > 0, "student has no rows, but at least one was wanted.");
-  kernels().logits_forward(kernel_call, call.element, run_parallel, thread_count());
-}
-
-template <typename A>
-void scale_planes(const A* planes, std::int64_t count, const A* const grads[3], bool has_ce, A* student, A* teacher) {
-  const A by_ce = *grads[0], by_teacher = *grads[1], by_kd = *grads[2];
-  if (!has_ce) {
-    for (std::int64_t k = 0; k < count; ++k) student[k] = planes[k] * by_kd;
-    return;
-  }
-  for (std::int64_t k = 0; k < count; ++k) student[k] = planes[k] * by_ce + planes[count + k] * by_kd;
-  if (teacher == nullptr) return;
-  for (std::int64_t k = 0; k < count; ++k) teacher[k] = planes[2 * count + k] * by_teacher;
-}
-
-void logits_scale(Tensor gradients, std::vector<Tensor> grads, Tensor student, std::optional<Tensor> teacher) {
-  const Element element = element_of(gradients, "gradients");
-  STD_TORCH_CHECK(
-      element == Element::kFloat32 || element == Element::kFloat64, "gradients must be float32 or float64.");
-  const std::int64_t planes = gradients.dim() == 3 ? gradients.sizes()[0] : 0;
-  STD_TORCH_CHECK(
-      teacher ? planes == 3 : planes >= 1 && planes <= 3, "gradients has shape ", shape_text(gradients),
-      ", but one to three planes (N, K), three with a teacher, were wanted.");
-  STD_TORCH_CHECK(grads.size() == 3, "grads has ", grads.size(), " tensors, but three were wanted.");
-  const std::int64_t count = gradients.sizes()[1] * gradients.sizes()[2];
-  const void* from = working_tensor(gradients, element, planes * count, "gradients");
-  void* to = working_tensor(student, element, count, "student");
-  void* teacher_to = teacher ? working_tensor(*teacher, element, count, "teacher") : nullptr;
-  const void* scalars[3];
-  for (int part = 0; part < 3; ++part) scalars[part] = working_tensor(grads[part], element, 1, "grads");
-  const auto scale = [&](auto number) {
-    using A = decltype(number);
-    const A* const by[3] = {
-        static_cast<const A*>(scalars[0]), static_cast<const A*>(scalars[1]), static_cast<const A*>(scalars[2])};
-    scale_planes(static_cast<const A*>(from), count, by, planes > 1, static_cast<A*>(to), static_cast<A*>(teacher_to));
-  };
-  element == Element::kFloat64 ? scale(double{}) : scale(float{});
+  kernels().logits_forward(kernel_call, element, run_parallel, thread_count());
+  return {ce_student, ce_teacher, kd, student_gradient, teacher_gradient};
 }
 
 void attach_gradients(
@@ -320,6 +312,5 @@ void logits_backward(
 STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CPU, m) {
   m.impl("logits_forward", TORCH_BOX(&frskd::logits_forward));
   m.impl("logits_with_gradients", TORCH_BOX(&frskd::logits_with_gradients));
-  m.impl("logits_scale", TORCH_BOX(&frskd::logits_scale));
   m.impl("logits_backward", TORCH_BOX(&frskd::logits_backward));
 }

@@ -132,15 +132,6 @@ inline __attribute__((always_inline)) typename Lanes<A>::Vector lanes_at(const A
   return L::first(count - k) ? part : L::splat(fill);
 }
 
-template <typename V>
-inline auto horizontal_maximum(V value) {
-  auto result = value[0];
-  for (unsigned lane = 1; lane < sizeof(V) / sizeof(value[0]); ++lane) {
-    result = (result > value[lane] || result != result) ? result : value[lane];
-  }
-  return result;
-}
-
 // Running maximum and exponential sums of one side of a row.
 template <typename A>
 struct Online {
@@ -155,9 +146,9 @@ struct Online {
     auto largest = L::splat(tile[0]);
     if (count >= L::kWidth) {
       int64 k = 0;
-      for (; k + L::kWidth <= count; k += L::kWidth) largest = ::frskd::maximum(largest, load(tile + k));
+      for (; k + L::kWidth <= count; k += L::kWidth) largest = ::frskd::maximum(load(tile + k), largest);
       // The last vector overlaps the one before, which no maximum minds.
-      if (k < count) largest = ::frskd::maximum(largest, load(tile + count - L::kWidth));
+      if (k < count) largest = ::frskd::maximum(load(tile + count - L::kWidth), largest);
     } else {
       largest = lanes_at(tile, 0, count, tile[0]);
     }
@@ -340,9 +331,20 @@ inline TileSums<A> sum_tile(
         [inside](V value) __attribute__((always_inline)) { return inside ? value : V{}; },
         [count](V value, A* out) __attribute__((always_inline)) { store_first(value, out, count); });
   }
-  return {horizontal_sum(plain_s),   horizontal_sum(tempered_s), horizontal_sum(plain_t), horizontal_sum(tempered_t),
-          horizontal_sum(crossed),   horizontal_sum(label_mass), horizontal_sum(label_s), horizontal_sum(label_t),
-          horizontal_sum(shifted_s), horizontal_sum(shifted_t)};
+  const V lanes[8] = {plain_s, tempered_s, plain_t, tempered_t, crossed, label_mass, label_s, label_t};
+  A sums[8];
+  for (int first = 0; first < 8; first += L::kWidth) store(horizontal_sums(lanes + first), sums + first);
+  return {
+      sums[0],
+      sums[1],
+      sums[2],
+      sums[3],
+      sums[4],
+      sums[5],
+      sums[6],
+      sums[7],
+      P::kExtra ? horizontal_sum(shifted_s) : A(0),
+      P::kExtra ? horizontal_sum(shifted_t) : A(0)};
 }
 
 // Writes a row's losses and statistics; returns its exponential sums: student and teacher, then both tempered. `kept`
@@ -917,53 +919,51 @@ void logits_forward_typed(const Logits& call, ParallelFor run) {
   }
 }
 
-// A row's losses and its gradients for upstream gradients of 1, from one set of exponentials.
+// A row's losses and its gradients, from one set of exponentials.
 template <typename P, typename A>
-void logits_row_with_gradients(const Logits& call, const Head& head, int64 row, A ce_scale, A kd_scale) {
+void logits_row_with_gradients(const Logits& call, const Head& head, int64 row, const A scales[3]) {
   using L = Lanes<A>;
   constexpr bool ce = P::kCrossEntropy;
   const int64 classes = head.student.channels;
-  const int64 plane = call.rows * classes;
-  A* base = static_cast<A*>(call.gradients) + row * classes;
-  A* student_ce = ce ? base : nullptr;
-  A* student_kd = ce ? base + plane : base;
-  A* teacher_ce = ce && call.gradient_planes == 3 ? base + 2 * plane : nullptr;
+  A* student = static_cast<A*>(call.student_gradient) + row * classes;
+  A* teacher = call.teacher_gradient == nullptr ? nullptr : static_cast<A*>(call.teacher_gradient) + row * classes;
   A exponentials[4][kLargestFusedClasses];
   const Kept<A> kept = {exponentials[0], exponentials[1], exponentials[2], exponentials[3]};
   const auto sums = logits_forward_row<P, A, true>(call, head, row, 0, 0, row, kept);
   const RowLabels<A> labels = row_labels<A>(call, head, row, 0, 0);
   const A smoothing = static_cast<A>(call.label_smoothing);
   const A share = labels.weight[0] + labels.weight[1];
-  const A grad_ce = share == A(0) ? A(0) : ce_scale;
-  const A grad_kd = kd_scale * static_cast<A>(call.temperature);
-  const auto each = L::splat(grad_ce * (smoothing * share / static_cast<A>(classes)));
-  const auto student_plain = L::splat(grad_ce * share / sums[0]), teacher_plain = L::splat(grad_ce * share / sums[1]);
+  const A by_student = share == A(0) ? A(0) : scales[0], by_teacher = share == A(0) ? A(0) : scales[1];
+  const A smooth_share = smoothing * share / static_cast<A>(classes);
+  const auto student_each = L::splat(by_student * smooth_share), teacher_each = L::splat(by_teacher * smooth_share);
+  const auto student_plain = L::splat(by_student * share / sums[0]);
+  const auto teacher_plain = L::splat(by_teacher * share / sums[1]);
   const auto student_factor = L::splat(A(1) / sums[2]), teacher_factor = L::splat(A(1) / sums[3]);
+  const auto by_kd = L::splat(scales[2] * static_cast<A>(call.temperature));
   const auto finish = [&](int64 k, auto get, auto put) __attribute__((always_inline)) {
-    if constexpr (ce) put(get(kept.plain_s + k) * student_plain - each, student_ce + k);
-    put(grad_kd * (get(kept.tempered_s + k) * student_factor - get(kept.tempered_t + k) * teacher_factor),
-        student_kd + k);
-    if (ce && teacher_ce != nullptr) put(get(kept.plain_t + k) * teacher_plain - each, teacher_ce + k);
+    auto gradient = by_kd * (get(kept.tempered_s + k) * student_factor - get(kept.tempered_t + k) * teacher_factor);
+    if constexpr (ce) gradient += get(kept.plain_s + k) * student_plain - student_each;
+    put(gradient, student + k);
+    if (ce && teacher != nullptr) put(get(kept.plain_t + k) * teacher_plain - teacher_each, teacher + k);
   };
-  using V = typename L::Vector;
   if (classes >= L::kWidth) {
     for (int64 first = 0; first < classes; first += L::kWidth) {
       // The last vector overlaps the one before and writes the same numbers there.
       finish(
           first + L::kWidth <= classes ? first : classes - L::kWidth,
           [](const A* from) __attribute__((always_inline)) { return load(from); },
-          [](V value, A* to) __attribute__((always_inline)) { store(value, to); });
+          [](auto value, A* to) __attribute__((always_inline)) { store(value, to); });
     }
   } else {
     finish(
         0, [classes](const A* from) __attribute__((always_inline)) { return load_first(from, classes); },
-        [classes](V value, A* to) __attribute__((always_inline)) { store_first(value, to, classes); });
+        [classes](auto value, A* to) __attribute__((always_inline)) { store_first(value, to, classes); });
   }
   for (int side = 0; side < 2; ++side) {
     if (labels.weight[side] == A(0)) continue;
-    const A pull = grad_ce * ((A(1) - smoothing) * labels.weight[side]);
-    student_ce[labels.index[side]] -= pull;
-    if (teacher_ce != nullptr) teacher_ce[labels.index[side]] -= pull;
+    const A pull = (A(1) - smoothing) * labels.weight[side];
+    student[labels.index[side]] -= by_student * pull;
+    if (teacher != nullptr) teacher[labels.index[side]] -= by_teacher * pull;
   }
 }
 
@@ -976,27 +976,28 @@ void logits_with_gradients_typed(const Logits& call, ParallelFor run) {
     const RowLabels<A> labels = row_labels<A>(call, head, row, 0, 0);
     valid += labels.weight[0] + labels.weight[1];
   }
-  const double inverse_valid = valid == 0 ? 0 : 1 / valid, inverse_rows = 1 / static_cast<double>(call.rows);
-  const A ce_scale = call.mean ? static_cast<A>(inverse_valid) : A(1);
-  const A kd_scale = call.mean ? static_cast<A>(inverse_rows) : A(1);
+  const double over_kept = !call.mean ? 1 : valid == 0 ? 0 : 1 / valid;
+  const double over_rows = !call.mean ? 1 : 1 / static_cast<double>(call.rows);
+  const double divisors[3] = {over_kept, over_kept, over_rows};
+  A scales[3];
+  for (int part = 0; part < 3; ++part) scales[part] = static_cast<A>(call.weights[part] * divisors[part]);
   const bool extra = call.has_targets && has_extra(call, false);
   with_plan(call.temperature, call.has_targets, true, extra, [&](auto plan) {
     using P = decltype(plan);
     if constexpr (P::kTeacher) {
       // A thread that has gone to sleep since the last step takes as long to wake as this does for 16,000 elements.
       parallel(run, call.rows, grain_for(2 * head.student.channels), [&](int64 begin, int64 end) {
-        for (int64 row = begin; row < end; ++row) {
-          logits_row_with_gradients<P, A>(call, head, row, ce_scale, kd_scale);
-        }
+        for (int64 row = begin; row < end; ++row) logits_row_with_gradients<P, A>(call, head, row, scales);
       });
     }
   });
   const A* losses = static_cast<const A*>(call.losses);
+  double sums[3] = {};
+  for (int64 row = 0; row < call.rows; ++row) {
+    for (int part = 0; part < 3; ++part) sums[part] += losses[part * call.rows + row];
+  }
   for (int part = 0; part < 3; ++part) {
-    double sum = 0;
-    for (int64 row = 0; row < call.rows; ++row) sum += losses[part * call.rows + row];
-    if (call.mean) sum *= part == 2 ? inverse_rows : inverse_valid;
-    *static_cast<A*>(call.parts[part]) = static_cast<A>(sum);
+    *static_cast<A*>(call.parts[part]) = static_cast<A>(sums[part] * divisors[part]);
   }
 }
 
@@ -1016,7 +1017,7 @@ void logits_backward_typed(const Logits& call, ParallelFor run) {
 }
 
 void logits_forward(const Logits& call, Element element, ParallelFor run, int) {
-  if (call.gradients != nullptr) {
+  if (call.student_gradient != nullptr) {
     return element == Element::kFloat64 ? logits_with_gradients_typed<double>(call, run)
                                         : logits_with_gradients_typed<float>(call, run);
   }

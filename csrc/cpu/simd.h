@@ -357,10 +357,28 @@ inline Double4 horizontal_sums(const Double4 values[4]) {
       horizontal_sum(values[0]), horizontal_sum(values[1]), horizontal_sum(values[2]), horizontal_sum(values[3])};
 }
 
-// NaN wins: a maximum that dropped a NaN would hide it.
+// NaN wins: a maximum that dropped a NaN would hide it. In a loop `second` is the result so far, whose chain is short.
 template <typename V>
 inline __attribute__((always_inline)) V maximum(V first, V second) {
   return (first > second) | (first != first) ? first : second;
+}
+#ifdef FRSKD_AVX2
+inline __attribute__((always_inline)) Float8 maximum(Float8 first, Float8 second) {
+  const Int8 is_nan = first != first;
+  const Float8 larger = bits_of<Float8>(_mm256_max_ps(bits_of<__m256>(first), bits_of<__m256>(second)));
+  return is_nan ? first : larger;
+}
+#endif
+
+// The largest lane, or NaN.
+inline __attribute__((always_inline)) float horizontal_maximum(Float8 value) {
+  const Float8 halves = maximum(value, Float8{value[4], value[5], value[6], value[7]});
+  const Float8 pairs = maximum(halves, Float8{halves[2], halves[3]});
+  return maximum(pairs, Float8{pairs[1]})[0];
+}
+inline double horizontal_maximum(Double4 value) {
+  const Double4 halves = maximum(value, Double4{value[2], value[3]});
+  return maximum(halves, Double4{halves[1]})[0];
 }
 
 // exp(x) for x <= 88, relative error about 1e-7; exactly 0 below -88 (where the true value is under 1e-38), NaN stays
@@ -368,19 +386,22 @@ inline __attribute__((always_inline)) V maximum(V first, V second) {
 inline __attribute__((always_inline)) Float8 exponential(Float8 x) {
   const Float8 zero = {};
   const Float8 lowest = zero - 88.03f;  // rounds to 2^-127, whose exponent field is 0: the result is then 0
+#ifdef FRSKD_AVX2
+  const Float8 clamped = bits_of<Float8>(_mm256_max_ps(bits_of<__m256>(lowest), bits_of<__m256>(x)));
+#else
   const Float8 clamped = lowest > x ? lowest : x;
+#endif
   const Float8 magic = zero + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the rounded integer
   const Float8 shifted = clamped * 1.44269504f + magic;
   const Float8 integer = shifted - magic;
   Float8 rest = clamped - integer * 0.693359375f;
   rest = rest - integer * -2.12194440e-4f;
-  Float8 polynomial = zero + 1.9875691500e-4f;
-  polynomial = polynomial * rest + 1.3981999507e-3f;
-  polynomial = polynomial * rest + 8.3334519073e-3f;
-  polynomial = polynomial * rest + 4.1665795894e-2f;
-  polynomial = polynomial * rest + 1.6666665459e-1f;
-  polynomial = polynomial * rest + 5.0000001201e-1f;
-  polynomial = polynomial * (rest * rest) + (rest + 1.0f);
+  // In pairs of coefficients: as many operations as Horner's rule in a shorter chain.
+  const Float8 square = rest * rest;
+  const Float8 high = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  const Float8 middle = rest * 8.3334519073e-3f + 4.1665795894e-2f;
+  const Float8 low = rest * 1.6666665459e-1f + 5.0000001201e-1f;
+  const Float8 polynomial = ((high * square + middle) * square + low) * square + (rest + 1.0f);
   const Int8 scale = (bits_of<Int8>(shifted) << 23) + (127 << 23);
   return polynomial * bits_of<Float8>(scale);
 }
@@ -398,16 +419,12 @@ inline __attribute__((always_inline)) Float8 logarithm(Float8 x) {
   const Float8 mantissa = bits_of<Float8>(bits - exponent_bits);
   const Float8 exponent = __builtin_convertvector(exponent_bits >> 23, Float8);
   const Float8 f = mantissa - 1.0f;
-  Float8 polynomial = zero + 7.0376836292e-2f;
-  polynomial = polynomial * f - 1.1514610310e-1f;
-  polynomial = polynomial * f + 1.1676998740e-1f;
-  polynomial = polynomial * f - 1.2420140846e-1f;
-  polynomial = polynomial * f + 1.4249322787e-1f;
-  polynomial = polynomial * f - 1.6668057665e-1f;
-  polynomial = polynomial * f + 2.0000714765e-1f;
-  polynomial = polynomial * f - 2.4999993993e-1f;
-  polynomial = polynomial * f + 3.3333331174e-1f;
   const Float8 square = f * f;
+  const Float8 eighth = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  const Float8 sixth = f * 1.1676998740e-1f - 1.2420140846e-1f;
+  const Float8 fourth = f * 1.4249322787e-1f - 1.6668057665e-1f;
+  const Float8 second = f * 2.0000714765e-1f - 2.4999993993e-1f;
+  const Float8 polynomial = (((eighth * square + sixth) * square + fourth) * square + second) * f + 3.3333331174e-1f;
   Float8 tail = polynomial * f * square + exponent * -2.12194440e-4f;
   tail = tail - square * 0.5f;
   const Float8 result = (f + tail) + exponent * 0.693359375f;

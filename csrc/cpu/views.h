@@ -88,10 +88,11 @@ struct Logits {
   bool has_targets;
   bool has_probabilities;
   // Gradients in the forward pass, of one head of float32 or float64 rows (N, K) with K <= kLargestFusedClasses.
-  void* gradients;               // (planes, N, K) for upstream gradients of 1, or null: ce_student, kd, ce_teacher
-  std::int64_t gradient_planes;  // 1 is kd alone
-  void* parts[3];                // the reduced ce_student, ce_teacher, kd
-  bool mean;                     // over kept rows and all rows, else sums
+  void* student_gradient;  // (N, K), or null where the forward pass computes none
+  void* teacher_gradient;  // (N, K), or null
+  void* parts[3];          // the reduced ce_student, ce_teacher, kd
+  double weights[3];       // the gradients are those of the sum of weights[j] * parts[j]
+  bool mean;               // over kept rows and all rows, else sums
 };
 
 // One input of a weighted fusion. Absent parts are null.

@@ -51,41 +51,25 @@ def forward(
 def forward_with_gradients(
     student: Tensor,  # (N, K) float32 or float64, N >= 1, K <= 1024
     teacher: Tensor,  # (N, K)
-    targets: Sequence[Tensor],  # no labels, (N,) int64 labels, or two of them
+    targets: Tensor | None,  # (N,) int64 labels
+    targets_b: Tensor | None,  # second labels of a mix
     mix: float,
     label_smoothing: float,
     ignore_index: int,
     temperature: float,
     mean: bool,  # over kept rows (cross-entropies) and all rows (divergence), else sums
+    weights: Sequence[float],  # upstream gradients of ce_student, ce_teacher, kd
     need_teacher: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Reduced (ce_student, ce_teacher, kd), and their gradients for upstream gradients of 1, one plane (N, K) each.
-
-    The planes are the student's by CE, the student's by KD, and the teacher's by CE if needed; KD alone without targets.
-    """
-    dtype = student.dtype
-    parts = torch.empty((), dtype=dtype), torch.empty((), dtype=dtype), torch.empty((), dtype=dtype)
-    planes = (3 if need_teacher else 2) if targets else 1
-    gradients = torch.empty((planes, *student.shape), dtype=dtype)
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]:
+    """Reduced (ce_student, ce_teacher, kd), and the gradients of their weighted sum: the student's and the teacher's."""
     try:
-        _ops.logits_with_gradients.default(
-            student, teacher, targets, mix, label_smoothing, ignore_index, temperature, mean, parts, gradients
-        )
+        ce_student, ce_teacher, kd, student_gradient, teacher_gradient = _ops.logits_with_gradients.default(
+            student, teacher, targets, targets_b, mix, label_smoothing, ignore_index, temperature, mean, *weights,
+            need_teacher,
+        )  # fmt: skip
     except RuntimeError as error:
         raise _refused(error) from None
-    return parts, gradients
-
-
-def scale_gradients(
-    gradients: Tensor,  # of ``forward_with_gradients``
-    grads: Sequence[Tensor],  # upstream gradients of ce_student, ce_teacher, kd, one number each
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the student's logits and, where a plane holds it, of the teacher's."""
-    planes, *shape = gradients.shape
-    student = torch.empty(shape, dtype=gradients.dtype)
-    teacher = torch.empty(shape, dtype=gradients.dtype) if planes == 3 else None
-    _ops.logits_scale.default(gradients, grads, student, teacher)
-    return student, teacher
+    return (ce_student, ce_teacher, kd), (student_gradient, teacher_gradient)
 
 
 def backward(

@@ -32,6 +32,8 @@ def finite_number(value: Any, name: str, wanted: str = "a finite number") -> flo
 
 def positive_number(value: Any, name: str) -> float:
     """``value`` as a Python float greater than 0."""
+    if type(value) is float and 0.0 < value < math.inf:
+        return value
     number = finite_number(value, name, "a finite number greater than 0")
     if number <= 0.0:
         raise ValueError(f"{name} is {number}, but a number greater than 0 was wanted.")
@@ -40,6 +42,8 @@ def positive_number(value: Any, name: str) -> float:
 
 def unit_interval(value: Any, name: str) -> float:
     """``value`` as a Python float in [0, 1]."""
+    if type(value) is float and 0.0 <= value <= 1.0:
+        return value
     number = finite_number(value, name, "a number between 0 and 1")
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} is {number}, but a number between 0 and 1 was wanted.")

@@ -259,33 +259,54 @@ class _LogitLosses(torch.autograd.Function):
         return (None, None, None, None, None, None, *students, *teachers, *labels)
 
 
+# By whether there are targets, the upstream gradients of (ce_student, ce_teacher, kd) that the latest backward of a small
+# call was given. They are the weights of a training objective, and those rarely change from one step to the next.
+_expected_upstream = {True: (1.0, 1.0, 1.0), False: (0.0, 0.0, 1.0)}
+
+
 class _SmallLogitLosses(torch.autograd.Function):
     """Scalars (ce_student, ce_teacher, kd) of one small head, with the gradients computed along with them.
 
-    What a small call costs is the number of operations and kernels, not the arithmetic: backward only scales.
+    What a small call costs is the number of operations and kernels, not the arithmetic. The forward kernel writes the
+    gradients for the upstream gradients that it expects; where others come, backward runs the same kernel again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, settings: Settings, mean: bool, student: Tensor, teacher: Tensor, *targets: Tensor
+        ctx: Any,
+        settings: Settings,
+        mean: bool,
+        student: Tensor,
+        teacher: Tensor,
+        targets: Tensor | None,
+        targets_b: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         _dispatch.record("logits", "cpu")
+        ctx.settings = (*settings, mean)
+        ctx.expected = _expected_upstream[targets is not None]
+        ctx.need_teacher = ctx.needs_input_grad[3] and targets is not None
         parts: tuple[Tensor, Tensor, Tensor]
-        parts, gradients = _dispatch.raw("logits", "cpu").forward_with_gradients(
-            student, teacher, targets, *settings, mean, ctx.needs_input_grad[3]
+        parts, ctx.gradients = _dispatch.raw("logits", "cpu").forward_with_gradients(
+            student, teacher, targets, targets_b, *ctx.settings, ctx.expected, ctx.need_teacher
         )
-        ctx.save_for_backward(gradients)
-        ctx.labels = [None] * len(targets)
-        if not targets:
+        ctx.save_for_backward(student, teacher, targets, targets_b)
+        if targets is None:
             ctx.mark_non_differentiable(parts[0], parts[1])
         return parts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (gradients,) = ctx.saved_tensors
-        student, teacher = _dispatch.raw("logits", "cpu").scale_gradients(gradients, grads)
-        return (None, None, student, teacher, *ctx.labels)
+        student, teacher, targets, targets_b = ctx.saved_tensors
+        upstream = grads[0].item(), grads[1].item(), grads[2].item()
+        # Handed out once: whoever gets a gradient may go on writing into it.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or upstream != ctx.expected:
+            _expected_upstream[targets is not None] = upstream
+            _, gradients = _dispatch.raw("logits", "cpu").forward_with_gradients(
+                student, teacher, targets, targets_b, *ctx.settings, upstream, ctx.need_teacher
+            )
+        return None, None, gradients[0], gradients[1], None, None
 
 
 # Elements of the student's logits up to which gradients are computed along with the losses (a guess: docs/performance.md).
@@ -293,24 +314,43 @@ _SMALL = 1 << 16
 _SMALL_CLASSES = 1024  # kLargestFusedClasses of the kernels
 
 
-def _is_small(students: Sequence[Tensor], teachers: Sequence[Tensor], labels: Labels, detach_teacher: bool) -> bool:
-    """Whether ``_SmallLogitLosses`` serves a reduced call of the CPU kernels."""
-    student = students[0]
-    return (
-        len(students) == 1
-        and len(teachers) == 1
-        and detach_teacher
+def _is_small(
+    student: Any, teacher: Any, targets: Any, targets_b: Any, reduction: str, detach_teacher: bool, impl: str
+) -> bool:
+    """Whether ``_SmallLogitLosses`` serves the call. It says so of arguments not yet checked, but only of right ones."""
+    if not (
+        type(student) is type(teacher) is Tensor
         and student.requires_grad
-        and student.dim() == 2
+        and student.is_cpu
+        and teacher.is_cpu
+        and (student.dtype is torch.float32 or student.dtype is torch.float64)
+        and teacher.dtype is student.dtype
+        and student.layout is teacher.layout is torch.strided
+    ):
+        return False
+    shape = student.shape
+    if not (
+        len(shape) == 2
+        and teacher.shape == shape
+        and 0 < shape[0] * shape[1] <= _SMALL
+        and shape[1] <= _SMALL_CLASSES
         and student.is_contiguous()
-        and teachers[0].is_contiguous()
-        and 0 < student.numel() <= _SMALL
-        and student.shape[1] <= _SMALL_CLASSES
-        and (student.dtype == torch.float32 or student.dtype == torch.float64)
-        and not (labels.first and labels.first[0].is_floating_point())
+        and teacher.is_contiguous()
+        and detach_teacher
+        and (reduction == "batchmean" or reduction == "sum")
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-    )
+        and _dispatch.choose(impl, "cpu", student.dtype) == "cpu"
+    ):
+        return False
+    for labels in (targets, targets_b):
+        if labels is None:
+            continue
+        if not (type(labels) is Tensor and labels.dtype is torch.int64 and labels.is_cpu):
+            return False
+        if labels.layout is not torch.strided or labels.shape != shape[:1]:
+            return False
+    return True
 
 
 def checked_logits(student: Any, teacher: Any, suffix: str) -> None:
@@ -388,12 +428,6 @@ def checked_labels(
     heads = len(students)
     if targets is None:
         return Labels((), (), 1.0)
-    if isinstance(targets, Tensor) and not several and targets.dtype == torch.int64:
-        # The common case by the short way: for small logits the checks take a good part of the time.
-        indices = _class_indices(targets, students[0], "targets")
-        if check_range:
-            _check_range(indices, students[0].shape[1], ignore_index, "targets")
-        return Labels((indices,), (), 1.0)
     mix = 1.0
     seconds: Any = None
     if _is_mix(targets):
@@ -461,11 +495,19 @@ def logit_losses(
     impl: str,
 ) -> tuple[Any, Any, Any]:
     """Checks, choice of implementation and autograd; (ce_student, ce_teacher, kd)."""
+    temperature = _checks.positive_number(temperature, "temperature")
+    label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
+    parts: tuple[Tensor, Tensor, Tensor]
+    if _is_small(student_logits, teacher_logits, targets, None, reduction, detach_teacher, impl):
+        # Before the checks: with few logits, checking every argument takes as long as the kernel.
+        settings = Settings(1.0, label_smoothing, int(ignore_index), temperature)
+        parts = _SmallLogitLosses.apply(
+            settings, reduction == "batchmean", student_logits, teacher_logits, targets, None
+        )
+        return parts
     if reduction not in REDUCTIONS:
         hint = " ('batchmean' is the mean over rows)" if reduction == "mean" else ""
         raise ValueError(f"reduction is {reduction!r}, but one of {', '.join(map(repr, REDUCTIONS))} was wanted{hint}.")
-    temperature = _checks.positive_number(temperature, "temperature")
-    label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
     several = isinstance(student_logits, tuple | list)
     students = tuple(student_logits) if several else (student_logits,)
     teachers: tuple[Any, ...] = ()
@@ -493,12 +535,13 @@ def logit_losses(
         return _reference(students, teachers, labels, settings, reduction, detach_teacher, several)
     if detach_teacher and not labels.first:
         teachers = tuple(teacher.detach() for teacher in teachers)
-    parts: tuple[Tensor, Tensor, Tensor]
-    if name == "cpu" and reduction != "none" and _is_small(students, teachers, labels, detach_teacher):
-        parts = _SmallLogitLosses.apply(
-            settings, reduction == "batchmean", students[0], teachers[0], *labels.first, *labels.second
-        )
-        return tuple(part.reshape(1) for part in parts) if several else parts  # type: ignore[return-value]
+    if len(students) == len(teachers) == 1:
+        targets, targets_b = labels.first[0] if labels.first else None, labels.second[0] if labels.second else None
+        if _is_small(students[0], teachers[0], targets, targets_b, reduction, detach_teacher, impl):
+            parts = _SmallLogitLosses.apply(
+                settings, reduction == "batchmean", students[0], teachers[0], targets, targets_b
+            )
+            return tuple(part.reshape(1) for part in parts) if several else parts  # type: ignore[return-value]
     counts = (len(teachers), len(labels.first), len(labels.second))
     parts = _LogitLosses.apply(
         len(students),
