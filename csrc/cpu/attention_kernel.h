@@ -229,6 +229,52 @@ A normalise(A* map, int64 pixels, int64 channels) {
   return norm;
 }
 
+// The first `lanes` of eight: all at once, or by a call for the few that end a map.
+template <typename V>
+inline __attribute__((always_inline)) V lanes_from(const std::uint8_t* bytes, int64 lanes) {
+  V value = {};
+  if (lanes >= 8) {
+    __builtin_memcpy(&value, bytes, sizeof(V));
+  } else {
+    __builtin_memcpy(&value, bytes, static_cast<std::size_t>(lanes) * sizeof(value[0]));
+  }
+  return value;
+}
+template <typename V>
+inline __attribute__((always_inline)) void lanes_to(V value, std::uint8_t* bytes, int64 lanes) {
+  if (lanes >= 8) {
+    __builtin_memcpy(bytes, &value, sizeof(V));
+  } else {
+    __builtin_memcpy(bytes, &value, static_cast<std::size_t>(lanes) * sizeof(value[0]));
+  }
+}
+
+// What is stored between the passes when features have 8 or 11 bits of mantissa: 16 bits of a coefficient's.
+inline void store_coefficients(const Coefficients& coefficients, int64 at, int64 rest, Float8 value) {
+  if (coefficients.packed == 0) return store_up_to(value, static_cast<float*>(coefficients.data) + at, rest);
+  std::uint8_t* bytes = static_cast<std::uint8_t*>(coefficients.data);
+  const UInt8 rounded = bits_of<UInt8>(value) + 0x80u;
+  lanes_to(__builtin_convertvector(rounded >> 16, UShort8), bytes + 2 * at, rest);
+  lanes_to(__builtin_convertvector((rounded >> 8) & 0xffu, UByte8), bytes + 2 * coefficients.packed + at, rest);
+}
+inline void store_coefficients(const Coefficients& coefficients, int64 at, int64 rest, Double4 value) {
+  store_up_to(value, static_cast<double*>(coefficients.data) + at, rest);
+}
+
+template <typename A>
+inline typename Lanes<A>::Vector load_coefficients(const Coefficients& coefficients, int64 at, int64 rest) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (coefficients.packed != 0) {
+      const std::uint8_t* bytes = static_cast<const std::uint8_t*>(coefficients.data);
+      const UShort8 upper = lanes_from<UShort8>(bytes + 2 * at, rest);
+      const UByte8 third = lanes_from<UByte8>(bytes + 2 * coefficients.packed + at, rest);
+      return bits_of<Float8>(
+          (__builtin_convertvector(upper, UInt8) << 16) | (__builtin_convertvector(third, UInt8) << 8));
+    }
+  }
+  return load_up_to(static_cast<const A*>(coefficients.data) + at, rest);
+}
+
 // Loss and coefficients of one (level, sample) from the channel sums of both sides, which become q in place.
 template <typename A>
 void finish_sample(
@@ -250,16 +296,15 @@ void finish_sample(
   static_cast<A*>(call.losses)[level * call.batch + sample] =
       static_cast<A>(squares.total() / static_cast<double>(pixels));
   const int64 offset = call.batch * level_offset + sample * pixels;
-  const auto write_coefficients = [&](void* coefficients, const A* own, const A* other, double projection, A norm,
-                                      int64 channels) {
-    if (coefficients == nullptr) return;
-    A* out = static_cast<A*>(coefficients) + offset;
+  const auto write_coefficients = [&](const Coefficients& coefficients, const A* own, const A* other, double projection,
+                                      A norm, int64 channels) {
+    if (coefficients.data == nullptr) return;
     const A scale = static_cast<A>(call.exponent / channels * 2.0 / pixels);
     for (int64 pixel = 0; pixel < pixels; pixel += width) {
       const int64 rest = pixels - pixel;
       const auto value = attention_coefficient(
           load_up_to(own + pixel, rest), load_up_to(other + pixel, rest), static_cast<A>(projection), norm, scale);
-      store_up_to(value, out + pixel, rest);
+      store_coefficients(coefficients, offset + pixel, rest, value);
     }
   };
   write_coefficients(call.student_coefficients, student, teacher, student_products.total(), student_norm, map.channels);
@@ -357,7 +402,8 @@ void scale_sample(
     int64 end,
     double exponent,
     A grad,
-    const A* coefficients,
+    const Coefficients& coefficients,
+    int64 offset,  // of the sample's coefficients
     A* weights,
     bool streaming) {
   using L = Lanes<A>;
@@ -367,7 +413,8 @@ void scale_sample(
   const T* in = static_cast<const T*>(feature.data) + sample * feature.stride_n;
   T* out = static_cast<T*>(gradient.data) + sample * gradient.stride_n;
   for (int64 pixel = 0; pixel < pixels; pixel += width) {
-    store_up_to(quiet(load_up_to(coefficients + pixel, pixels - pixel) * grad), weights + pixel, pixels - pixel);
+    const auto coefficient = load_coefficients<A>(coefficients, offset + pixel, pixels - pixel);
+    store_up_to(quiet(coefficient * grad), weights + pixel, pixels - pixel);
   }
   using B = Block<T>;
   // gradient = weight * derivative for one block, by ordinary or cache-bypassing stores.
@@ -470,10 +517,12 @@ void attention_backward_typed(const AttentionBackward& call, ParallelFor run, in
         const A upstream =
             static_cast<const A*>(call.grad)[level * call.grad_stride_level + sample * call.grad_stride_sample];
         const A grad = upstream * static_cast<A>(call.scale);
-        const A* coefficients = static_cast<const A*>(call.coefficients) + call.batch * offset + sample * pixels;
+        const int64 place = call.batch * offset + sample * pixels;
         const int64 first = feature.channels * split / splits, last = feature.channels * (split + 1) / splits;
         const auto apply = [&](auto kernel) {
-          kernel(feature, gradient, sample, first, last, call.exponent, grad, coefficients, weights.data, call.stream);
+          kernel(
+              feature, gradient, sample, first, last, call.exponent, grad, call.coefficients, place, weights.data,
+              call.stream);
         };
         switch (classify(call.exponent)) {
           case Exponent::kOne:
