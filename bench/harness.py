@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,7 @@ class Row:
     runs: int = 0
     times_eager: float | None = None  # eager's median / this median
     times_compile: float | None = None
+    times_float32: float | None = None  # this implementation's median on the same operands in float32 / this median
     gigabytes_per_second: float | None = None
     percent_of_copy: float | None = None
     copy_gigabytes_per_second: float | None = None
@@ -555,6 +556,15 @@ def host_time(case: Case, name: str, call: Call, settings: Settings) -> float | 
     return settings.compile_host_us.get(key)
 
 
+def in_float32(case: Case, call: Call, settings: Settings) -> Call:
+    """`call` on the same operands in float32.
+
+    Memory that is fast in one minute and slow in the next would decide a ratio of two cases measured apart.
+    """
+    single = replace(case, dtype="fp32")
+    return Call(single, call.function, place(case.operands(), single, torch.float32, settings.device))
+
+
 def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> list[Row]:
     """Measure every implementation of `settings` on one case."""
     dtype = DTYPES[case.dtype]
@@ -605,7 +615,14 @@ def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> l
 
     del exact_loss, exact_gradients
     copy_rate = copy.measure()
-    samples = interleave(calls, clock, settings.target_seconds, settings.repeats) if calls else {}
+    singles: dict[str, Call] = {}
+    if case.dtype != "fp32" and not case.chain:
+        singles = {
+            f"{name} float32": in_float32(case, call, settings) for name, call in calls.items() if name not in BASELINES
+        }
+        for call in singles.values():
+            call()
+    samples = interleave({**calls, **singles}, clock, settings.target_seconds, settings.repeats) if calls else {}
     for name, call in calls.items():
         row = rows[name]
         times = sorted(milliseconds for milliseconds, _ in samples[name])
@@ -625,6 +642,8 @@ def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> l
                 other = rows[baseline].ms if baseline in rows else None
                 if other is not None:
                     setattr(row, f"times_{baseline}", other / row.ms)
+            if f"{name} float32" in samples:
+                row.times_float32 = statistics.median(ms for ms, _ in samples[f"{name} float32"]) / row.ms
             # last, because it compiles anew
             row.host_us = host_time(case, name, calls[name], settings)
     return list(rows.values())

@@ -112,6 +112,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("quartiles", spread),
     ("vs eager", lambda row: ratio(row["times_eager"])),
     ("vs compile", lambda row: ratio(row["times_compile"])),
+    ("vs float32", lambda row: ratio(row.get("times_float32"))),
     ("must move MB", lambda row: megabytes(row["bytes_moved"])),
     ("GB/s", lambda row: significant(row["gigabytes_per_second"])),
     ("% of copy", lambda row: significant(row["percent_of_copy"], 2)),
@@ -124,7 +125,8 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 LEGEND = (
     "vs eager, vs compile: how many times faster than that baseline (below 1: slower); eager is the original's order "
-    "of operations in the inputs' dtype, compile is torch.compile of that function. Runs of the implementations are "
+    "of operations in the inputs' dtype, compile is torch.compile of that function. vs float32: than the same "
+    "implementation on the same operands in float32, in the same rounds. Runs of the implementations are "
     "interleaved; quartiles are those of single runs. must move: each input read and each gradient written once per "
     "pass. % of copy: of the bandwidth of Tensor.copy_ (read + write) measured beside each case; data that stays in "
     "the cache can pass 100. extra MB: highest allocation of one call, gradients included. host us: on a CPU a call on "
@@ -328,7 +330,7 @@ def step_table(document: Document) -> list[str]:
 def summary(document: Document) -> list[str]:
     """One line for each case and implementation of ours beside both baselines, for the README."""
     titles = [
-        "case", "implementation", "ms", "eager ms", "compile ms", "vs eager", "vs compile", "GB/s", "% of copy",
+        "case", "implementation", "ms", "eager ms", "compile ms", "vs eager", "vs compile", "vs float32", "GB/s", "% of copy",
         "extra MB (eager)", "gradient error (eager)", "host us",
     ]  # fmt: skip
     out: list[str] = []
@@ -353,6 +355,7 @@ def summary(document: Document) -> list[str]:
                         of("compile", marked_ms),
                         ratio(row["times_eager"]),
                         ratio(row["times_compile"]),
+                        ratio(row.get("times_float32")),
                         significant(row["gigabytes_per_second"]),
                         significant(row["percent_of_copy"], 2),
                         f"{extra_megabytes(row)} ({of('eager', extra_megabytes)})",

@@ -39,5 +39,5 @@ STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
       "Tensor(a!)[] gradients, Tensor(b!)? weight_gradient, Tensor(c!)? workspace) -> ()");
   m.def(
       "combine(Tensor attention_losses, Tensor logits_losses, float alpha, float beta, bool has_targets, "
-      "Tensor(a!) parts) -> ()");
+      "Tensor(a!) parts, Tensor(b!)[] scalars) -> ()");
 }

@@ -41,6 +41,9 @@ def _combine_kernel(
     attention_losses,  # (L, N)
     logits_losses,  # (4, columns)
     parts,  # (6,)
+    first_scalar,  # the total; with SPLIT ce_student
+    second_scalar,  # with SPLIT ce_teacher
+    third_scalar,  # with SPLIT kd
     count,  # L * N
     batch,  # N
     columns,
@@ -48,6 +51,7 @@ def _combine_kernel(
     alpha: tl.float64,
     beta: tl.float64,
     HAS_TARGETS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
@@ -76,7 +80,14 @@ def _combine_kernel(
     ce_teacher = tl.sum(teacher_sums, axis=0) / divisor
     weighted_kd = kd * tl.full([], alpha, ACCUMULATE)
     weighted_feature = feature * tl.full([], beta, ACCUMULATE)
-    tl.store(parts, (ce_student + ce_teacher) + (weighted_kd + weighted_feature))
+    total = (ce_student + ce_teacher) + (weighted_kd + weighted_feature)
+    if SPLIT:
+        tl.store(first_scalar, ce_student)
+        tl.store(second_scalar, ce_teacher)
+        tl.store(third_scalar, kd)
+    else:
+        tl.store(first_scalar, total)
+    tl.store(parts, total)
     tl.store(parts + 1, ce_student)
     tl.store(parts + 2, ce_teacher)
     tl.store(parts + 3, kd)
@@ -90,12 +101,17 @@ def forward(
     alpha: float,
     beta: float,
     has_targets: bool,
-) -> Tensor:
-    """(total, ce_student, ce_teacher, kd, feature, inverse_valid); one launch, two above 16384 rows."""
+    split: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """(total, ce_student, ce_teacher, kd, feature, inverse_valid), and the total or the three of the logits as scalars.
+
+    One launch, two above 16384 rows.
+    """
     attention_losses, logits_losses = attention_losses.contiguous(), logits_losses.contiguous()
     device = logits_losses.device
     accumulate = triton_accumulate_dtype(logits_losses.dtype)
     parts = torch.empty(6, dtype=logits_losses.dtype, device=device)
+    scalars = [torch.empty((), dtype=parts.dtype, device=device) for _ in range(3 if split else 1)]
     rows = logits_losses.shape[1]
     if rows > _SLICE:
         slices = triton.cdiv(rows, _SLICE)
@@ -109,8 +125,8 @@ def forward(
     columns = logits_losses.shape[1]
     launch(
         _combine_kernel, 1, device,
-        attention_losses, logits_losses, parts,
+        attention_losses, logits_losses, parts, *(scalars if split else 3 * scalars),
         attention_losses.numel(), attention_losses.shape[1], columns, rows, alpha, beta,
-        HAS_TARGETS=has_targets, BLOCK=_STEP, ACCUMULATE=accumulate, num_warps=_NUM_WARPS,
+        HAS_TARGETS=has_targets, SPLIT=split, BLOCK=_STEP, ACCUMULATE=accumulate, num_warps=_NUM_WARPS,
     )  # fmt: skip
-    return parts
+    return parts, scalars

@@ -344,6 +344,22 @@ def test_a_right_implementation_is_timed() -> None:
     assert eager.times_eager == 1.0 and reference.times_eager == pytest.approx(eager.ms / reference.ms)
 
 
+def test_half_precision_is_timed_beside_float32() -> None:
+    """A ratio of two cases would be one of two minutes, in which memory may not have been as fast."""
+    kinds: list[torch.dtype] = []
+
+    def recorded(**operands: Any) -> Tensor:
+        kinds.append(operands["student_features"][0].dtype)
+        return loss.original(**operands)
+
+    half = dataclasses.replace(one_case(), dtype="bf16", original=loss.original, ours=lambda _: recorded)
+    rows = run_tiny(half, "eager", "reference")
+    assert rows["reference"].times_float32 is not None and rows["eager"].times_float32 is None
+    timed = [kind for kind in kinds if kind != torch.float64]
+    assert timed.count(torch.float32) >= rows["reference"].runs == 3
+    assert run_tiny(one_case(), "eager", "reference")["reference"].times_float32 is None
+
+
 def wrong_in_the_value(*_: object, **operands: Any) -> Tensor:
     return loss.original(**operands) * (1 + 1e-3)
 

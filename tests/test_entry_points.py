@@ -216,6 +216,7 @@ def _combine(hostile: Hostile) -> tuple[Any, ...]:
         hostile.number(100.0),
         hostile.random.random() < 0.5,
         hostile.working(6, kind),
+        [hostile.working(1, kind) for _ in range(hostile.often(hostile.random.choice([1, 3]), 0, 2))],
     )
 
 

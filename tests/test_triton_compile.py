@@ -107,7 +107,8 @@ def _fusion(
 def _combine(rows: int) -> None:
     from frskd_fast.kernels import combine
 
-    combine.forward(torch.zeros(4, 128), torch.zeros(4, rows), 2.0, 100.0, True)
+    for split in (False, True):
+        combine.forward(torch.zeros(4, 128), torch.zeros(4, rows), 2.0, 100.0, True, split)
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -1064,7 +1064,11 @@ class TestCombine:
         attention_losses = random(generator, levels, batch, dtype=torch.float32).abs().to(DEVICE)
         logits_losses = random(generator, 4, rows, dtype=torch.float32).abs().to(DEVICE)
         logits_losses[3] = (logits_losses[3] > 0.5).float()
-        parts = combine.forward(attention_losses, logits_losses, 2.0, 100.0, has_targets)
+        parts, (total,) = combine.forward(attention_losses, logits_losses, 2.0, 100.0, has_targets, split=False)
+        assert torch.equal(total, parts[0])
+        again, apart = combine.forward(attention_losses, logits_losses, 2.0, 100.0, has_targets, split=True)
+        assert torch.equal(again, parts)
+        assert torch.equal(torch.stack(apart), parts[1:4])
         exact = logits_losses.double()
         valid = exact[3].sum() if has_targets else torch.zeros(())
         inverse = 1.0 / valid if valid > 0 else torch.zeros(())
@@ -1080,7 +1084,7 @@ class TestCombine:
 
         losses = torch.zeros(4, 3, device=DEVICE)
         losses[2] = 1.0
-        parts = combine.forward(torch.zeros(0, 3, device=DEVICE), losses, 2.0, 100.0, True)
+        parts, _ = combine.forward(torch.zeros(0, 3, device=DEVICE), losses, 2.0, 100.0, True, split=False)
         assert parts.tolist() == [2.0, 0.0, 0.0, 1.0, 0.0, 0.0]
 
     def test_nan_is_not_hidden(self) -> None:
@@ -1089,5 +1093,5 @@ class TestCombine:
         losses = torch.zeros(4, 3, device=DEVICE)
         losses[0, 1] = float("nan")
         losses[3] = 1.0
-        parts = combine.forward(torch.zeros(1, 3, device=DEVICE), losses, 2.0, 100.0, True)
+        parts, _ = combine.forward(torch.zeros(1, 3, device=DEVICE), losses, 2.0, 100.0, True, split=False)
         assert parts.isnan().tolist() == [True, True, False, False, False, False]

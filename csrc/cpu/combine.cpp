@@ -16,7 +16,9 @@ void combine_typed(
     double alpha,
     double beta,
     bool has_targets,
-    A* parts) {
+    A* parts,
+    A* const* scalars,
+    std::size_t scalar_count) {
   double sums[4] = {0, 0, 0, 0};
   for (int part = 0; part < 4; ++part) {
     for (std::int64_t row = 0; row < rows; ++row) sums[part] += logits[part * rows + row];
@@ -35,9 +37,18 @@ void combine_typed(
   parts[3] = static_cast<A>(kd);
   parts[4] = static_cast<A>(feature);
   parts[5] = static_cast<A>(inverse_valid);
+  if (scalar_count == 1) *scalars[0] = parts[0];
+  for (int part = 0; scalar_count == 3 && part < 3; ++part) *scalars[part] = parts[part + 1];
 }
 
-void combine(Tensor attention_losses, Tensor logits_losses, double alpha, double beta, bool has_targets, Tensor parts) {
+void combine(
+    Tensor attention_losses,
+    Tensor logits_losses,
+    double alpha,
+    double beta,
+    bool has_targets,
+    Tensor parts,
+    std::vector<Tensor> scalars) {
   STD_TORCH_CHECK(
       attention_losses.dim() == 2 && logits_losses.dim() == 2 && logits_losses.sizes()[0] == 4,
       "attention_losses must be (levels, batch) and logits_losses (4, rows), but they have shapes ",
@@ -50,15 +61,20 @@ void combine(Tensor attention_losses, Tensor logits_losses, double alpha, double
   const void* attention = working_tensor(attention_losses, element, levels * batch, "attention_losses");
   const void* logits = working_tensor(logits_losses, element, 4 * rows, "logits_losses");
   void* out = working_tensor(parts, element, 6, "parts");
-  if (element == Element::kFloat64) {
+  STD_TORCH_CHECK(
+      scalars.size() == 1 || scalars.size() == 3, "scalars has ", scalars.size(),
+      " tensors, but one for the total, or three for ce_student, ce_teacher and kd were wanted.");
+  const auto run = [&](auto number) {
+    using A = decltype(number);
+    A* apart[3] = {};
+    for (std::size_t index = 0; index < scalars.size(); ++index) {
+      apart[index] = static_cast<A*>(working_tensor(scalars[index], element, 1, "scalars"));
+    }
     combine_typed(
-        static_cast<const double*>(attention), levels, batch, static_cast<const double*>(logits), rows, alpha, beta,
-        has_targets, static_cast<double*>(out));
-  } else {
-    combine_typed(
-        static_cast<const float*>(attention), levels, batch, static_cast<const float*>(logits), rows, alpha, beta,
-        has_targets, static_cast<float*>(out));
-  }
+        static_cast<const A*>(attention), levels, batch, static_cast<const A*>(logits), rows, alpha, beta, has_targets,
+        static_cast<A*>(out), apart, scalars.size());
+  };
+  element == Element::kFloat64 ? run(double{}) : run(float{});
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ struct CombineParameters {
   const void* attention_losses;  // (L, N)
   const void* logits_losses;     // (4, R): ce_student, ce_teacher, kd, weight
   void* parts;                   // (6,): total, ce_student, ce_teacher, kd, feature, 1 / weight
+  void* scalars[3];              // the total; or ce_student, ce_teacher, kd
+  int scalar_count;              // 1 or 3
   int64_t attention_count;       // L * N
   int64_t samples;               // N
   int64_t rows;                  // R
@@ -27,6 +29,14 @@ struct CombineParameters {
 __device__ __forceinline__ double value_at(const void* data, bool is_double, int64_t index) {
   return is_double ? static_cast<const double*>(data)[index]
                    : static_cast<double>(static_cast<const float*>(data)[index]);
+}
+
+__device__ __forceinline__ void store_value(void* data, bool is_double, int64_t index, double value) {
+  if (is_double) {
+    static_cast<double*>(data)[index] = value;
+  } else {
+    static_cast<float*>(data)[index] = static_cast<float>(value);
+  }
 }
 
 __global__ void __launch_bounds__(kCombineThreads) combine_parts(const __grid_constant__ CombineParameters parameters) {
@@ -53,12 +63,12 @@ __global__ void __launch_bounds__(kCombineThreads) combine_parts(const __grid_co
   const double total = ce_student + ce_teacher + parameters.alpha * kd + parameters.beta * feature;
   const double parts[6] = {total, ce_student, ce_teacher, kd, feature, inverse_weight};
 #pragma unroll
-  for (int i = 0; i < 6; ++i) {
-    if (parameters.parts_are_double) {
-      static_cast<double*>(parameters.parts)[i] = parts[i];
-    } else {
-      static_cast<float*>(parameters.parts)[i] = static_cast<float>(parts[i]);
-    }
+  for (int i = 0; i < 6; ++i) store_value(parameters.parts, parameters.parts_are_double, i, parts[i]);
+  if (parameters.scalar_count == 1) {
+    store_value(parameters.scalars[0], parameters.parts_are_double, 0, parts[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) store_value(parameters.scalars[i], parameters.parts_are_double, 0, parts[i + 1]);
   }
 }
 
@@ -78,7 +88,8 @@ void combine(
     double alpha,
     double beta,
     bool has_targets,
-    const Tensor& parts) {
+    const Tensor& parts,
+    const std::vector<Tensor>& scalars) {
   CombineParameters parameters{};
   parameters.attention_is_double = is_double(attention_losses, "attention_losses");
   parameters.logits_are_double = is_double(logits_losses, "logits_losses");
@@ -98,6 +109,14 @@ void combine(
   parameters.attention_losses = attention_losses.data_ptr();
   parameters.logits_losses = logits_losses.data_ptr();
   parameters.parts = parts.data_ptr();
+  STD_TORCH_CHECK(
+      scalars.size() == 1 || scalars.size() == 3, "scalars has ", scalars.size(),
+      " tensors, but one for the total, or three for ce_student, ce_teacher and kd were wanted.");
+  parameters.scalar_count = static_cast<int>(scalars.size());
+  for (int i = 0; i < parameters.scalar_count; ++i) {
+    check_contiguous(scalars[i], "scalars", logits_losses, parts.scalar_type(), {});
+    parameters.scalars[i] = scalars[i].data_ptr();
+  }
   parameters.attention_count = attention_losses.numel();
   parameters.samples = attention_losses.size(1);
   parameters.rows = logits_losses.size(1);

@@ -138,7 +138,8 @@ void combine(
     double alpha,
     double beta,
     bool has_targets,
-    const Tensor& parts  // (6,)
+    const Tensor& parts,                // (6,)
+    const std::vector<Tensor>& scalars  // the total, or ce_student, ce_teacher and kd
 );
 
 }  // namespace frskd::cuda

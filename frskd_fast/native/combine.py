@@ -14,8 +14,10 @@ def forward(
     alpha: float,
     beta: float,
     has_targets: bool,
-) -> Tensor:
-    """(total, ce_student, ce_teacher, kd, feature, inverse_valid)."""
+    split: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """(total, ce_student, ce_teacher, kd, feature, inverse_valid), and the total or the three of the logits as scalars."""
     parts = torch.empty(6, dtype=logits_losses.dtype, device=logits_losses.device)
-    _ops.combine.default(attention_losses, logits_losses, alpha, beta, has_targets, parts)
-    return parts
+    scalars = [torch.empty((), dtype=parts.dtype, device=parts.device) for _ in range(3 if split else 1)]
+    _ops.combine.default(attention_losses, logits_losses, alpha, beta, has_targets, parts, scalars)
+    return parts, scalars

@@ -103,15 +103,14 @@ def feature_list(value: Any, name: str) -> tuple[tuple[Tensor, ...], tuple[Any, 
 def feature_map(value: Any, name: str) -> Tensor:
     """``value`` if it is a floating (N, C, H, W) tensor with at least one channel and one pixel."""
     feature = floating_tensor(value, name)
-    if feature.dim() != 4:
+    shape = feature.shape
+    if len(shape) != 4:
         raise ValueError(
-            f"{name} has shape {tuple(feature.shape)}, but (N, C, H, W) was wanted; "
+            f"{name} has shape {tuple(shape)}, but (N, C, H, W) was wanted; "
             "tokens of shape (N, L, C) become a map by .transpose(1, 2).unflatten(2, (H, W))."
         )
-    if feature.shape[1] == 0 or feature.shape[2] == 0 or feature.shape[3] == 0:
-        raise ValueError(
-            f"{name} has shape {tuple(feature.shape)}, but at least one channel and one pixel were wanted."
-        )
+    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"{name} has shape {tuple(shape)}, but at least one channel and one pixel were wanted.")
     return feature
 
 
@@ -132,16 +131,16 @@ def feature_pyramids(student_feats: Any, teacher_feats: Any) -> tuple[tuple[Tens
             "keys in the same order were wanted."
         )
     first = feature_map(students[0], "student_feats[0]")
-    for level, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        if level:
-            feature_map(student, f"student_feats[{level}]")
-            same(first, "student_feats[0]", student, f"student_feats[{level}]")
-        feature_map(teacher, f"teacher_feats[{level}]")
-        same(first, "student_feats[0]", teacher, f"teacher_feats[{level}]")
-        for feature, side in ((student, "student_feats"), (teacher, "teacher_feats")):
-            if feature.shape[0] != first.shape[0]:
+    batch = first.shape[0]
+    for side, features in (("student_feats", students), ("teacher_feats", teachers)):
+        for level, value in enumerate(features):
+            name = f"{side}[{level}]"
+            feature = feature_map(value, name)
+            if feature.dtype is not first.dtype or feature.device != first.device:
+                same(first, "student_feats[0]", feature, name)
+            if feature.shape[0] != batch:
                 raise ValueError(
-                    f"{side}[{level}] has batch size {feature.shape[0]}, but student_feats[0] has {first.shape[0]} and "
-                    "one batch size was wanted."
+                    f"{name} has batch size {feature.shape[0]}, but student_feats[0] has {batch} and one batch size was "
+                    "wanted."
                 )
     return students, teachers

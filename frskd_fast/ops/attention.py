@@ -191,7 +191,8 @@ def checked_pyramids(
     students, teachers = _checks.feature_pyramids(student_feats, teacher_feats)
     pairs = []
     for level, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        if student.shape[2:] != teacher.shape[2:]:
+        height, width = student.shape[2:]
+        if teacher.shape[2:] != (height, width):
             if resize is None:
                 raise ValueError(
                     f"teacher_feats[{level}] has maps of {tuple(teacher.shape[2:])} pixels, but student_feats[{level}] has "

@@ -26,21 +26,24 @@ class Objective(NamedTuple):
 
 def raw_forward(
     attention_losses: Tensor, logits_losses: Tensor, alpha: float, beta: float, has_targets: bool, impl: str
-) -> Tensor:
-    """(total, ce_student, ce_teacher, kd, feature, inverse_valid) by implementation ``impl``."""
+) -> tuple[Tensor, Tensor]:
+    """(total, ce_student, ce_teacher, kd, feature, inverse_valid) and the total alone by implementation ``impl``."""
     _dispatch.record("combine", impl)
-    parts: Tensor = _dispatch.raw("combine", impl).forward(attention_losses, logits_losses, alpha, beta, has_targets)
-    return parts
+    parts, (total,) = _dispatch.raw("combine", impl).forward(
+        attention_losses, logits_losses, alpha, beta, has_targets, split=False
+    )
+    return parts, total
 
 
 def _fake_forward(
     attention_losses: Tensor, logits_losses: Tensor, alpha: float, beta: float, has_targets: bool, impl: str
-) -> Tensor:
-    return logits_losses.new_empty((6,))
+) -> tuple[Tensor, Tensor]:
+    return logits_losses.new_empty((6,)), logits_losses.new_empty(())
 
 
 _forward_operator = _library.register(
-    "combine(Tensor attention_losses, Tensor logits_losses, float alpha, float beta, bool has_targets, str impl) -> Tensor",
+    "combine(Tensor attention_losses, Tensor logits_losses, float alpha, float beta, bool has_targets, str impl) "
+    "-> (Tensor, Tensor)",
     raw_forward,
     _fake_forward,
 )
@@ -75,7 +78,7 @@ class _Objective(torch.autograd.Function):
         else:
             attention_losses, coefficients = losses.new_empty((0, 1)), losses.new_empty(0)
         call = _forward_operator if torch.compiler.is_compiling() else raw_forward
-        parts = call(attention_losses, losses, objective.alpha, objective.beta, bool(targets), impl)
+        parts, total = call(attention_losses, losses, objective.alpha, objective.beta, bool(targets), impl)
         ctx.save_for_backward(
             parts, losses, statistics, coefficients, student_logits, teacher_logits, *targets, *targets_b,
             *(students if need_features else ()),
@@ -83,7 +86,7 @@ class _Objective(torch.autograd.Function):
         ctx.settings = (levels, objective, impl, label_counts, need_features)
         ctx.batch = attention_losses.shape[1]
         ctx.mark_non_differentiable(parts)
-        return parts[0].clone(), parts
+        return total, parts
 
     @staticmethod
     @once_differentiable

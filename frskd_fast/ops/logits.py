@@ -18,9 +18,6 @@ from frskd_fast.reference.combine import weighted_mean
 REDUCTIONS = ("batchmean", "sum", "none")
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# PyTorch's own annotation of it says that it returns nothing.
-_unbind_copy: Any = torch.unbind_copy
-
 
 class Settings(NamedTuple):
     """The numbers of one call; all plain Python, so that a traced graph holds them as constants."""
@@ -210,8 +207,10 @@ class _LogitLosses(torch.autograd.Function):
         if heads == 1 and reduction == "batchmean" and not torch.compiler.is_compiling():
             # One kernel instead of ten small operations; a compiler fuses those by itself.
             none = losses.new_empty((0, 1))
-            combined = _dispatch.raw("combine", impl).forward(none, losses, 1.0, 0.0, bool(targets))
-            means: tuple[Tensor, Tensor, Tensor] = _unbind_copy(combined[1:4])  # not views: users add in place
+            _, (ce_student, ce_teacher, kd) = _dispatch.raw("combine", impl).forward(
+                none, losses, 1.0, 0.0, bool(targets), split=True
+            )
+            means: tuple[Tensor, Tensor, Tensor] = ce_student, ce_teacher, kd
             ctx.mark_non_differentiable(*(part for part, gone in zip(means, absent, strict=True) if gone))
             return means
         parts = []
