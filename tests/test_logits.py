@@ -180,13 +180,13 @@ def test_reductions_follow_pytorch(smoothing: float, impl: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(3, 1), (5, 3), (4, 7), (4, 8), (70, 100), (4, 1024), (4, 1025), (66, 1000)], ids=str
 )
 @pytest.mark.parametrize("kind", ["labels", "mix", "none"])
 def test_reduced_rows_with_gradients(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Small reduced calls compute gradients along with the losses; both sides of the limits of that path are here."""
+    """Small reduced calls compute gradients along with the losses; both sides of their limit of classes are here."""
     grads = torch.tensor([0.3, -1.7, 2.5], dtype=torch.float64)
     for reduction in ("batchmean", "sum"):
         for temperature, smoothing in ((4.0, 0.0), (1.0, 0.1), (0.7, 0.0), (2.0, 0.3)):
@@ -240,6 +240,19 @@ def test_gradients_of_small_calls_can_be_asked_for_twice_and_apart() -> None:
     torch.testing.assert_close(gradients[0], apart[0])
     teacher_alone = F.cross_entropy(teacher, torch.arange(6))
     torch.testing.assert_close(gradients[1], torch.autograd.grad(teacher_alone, teacher)[0])
+
+
+def test_calls_on_both_sides_of_the_limit_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = (torch.randn(12, 30, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels = torch.randint(30, (12,))
+    results = []
+    for limit in (student.numel(), student.numel() - 1):
+        monkeypatch.setattr("frskd_fast.ops.logits._SMALL", limit)
+        parts = functional.cross_entropy_kd(student, teacher, labels, label_smoothing=0.1, impl="cpu")
+        assert (parts.kd.grad_fn.name() == "_SmallLogitLossesBackward") == (limit == student.numel())
+        total = 2 * parts.ce_student + parts.ce_teacher + 3 * parts.kd
+        results.append([*parts, *torch.autograd.grad(total, [student, teacher])])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
 
 
 def test_small_calls_give_the_same_gradients_whatever_was_expected() -> None:

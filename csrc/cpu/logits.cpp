@@ -155,9 +155,12 @@ void logits_forward(
 }
 
 // A new contiguous tensor (rows, classes), or a scalar for a rank of 0.
-Tensor empty_tensor(std::int64_t rank, std::int64_t rows, std::int64_t classes, Element element) {
+Tensor empty_tensor(std::int64_t rank, std::int64_t rows, std::int64_t classes, ScalarType type) {
   const std::int64_t sizes[2] = {rows, classes}, strides[2] = {classes, 1};
-  const std::int32_t dtype = element == Element::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const std::int32_t dtype = type == ScalarType::Double     ? aoti_torch_dtype_float64()
+                             : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                             : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                            : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
@@ -184,9 +187,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> logits_with_gr
       head_of(student, &teacher, targets ? &*targets : nullptr, targets_b ? &*targets_b : nullptr, element);
   const std::int64_t rows = rows_of(head), classes = head.student.channels;
   STD_TORCH_CHECK(
-      element == Element::kFloat32 || element == Element::kFloat64,
-      "student must be float32 or float64: gradients of other dtypes would be rounded twice.");
-  STD_TORCH_CHECK(
       student.dim() == 2 && rows > 0 && classes <= kLargestFusedClasses && (!targets || head.labels != nullptr),
       "student has shape ", shape_text(student), ", but (N, K) with at least one row, at most ", kLargestFusedClasses,
       " classes and labels of dtype int64 were wanted.");
@@ -195,10 +195,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> logits_with_gr
   STD_TORCH_CHECK(
       targets || !(targets_b || need_teacher),
       "targets_b and need_teacher go with targets: the divergence does not reach the teacher.");
-  Tensor ce_student = empty_tensor(0, 1, 1, element), ce_teacher = empty_tensor(0, 1, 1, element);
-  Tensor kd = empty_tensor(0, 1, 1, element), student_gradient = empty_tensor(2, rows, classes, element);
+  const ScalarType type = student.scalar_type(), accumulate = accumulate_type(element);
+  Tensor ce_student = empty_tensor(0, 1, 1, accumulate), ce_teacher = empty_tensor(0, 1, 1, accumulate);
+  Tensor kd = empty_tensor(0, 1, 1, accumulate), student_gradient = empty_tensor(2, rows, classes, type);
   std::optional<Tensor> teacher_gradient;
-  if (need_teacher) teacher_gradient = empty_tensor(2, rows, classes, element);
+  if (need_teacher) teacher_gradient = empty_tensor(2, rows, classes, type);
   const std::unique_ptr<double[]> workspace(new double[static_cast<std::size_t>(10 * rows)]);
   Logits kernel_call{};
   kernel_call.heads = &head;

@@ -920,16 +920,25 @@ void logits_forward_typed(const Logits& call, ParallelFor run) {
 }
 
 // A row's losses and its gradients, from one set of exponentials.
-template <typename P, typename A>
+template <typename P, typename T, typename A>
 void logits_row_with_gradients(const Logits& call, const Head& head, int64 row, const A scales[3]) {
   using L = Lanes<A>;
   constexpr bool ce = P::kCrossEntropy;
+  constexpr bool rounds = sizeof(T) != sizeof(A);
   const int64 classes = head.student.channels;
-  A* student = static_cast<A*>(call.student_gradient) + row * classes;
-  A* teacher = call.teacher_gradient == nullptr ? nullptr : static_cast<A*>(call.teacher_gradient) + row * classes;
   A exponentials[4][kLargestFusedClasses];
   const Kept<A> kept = {exponentials[0], exponentials[1], exponentials[2], exponentials[3]};
-  const auto sums = logits_forward_row<P, A, true>(call, head, row, 0, 0, row, kept);
+  const auto sums = logits_forward_row<P, T, true>(call, head, row, 0, 0, row, kept);
+  // A gradient of half precision is complete before it is rounded.
+  A unrounded[2][rounds ? kLargestFusedClasses : 1];
+  T* const outputs[2] = {
+      static_cast<T*>(call.student_gradient) + row * classes,
+      call.teacher_gradient == nullptr ? nullptr : static_cast<T*>(call.teacher_gradient) + row * classes};
+  A *student = unrounded[0], *teacher = outputs[1] == nullptr ? nullptr : unrounded[1];
+  if constexpr (!rounds) {
+    student = outputs[0];
+    teacher = outputs[1];
+  }
   const RowLabels<A> labels = row_labels<A>(call, head, row, 0, 0);
   const A smoothing = static_cast<A>(call.label_smoothing);
   const A share = labels.weight[0] + labels.weight[1];
@@ -946,29 +955,43 @@ void logits_row_with_gradients(const Logits& call, const Head& head, int64 row, 
     put(gradient, student + k);
     if (ce && teacher != nullptr) put(get(kept.plain_t + k) * teacher_plain - teacher_each, teacher + k);
   };
-  if (classes >= L::kWidth) {
+  const auto each_vector = [classes](auto whole, auto part) __attribute__((always_inline)) {
+    if (classes < L::kWidth) return part();
     for (int64 first = 0; first < classes; first += L::kWidth) {
       // The last vector overlaps the one before and writes the same numbers there.
-      finish(
-          first + L::kWidth <= classes ? first : classes - L::kWidth,
-          [](const A* from) __attribute__((always_inline)) { return load(from); },
-          [](auto value, A* to) __attribute__((always_inline)) { store(value, to); });
+      whole(first + L::kWidth <= classes ? first : classes - L::kWidth);
     }
-  } else {
-    finish(
-        0, [classes](const A* from) __attribute__((always_inline)) { return load_first(from, classes); },
-        [classes](auto value, A* to) __attribute__((always_inline)) { store_first(value, to, classes); });
-  }
+  };
+  each_vector(
+      [&](int64 k) __attribute__((always_inline)) {
+        finish(
+            k, [](const A* from) __attribute__((always_inline)) { return load(from); },
+            [](auto value, A* to) __attribute__((always_inline)) { store(value, to); });
+      },
+      [&]() __attribute__((always_inline)) {
+        finish(
+            0, [classes](const A* from) __attribute__((always_inline)) { return load_first(from, classes); },
+            [classes](auto value, A* to) __attribute__((always_inline)) { store_first(value, to, classes); });
+      });
   for (int side = 0; side < 2; ++side) {
     if (labels.weight[side] == A(0)) continue;
     const A pull = (A(1) - smoothing) * labels.weight[side];
     student[labels.index[side]] -= by_student * pull;
     if (teacher != nullptr) teacher[labels.index[side]] -= by_teacher * pull;
   }
+  if constexpr (rounds) {
+    for (int side = 0; side < 2 && outputs[side] != nullptr; ++side) {
+      const A* from = unrounded[side];
+      T* to = outputs[side];
+      each_vector(
+          [&](int64 k) __attribute__((always_inline)) { store(load(from + k), to + k); },
+          [&]() __attribute__((always_inline)) { store_first(load_first(from, classes), to, classes); });
+    }
+  }
 }
 
 // One head of rows (N, K) with K within a tile, class indices or no labels: reduced losses and gradients at once.
-template <typename A>
+template <typename T, typename A>
 void logits_with_gradients_typed(const Logits& call, ParallelFor run) {
   const Head& head = call.heads[0];
   double valid = 0;
@@ -987,7 +1010,7 @@ void logits_with_gradients_typed(const Logits& call, ParallelFor run) {
     if constexpr (P::kTeacher) {
       // A thread that has gone to sleep since the last step takes as long to wake as this does for 16,000 elements.
       parallel(run, call.rows, grain_for(2 * head.student.channels), [&](int64 begin, int64 end) {
-        for (int64 row = begin; row < end; ++row) logits_row_with_gradients<P, A>(call, head, row, scales);
+        for (int64 row = begin; row < end; ++row) logits_row_with_gradients<P, T>(call, head, row, scales);
       });
     }
   });
@@ -1016,20 +1039,22 @@ void logits_backward_typed(const Logits& call, ParallelFor run) {
   });
 }
 
+template <typename T, typename A>
+void logits_forward_either(const Logits& call, ParallelFor run) {
+  call.student_gradient == nullptr ? logits_forward_typed<T, A>(call, run)
+                                   : logits_with_gradients_typed<T, A>(call, run);
+}
+
 void logits_forward(const Logits& call, Element element, ParallelFor run, int) {
-  if (call.student_gradient != nullptr) {
-    return element == Element::kFloat64 ? logits_with_gradients_typed<double>(call, run)
-                                        : logits_with_gradients_typed<float>(call, run);
-  }
   switch (element) {
     case Element::kFloat32:
-      return logits_forward_typed<float, float>(call, run);
+      return logits_forward_either<float, float>(call, run);
     case Element::kFloat64:
-      return logits_forward_typed<double, double>(call, run);
+      return logits_forward_either<double, double>(call, run);
     case Element::kBFloat16:
-      return logits_forward_typed<BFloat16, float>(call, run);
+      return logits_forward_either<BFloat16, float>(call, run);
     case Element::kFloat16:
-      return logits_forward_typed<Half, float>(call, run);
+      return logits_forward_either<Half, float>(call, run);
   }
 }
 

@@ -94,7 +94,7 @@ struct Logits {
   bool has_teacher;  // told apart from the data pointers, which are null where a head has no rows
   bool has_targets;
   bool has_probabilities;
-  // Gradients in the forward pass, of one head of float32 or float64 rows (N, K) with K <= kLargestFusedClasses.
+  // Gradients in the forward pass, of one head of rows (N, K) with K <= kLargestFusedClasses.
   void* student_gradient;  // (N, K), or null where the forward pass computes none
   void* teacher_gradient;  // (N, K), or null
   void* parts[3];          // the reduced ce_student, ce_teacher, kd

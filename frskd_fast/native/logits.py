@@ -49,7 +49,7 @@ def forward(
 
 
 def forward_with_gradients(
-    student: Tensor,  # (N, K) float32 or float64, N >= 1, K <= 1024
+    student: Tensor,  # (N, K), N >= 1, K <= 1024
     teacher: Tensor,  # (N, K)
     targets: Tensor | None,  # (N,) int64 labels
     targets_b: Tensor | None,  # second labels of a mix
