@@ -54,9 +54,9 @@ def operands(shape: tuple[int, ...]) -> Operands:
 
 
 def bytes_moved(shape: tuple[int, ...], dtype: str) -> int:
-    """Forward and backward each read both logits and the labels; backward writes both gradients."""
+    """Both logits and the labels are read, both gradients written; whether in one pass or in two is up to the kernels."""
     labels = shape[0] * prod(shape[2:])  # int64
-    return 6 * prod(shape) * FLOAT_BYTES[dtype] + 2 * 8 * labels
+    return 4 * prod(shape) * FLOAT_BYTES[dtype] + 8 * labels
 
 
 def cases(selection: Selection) -> list[Case]:

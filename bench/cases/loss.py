@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import inputs
-from bench.cases import attention
-from bench.harness import FLOAT_BYTES, Case, Operands, Selection
+from bench.cases import attention, logits
+from bench.harness import Case, Operands, Selection
 
 ALPHA, BETA, TEMPERATURE = 2.0, 100.0, 4.0
 
@@ -71,9 +71,9 @@ def tiny() -> Operands:
 
 
 def bytes_moved(batch: int, dtype: str) -> int:
-    """The attention term's bytes, six passes over a logit tensor (see the suite logits), two over the labels."""
-    logits = 6 * batch * inputs.CLASSES * FLOAT_BYTES[dtype] + 2 * 8 * batch
-    return attention.bytes_moved(batch, dtype, backward=True) + logits
+    """Those of the attention term and of the logits."""
+    logit_bytes = logits.bytes_moved((batch, inputs.CLASSES), dtype)
+    return attention.bytes_moved(batch, dtype, backward=True) + logit_bytes
 
 
 def cases(selection: Selection) -> list[Case]:
