@@ -24,6 +24,13 @@ inline bool pixels_are_contiguous(const Map& map) {
   return (map.stride_w == 1 || map.width == 1) && (map.stride_h == map.width || map.height == 1);
 }
 
+// Elements from the first pixel of a sample to `pixel`. Two divisions cost as much as the 64 channels of a pixel, so they
+// are left to maps whose rows do not follow each other.
+inline __attribute__((always_inline)) int64 offset_of(const Map& map, int64 pixel) {
+  if (map.stride_h == map.width * map.stride_w) return pixel * map.stride_w;
+  return (pixel / map.width) * map.stride_h + (pixel % map.width) * map.stride_w;
+}
+
 enum class Exponent { kOne, kTwo, kThree, kFour, kAny };
 
 inline Exponent classify(double exponent) {
@@ -134,9 +141,7 @@ void power_sums(const Map& map, int64 sample, int64 begin, int64 end, double exp
     }
     return;
   }
-  const auto point_at = [&](int64 pixel) {
-    return base + (pixel / map.width) * map.stride_h + (pixel % map.width) * map.stride_w;
-  };
+  const auto point_at = [&](int64 pixel) { return base + offset_of(map, pixel); };
   // Sums of one pixel whose channels are contiguous, still spread over the lanes.
   const auto channel_sums = [&](int64 pixel) __attribute__((always_inline)) {
     constexpr int steps = 4 / B::kVectors;
@@ -459,9 +464,8 @@ void scale_sample(
   const int64 channels = end - begin;
   const bool channels_contiguous = feature.stride_c == 1 && gradient.stride_c == 1;
   for (int64 pixel = 0; pixel < pixels; ++pixel) {
-    const int64 y = pixel / feature.width, x = pixel % feature.width;
-    const T* source = in + begin * feature.stride_c + y * feature.stride_h + x * feature.stride_w;
-    T* target = out + begin * gradient.stride_c + y * gradient.stride_h + x * gradient.stride_w;
+    const T* source = in + begin * feature.stride_c + offset_of(feature, pixel);
+    T* target = out + begin * gradient.stride_c + offset_of(gradient, pixel);
     const V weight = L::splat(weights[pixel]);
     if (!channels_contiguous) {
       for (int64 first = 0; first < channels; first += width) {
