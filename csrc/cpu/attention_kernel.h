@@ -24,8 +24,8 @@ inline bool pixels_are_contiguous(const Map& map) {
   return (map.stride_w == 1 || map.width == 1) && (map.stride_h == map.width || map.height == 1);
 }
 
-// Elements from the first pixel of a sample to `pixel`. Two divisions cost as much as the 64 channels of a pixel, so they
-// are left to maps whose rows do not follow each other.
+// Elements from the first pixel of a sample to `pixel`. Two divisions cost as much as the 64 channels of a pixel, so
+// they are left to maps whose rows do not follow each other.
 inline __attribute__((always_inline)) int64 offset_of(const Map& map, int64 pixel) {
   if (map.stride_h == map.width * map.stride_w) return pixel * map.stride_w;
   return (pixel / map.width) * map.stride_h + (pixel % map.width) * map.stride_w;
