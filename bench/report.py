@@ -126,11 +126,12 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 LEGEND = (
     "vs eager, vs compile: how many times faster than that baseline (below 1: slower); eager is the original's order "
     "of operations in the inputs' dtype, compile is torch.compile of that function. vs float32: than the same "
-    "implementation on the same operands in float32, in the same rounds. Runs of the implementations are "
-    "interleaved; quartiles are those of single runs. must move: each input read and each gradient written once per "
-    "pass. % of copy: of the bandwidth of Tensor.copy_ (read + write) measured beside each case; data that stays in "
-    "the cache can pass 100. extra MB: highest allocation of one call, gradients included. host us: on a CPU a call on "
-    "tiny tensors, on a GPU until the call returns. Errors are against float64, relative to the largest true value."
+    "implementation on the same operands in float32, in the same rounds. Runs of the implementations are interleaved; "
+    "quartiles are those of single runs. must move: each gradient written once; each input read once, features that "
+    "backward needs twice. % of copy: of the bandwidth of Tensor.copy_ (read + write) measured beside each case; data "
+    "that stays in the cache can pass 100. extra MB: highest allocation of one call, gradients included. host us: on "
+    "a CPU a call on tiny tensors, on a GPU until the call returns. Errors are against float64, relative to the "
+    "largest true value."
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``torch.empty`` and its kin return NaN, so that an output a kernel forgets to write is caught."""
+    """Fresh memory holds NaN, or from the C library huge numbers, so that an output a kernel forgets to write is caught."""
 
     def poison(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -44,4 +46,10 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    perturb = -6  # M_PERTURB: fill with the complement of a byte, 0 to stop it
+    if mallopt is not None:
+        mallopt(perturb, 0x01)
     yield
+    if mallopt is not None:
+        mallopt(perturb, 0)

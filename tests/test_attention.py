@@ -334,12 +334,14 @@ def test_large_gradients_are_streamed_to_the_same_values() -> None:
         assert torch.equal(student.grad[:2], piece.grad)
 
 
-def test_operators_pass_opcheck() -> None:
-    students = [torch.randn(2, 3, 4, 4), _channels_last(torch.randn(2, 5, 2, 2))]
-    teachers = [torch.randn(2, 4, 4, 4), torch.randn(2, 5, 2, 2)]
-    losses, student, _ = attention_ops.raw_forward(students, teachers, 2.0, True, True, "cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("need_teacher", [True, False])
+def test_operators_pass_opcheck(need_teacher: bool, dtype: torch.dtype) -> None:
+    students = [torch.randn(2, 3, 4, 4).to(dtype), _channels_last(torch.randn(2, 5, 2, 2).to(dtype))]
+    teachers = [torch.randn(2, 4, 4, 4).to(dtype), torch.randn(2, 5, 2, 2).to(dtype)]
+    losses, student, _ = attention_ops.raw_forward(students, teachers, 2.0, True, need_teacher, "cpu")
     operators = torch.ops.frskd_fast
-    torch.library.opcheck(operators.attention_forward.default, (students, teachers, 2.0, True, True, "cpu"))
+    torch.library.opcheck(operators.attention_forward.default, (students, teachers, 2.0, True, need_teacher, "cpu"))
     grad = torch.ones_like(losses)
     torch.library.opcheck(operators.attention_backward.default, (grad, 1.0, True, students, student, 2.0, "cpu"))
     torch.library.opcheck(operators.attention_map.default, (students[1], 2.0, "cpu"))

@@ -188,7 +188,7 @@ def _logits_backward(hostile: Hostile) -> tuple[Any, ...]:
 
 def _logits_with_gradients(hostile: Hostile) -> tuple[Any, ...]:
     rows, classes = hostile.size(), hostile.often(hostile.size(), 1024, 1025)
-    kind = hostile.random.choice([torch.float32, torch.float64])
+    kind = hostile.random.choice(FLOATING)
     labels = [hostile.layout(torch.randint(max(hostile.often(classes, classes + 5), 1), (rows,))) for _ in range(2)]
     targets, targets_b = hostile.random.choice([(None, None), (labels[0], None), (labels[0], labels[1])])
     return (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import frskd_fast
 from frskd_fast import functional
+from frskd_fast.native import logits as native_logits
 from frskd_fast.ops import logits as logits_ops
 
 IMPLEMENTATIONS = ["reference", "cpu"]
@@ -255,7 +256,23 @@ def test_calls_on_both_sides_of_the_limit_agree(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
 
 
-def test_small_calls_give_the_same_gradients_whatever_was_expected() -> None:
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The weights of every kernel of losses with gradients; expectations as at the start of a process."""
+    calls: list[Any] = []
+    kernel = native_logits.forward_with_gradients
+
+    def recorded(*arguments: Any) -> Any:
+        calls.append(arguments[9])
+        return kernel(*arguments)
+
+    monkeypatch.setattr(native_logits, "forward_with_gradients", recorded)
+    fresh = {True: (1.0, 1.0, 1.0), False: (0.0, 0.0, 1.0)}
+    monkeypatch.setattr("frskd_fast.ops.logits._expected_upstream", fresh)
+    return calls
+
+
+def test_small_calls_give_the_same_gradients_whatever_was_expected(kernel_calls: list[Any]) -> None:
     """The forward pass writes gradients for the upstream of the step before; bits must not depend on that guess."""
     student, teacher = (torch.randn(9, 20, requires_grad=True) for _ in range(2))
     labels = torch.randint(20, (9,))
@@ -268,22 +285,25 @@ def test_small_calls_give_the_same_gradients_whatever_was_expected() -> None:
 
     for targets in (labels, None):
         for weights in ((1.0, 1.0, 2.0), (0.5, 0.0, -3.0)):
+            kernel_calls.clear()
             recomputed, expected = gradients(weights, targets), gradients(weights, targets)
             for first, second in zip(recomputed, expected, strict=True):
                 assert torch.equal(first, second)
+            upstream = weights if targets is not None else (0.0, 0.0, weights[2])
+            assert kernel_calls[1:] == [upstream, upstream], "one call more after a wrong guess, none after a right one"
     # One objective's weights are not another's: with targets and without, in turns.
     mixed = [gradients((1.0, 1.0, 5.0), labels), gradients((0.0, 0.0, 2.0), None), gradients((1.0, 1.0, 5.0), labels)]
     assert torch.equal(mixed[0][0], mixed[2][0])
 
 
-def test_a_small_calls_gradient_may_be_written_into() -> None:
+def test_a_small_calls_gradient_may_be_written_into(kernel_calls: list[Any]) -> None:
     student, teacher = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
     kd = functional.kd_loss(student, teacher, impl="cpu")
-    once = torch.autograd.grad(kd, student, retain_graph=True)[0].clone()
-    kd.backward(retain_graph=True)
-    assert student.grad is not None
-    student.grad.mul_(100.0)
-    torch.testing.assert_close(torch.autograd.grad(kd, student)[0], once)
+    handed_out = torch.autograd.grad(kd, student, retain_graph=True)[0]
+    assert len(kernel_calls) == 1, "the gradient of the forward pass was wanted"
+    kept = handed_out.clone()
+    handed_out.mul_(100.0)
+    torch.testing.assert_close(torch.autograd.grad(kd, student)[0], kept)
 
 
 def test_logits_changed_between_the_passes_of_a_small_call_are_refused() -> None:
@@ -293,6 +313,21 @@ def test_logits_changed_between_the_passes_of_a_small_call_are_refused() -> None
     logits.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kd.backward()
+
+
+@pytest.mark.parametrize("rows", [4, 3000], ids=["with gradients", "two passes"])
+def test_a_teacher_under_inference_mode_is_one_like_any_other(rows: int) -> None:
+    """The usual way to ask a frozen teacher; PyTorch refuses to keep what it returns."""
+    with torch.inference_mode():
+        teacher, labels = torch.randn(rows, 100), torch.randint(100, (rows,))
+    student = torch.randn(rows, 100, requires_grad=True)
+    for targets in (labels, (labels, labels.flip(0), 0.3), None):
+        gradients = []
+        for impl in ("cpu", "reference"):
+            parts = functional.cross_entropy_kd(student, teacher, targets, impl=impl)
+            total = parts.kd if targets is None else parts.ce_student + 2 * parts.kd
+            gradients.append(torch.autograd.grad(total, student)[0])
+        torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_parts_of_large_calls_can_be_added_to_in_place() -> None:

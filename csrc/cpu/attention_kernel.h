@@ -254,7 +254,9 @@ inline __attribute__((always_inline)) void lanes_to(V value, std::uint8_t* bytes
   }
 }
 
-// What is stored between the passes when features have 8 or 11 bits of mantissa: 16 bits of a coefficient's.
+// What is stored between the passes when features have 8 or 11 bits of mantissa: 16 bits of a coefficient's. Rounding
+// would carry a NaN whose lower bits are all ones into a number; those of half-precision features and of arithmetic
+// have zeros.
 inline void store_coefficients(const Coefficients& coefficients, int64 at, int64 rest, Float8 value) {
   if (coefficients.packed == 0) return store_up_to(value, static_cast<float*>(coefficients.data) + at, rest);
   std::uint8_t* bytes = static_cast<std::uint8_t*>(coefficients.data);

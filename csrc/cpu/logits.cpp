@@ -162,7 +162,7 @@ Tensor empty_tensor(std::int64_t rank, std::int64_t rows, std::int64_t classes, 
                              : type == ScalarType::Half     ? aoti_torch_dtype_float16()
                                                             : aoti_torch_dtype_float32();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(rank, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -200,7 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> logits_with_gr
   Tensor kd = empty_tensor(0, 1, 1, accumulate), student_gradient = empty_tensor(2, rows, classes, type);
   std::optional<Tensor> teacher_gradient;
   if (need_teacher) teacher_gradient = empty_tensor(2, rows, classes, type);
-  const std::unique_ptr<double[]> workspace(new double[static_cast<std::size_t>(10 * rows)]);
+  const std::size_t size = element == Element::kFloat64 ? sizeof(double) : sizeof(float);
+  const std::unique_ptr<unsigned char[]> workspace(new unsigned char[10 * static_cast<std::size_t>(rows) * size]);
   Logits kernel_call{};
   kernel_call.heads = &head;
   kernel_call.count = 1;
@@ -212,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> logits_with_gr
   kernel_call.has_teacher = true;
   kernel_call.has_targets = targets.has_value();
   kernel_call.losses = workspace.get();
-  kernel_call.statistics = workspace.get() + 4 * rows;
+  kernel_call.statistics = workspace.get() + 4 * static_cast<std::size_t>(rows) * size;
   kernel_call.student_gradient = student_gradient.data_ptr();
   kernel_call.teacher_gradient = teacher_gradient ? teacher_gradient->data_ptr() : nullptr;
   kernel_call.parts[0] = ce_student.data_ptr();

@@ -358,7 +358,8 @@ inline Double4 horizontal_sums(const Double4 values[4]) {
       horizontal_sum(values[0]), horizontal_sum(values[1]), horizontal_sum(values[2]), horizontal_sum(values[3])};
 }
 
-// NaN wins: a maximum that dropped a NaN would hide it. In a loop `second` is the result so far, whose chain is short.
+// NaN wins: a maximum that dropped a NaN would hide it. The way from `second` to the result is the short one, for a
+// loop that hands its result on.
 template <typename V>
 inline __attribute__((always_inline)) V maximum(V first, V second) {
   return (first > second) | (first != first) ? first : second;

@@ -72,8 +72,8 @@ def _fake_forward(
     numel = size * first.shape[0] * sum(student.shape[2] * student.shape[3] for student in students)
     return (
         first.new_empty((len(students), first.shape[0]), dtype=dtype),
-        first.new_empty((numel if need_student else 0,), dtype=form),
-        first.new_empty((numel if need_teacher else 0,), dtype=form),
+        first.new_empty((numel,), dtype=form) if need_student else first.new_empty((0,), dtype=dtype),
+        first.new_empty((numel,), dtype=form) if need_teacher else first.new_empty((0,), dtype=dtype),
     )
 
 

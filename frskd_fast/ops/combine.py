@@ -78,7 +78,7 @@ class _Objective(torch.autograd.Function):
         else:
             attention_losses, coefficients = losses.new_empty((0, 1)), losses.new_empty(0)
         call = _forward_operator if torch.compiler.is_compiling() else raw_forward
-        parts, total = call(attention_losses, losses, objective.alpha, objective.beta, bool(targets), impl)
+        parts, total = call(attention_losses, losses, objective.alpha, objective.beta, label_counts[0] > 0, impl)
         ctx.save_for_backward(
             parts, losses, statistics, coefficients, student_logits, teacher_logits, *targets, *targets_b,
             *(students if need_features else ()),
@@ -133,6 +133,7 @@ def objective(
     if not labels.first:
         teacher_logits = teacher_logits.detach()
     if impl != "reference":
+        teacher_logits, labels = logits.kept(teacher_logits), labels.kept()
         counts = (len(labels.first), len(labels.second))
         total, parts = _Objective.apply(
             len(students), settings, impl, counts, student_logits, teacher_logits, *labels.first, *labels.second,

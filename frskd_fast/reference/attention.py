@@ -18,12 +18,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def coefficient_format(dtype: torch.dtype, impl: str) -> tuple[torch.dtype, int]:
-    """What an implementation keeps a coefficient between the passes in, and how many of those.
+def coefficient_format(dtype: torch.dtype, processor: str) -> tuple[torch.dtype, int]:
+    """What the kernels of a processor ("cpu", "cuda") keep a coefficient between the passes in, and how many of those.
 
     On a CPU, beside half-precision maps, it is three bytes: a gradient of theirs has 8 or 11 bits of mantissa, and these 16.
     """
-    if impl == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if processor == "cpu" and dtype in (torch.bfloat16, torch.float16):
         return torch.uint8, 3
     return accumulate_dtype(dtype), 1
 
