@@ -359,12 +359,12 @@ def test_ties_and_padding_in_pooling(dtype: torch.dtype, layout: str, impl: str)
         batch_norm = None
         if normalised:
             # y = 2 x - 1 or -2 x + 1: the largest after normalisation, not before.
-            batch_norm = _batch_norm(10, training=False, eps=0.0)
+            batch_norm = _batch_norm(10, training=False, eps=0.5)
             with torch.no_grad():
                 batch_norm.weight.copy_(torch.tensor([2.0, -2.0] * 5))
                 batch_norm.bias.copy_(torch.tensor([-1.0, 1.0] * 5))
                 batch_norm.running_mean.zero_()  # type: ignore[union-attr]
-                batch_norm.running_var.fill_(1.0)  # type: ignore[union-attr]
+                batch_norm.running_var.fill_(0.5)  # type: ignore[union-attr]
         for pre in ("none", "relu"):
             out = functional.weighted_fusion(
                 [leaf], resample=["pool"], weighting="sum", pre=pre, batch_norms=[batch_norm], impl=impl

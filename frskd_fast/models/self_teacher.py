@@ -233,7 +233,7 @@ class BiFPNLayer(reference.BiFPNLayer):
         """Whether every convolution and ReLU is the one that was built: nodes read their weights and do not call them."""
         blocks: list[nn.Module] = []
         for group in (self.lat_conv, self.lat_conv2, self.up_conv, self.down_conv):
-            blocks += group
+            blocks.extend(group)
         for steps in (*self.up_sample, *self.down_sample):
             if fusion.has_hooks(steps):
                 return False
