@@ -125,13 +125,13 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 LEGEND = (
     "vs eager, vs compile: how many times faster than that baseline (below 1: slower); eager is the original's order "
-    "of operations in the inputs' dtype, compile is torch.compile of that function. vs float32: than the same "
-    "implementation on the same operands in float32, in the same rounds. Runs of the implementations are interleaved; "
-    "quartiles are those of single runs. must move: each gradient written once; each input read once, features that "
-    "backward needs twice. % of copy: of the bandwidth of Tensor.copy_ (read + write) measured beside each case; data "
-    "that stays in the cache can pass 100. extra MB: highest allocation of one call, gradients included. host us: on "
-    "a CPU a call on tiny tensors, on a GPU until the call returns. Errors are against float64, relative to the "
-    "largest true value."
+    "of operations in the inputs' dtype, compile is torch.compile of that function. vs float32: how many times faster "
+    "than our own run of the case in float32, timed once more in the same rounds (below 1: half precision is slower). "
+    "Runs of the implementations are interleaved; quartiles are those of single runs. GB/s: what must move / median. "
+    "must move: each gradient written once; each input read once, features that backward needs twice. % of copy: of "
+    "the bandwidth of Tensor.copy_ (read + write) measured beside each case; data that stays in the cache can pass "
+    "100. extra MB: highest allocation of one call, gradients included. host us: on a CPU a call on tiny tensors, on "
+    "a GPU until the call returns. Errors are against float64, relative to the largest true value."
 )
 
 
@@ -162,7 +162,9 @@ STEP_LEGEND = (
     "that of plain cross-entropy, eager, in the same dtype and layout. vs shipped, vs original, vs compiled original: how "
     "many times faster than the original's order of operations in fp32 NCHW eager, in the same setting, and compiled. "
     "bf16 is autocast. saved MB: what forward keeps for backward, each storage once, without parameters and batch; peak "
-    "MB: highest allocation of a step, gradients included. Errors are against float64, of the gradients as one vector."
+    "MB: highest allocation of a step, gradients included. Errors are against float64, of the gradients as one vector: in bf16 "
+    "large for the original, too, because a rounding across the kink of a ReLU removes a whole term of an untrained network's "
+    "gradient. Ours may err a few times as much as the original does, and must agree with it in float64."
 )
 
 

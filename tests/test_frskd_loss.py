@@ -225,6 +225,23 @@ def test_fullgraph_compile_with_dynamic_batch(kind: str, impl: str) -> None:
     assert compilations[0] == compilations[-1], f"recompiled for another batch size: {compilations}"
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "sentence"),
+    [
+        ({"temperature": "4"}, TypeError, "temperature is '4', but a finite number greater than 0 was wanted"),
+        ({"alpha": "2"}, TypeError, "alpha is '2', but a finite number was wanted"),
+        ({"ignore_index": "x"}, TypeError, "ignore_index is 'x', but a whole number was wanted"),
+        ({"ignore_index": 1.7}, ValueError, "ignore_index is 1.7, but a whole number was wanted"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_are_no_numbers_are_refused(
+    settings: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        FRSKDLoss(**settings)
+
+
 def test_combine_passes_opcheck() -> None:
     arguments = (torch.rand(3, 4), torch.rand(4, 4), 2.0, 100.0, True, "cpu")
     torch.library.opcheck(torch.ops.frskd_fast.combine.default, arguments)

@@ -78,7 +78,7 @@ class FRSKDLoss(nn.Module):
         self.temperature = _checks.positive_number(temperature, "temperature")
         self.exponent = _checks.attention_exponent(exponent)
         self.label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
-        self.ignore_index = int(ignore_index)
+        self.ignore_index = _checks.whole_number(ignore_index, "ignore_index")
         if resize not in (None, "pool"):
             raise ValueError(f"resize is {resize!r}, but None or 'pool' was wanted.")
         self.resize = resize

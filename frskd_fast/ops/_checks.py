@@ -22,12 +22,22 @@ def finite_number(value: Any, name: str, wanted: str = "a finite number") -> flo
             )
         value = value.item()
     try:
+        if isinstance(value, str):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}, but {wanted} was wanted; pass a Python float.") from None
+        raise TypeError(f"{name} is {value!r}, but {wanted} was wanted; pass a Python number.") from None
     if not -math.inf < number < math.inf:
         raise ValueError(f"{name} is {number}, but {wanted} was wanted.")
     return number
+
+
+def whole_number(value: Any, name: str) -> int:
+    """``value`` as a Python int."""
+    number = value if type(value) is int else finite_number(value, name, "a whole number")
+    if number != int(number):
+        raise ValueError(f"{name} is {number}, but a whole number was wanted.")
+    return int(number)
 
 
 def positive_number(value: Any, name: str) -> float:

@@ -515,7 +515,7 @@ def logit_losses(
     parts: tuple[Tensor, Tensor, Tensor]
     if _is_small(student_logits, teacher_logits, targets, None, reduction, detach_teacher, impl):
         # Before the checks: with few logits, checking every argument takes as long as the kernel.
-        settings = Settings(1.0, label_smoothing, int(ignore_index), temperature)
+        settings = Settings(1.0, label_smoothing, _checks.whole_number(ignore_index, "ignore_index"), temperature)
         parts = _SmallLogitLosses.apply(
             settings, reduction == "batchmean", student_logits, teacher_logits, targets, None
         )
@@ -543,7 +543,7 @@ def logit_losses(
     first = students[0]
     name = _dispatch.choose(impl, first.device.type, first.dtype)
     labels = checked_labels(targets, students, several, ignore_index, check_range=name == "reference")
-    settings = Settings(labels.mix, label_smoothing, int(ignore_index), temperature)
+    settings = Settings(labels.mix, label_smoothing, _checks.whole_number(ignore_index, "ignore_index"), temperature)
     if name == "reference":
         if not torch.compiler.is_compiling():
             _dispatch.record("logits", name)

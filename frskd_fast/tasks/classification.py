@@ -59,7 +59,7 @@ class ClassificationTask(Task):
             raise TypeError(f"backbone is a {type(backbone).__name__}, but a torch.nn.Module was wanted.")
         self.backbone = backbone
         self.label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
-        self.ignore_index = int(ignore_index)
+        self.ignore_index = _checks.whole_number(ignore_index, "ignore_index")
         self.channels_last = bool(channels_last)
         if self.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
