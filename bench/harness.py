@@ -617,7 +617,7 @@ def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> l
     copy_rate = copy.measure()
     singles: dict[str, Call] = {}
     if case.dtype != "fp32" and not case.chain:
-        for name in calls.keys() - set(BASELINES):
+        for name in [name for name in calls if name not in BASELINES]:
             try:
                 call = in_float32(case, calls[name], settings)
                 call()
