@@ -23,18 +23,4 @@ STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
       "Tensor? inverse_valid, Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
       "float label_smoothing, int ignore_index, float temperature, Tensor statistics, Tensor losses, "
       "bool kd_to_teacher, Tensor(a!)[] student_gradients, Tensor(b!)[] teacher_gradients) -> ()");
-  m.def("fusion_statistics(Tensor[] inputs, float[] epsilons, Tensor(a!)[] statistics, Tensor(b!)? workspace) -> ()");
-  m.def(
-      "fusion_forward(Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, Tensor weight, "
-      "int[] resamples, int pre, int act, int weighting, float epsilon, Tensor(a!) out, "
-      "Tensor? depthwise=None) -> ()");
-  m.def(
-      "fusion_backward_sums(Tensor grad, Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, "
-      "Tensor weight, int[] resamples, int pre, int act, int weighting, float epsilon, Tensor(a!)[] sums, "
-      "Tensor(b!) weight_gradient, Tensor(c!)? workspace, Tensor? depthwise=None, "
-      "Tensor(d!)? depthwise_gradient=None, Tensor(e!)? map_gradient=None) -> ()");
-  m.def(
-      "fusion_backward(Tensor grad, Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, "
-      "Tensor weight, Tensor[] sums, int[] resamples, int pre, int act, int weighting, float epsilon, int[] positions, "
-      "Tensor(a!)[] gradients, Tensor(b!)? weight_gradient, Tensor(c!)? workspace) -> ()");
 }
