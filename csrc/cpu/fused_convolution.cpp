@@ -14,9 +14,7 @@ constexpr std::int64_t kTaps = 9;  // of the convolution
 void check_channels_last(const Fusion& call) {
   bool contiguous = call.out.channels > 1 && call.out.stride_c == 1;
   for (int i = 0; i < call.count; ++i) contiguous = contiguous && call.inputs[i].map.stride_c == 1;
-  STD_TORCH_CHECK(
-      contiguous,
-      "a convolution stands behind the node, but all maps must then have two channels or more, of stride 1.");
+  STD_TORCH_CHECK(contiguous, "depthwise is given, but all maps must then have two channels or more, of stride 1.");
 }
 
 void fused_convolution_forward(const FusedConvolutionForward& arguments) {
