@@ -15,7 +15,6 @@ from torch import Tensor
 
 import frskd_fast
 from frskd_fast import functional
-from frskd_fast.native import logits as native_logits
 from frskd_fast.ops import logits as logits_ops
 
 IMPLEMENTATIONS = ["reference", "cpu"]
@@ -186,8 +185,8 @@ def test_reductions_follow_pytorch(smoothing: float, impl: str) -> None:
     "shape", [(3, 1), (5, 3), (4, 7), (4, 8), (70, 100), (4, 1024), (4, 1025), (66, 1000)], ids=str
 )
 @pytest.mark.parametrize("kind", ["labels", "mix", "none"])
-def test_reduced_rows_with_gradients(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Small reduced calls compute gradients along with the losses; both sides of their limit of classes are here."""
+def test_reduced_rows(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Means and sums of rows, below and above a tile of classes."""
     grads = torch.tensor([0.3, -1.7, 2.5], dtype=torch.float64)
     for reduction in ("batchmean", "sum"):
         for temperature, smoothing in ((4.0, 0.0), (1.0, 0.1), (0.7, 0.0), (2.0, 0.3)):
@@ -228,7 +227,7 @@ def test_reduced_rows_with_gradients(kind: str, shape: tuple[int, ...], dtype: t
                 assert_close(result, same, exact, label, scale)
 
 
-def test_gradients_of_small_calls_can_be_asked_for_twice_and_apart() -> None:
+def test_gradients_can_be_asked_for_twice_and_apart() -> None:
     student, teacher = (torch.randn(6, 9, requires_grad=True) for _ in range(2))
     parts = functional.cross_entropy_kd(student, teacher, torch.arange(6), impl="cpu")
     apart = [torch.autograd.grad(part, student, retain_graph=True, allow_unused=True)[0] for part in parts]
@@ -243,70 +242,7 @@ def test_gradients_of_small_calls_can_be_asked_for_twice_and_apart() -> None:
     torch.testing.assert_close(gradients[1], torch.autograd.grad(teacher_alone, teacher)[0])
 
 
-def test_calls_on_both_sides_of_the_limit_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher = (torch.randn(12, 30, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    labels = torch.randint(30, (12,))
-    results = []
-    for limit in (student.numel(), student.numel() - 1):
-        monkeypatch.setattr("frskd_fast.ops.logits._SMALL", limit)
-        parts = functional.cross_entropy_kd(student, teacher, labels, label_smoothing=0.1, impl="cpu")
-        assert (parts.kd.grad_fn.name() == "_SmallLogitLossesBackward") == (limit == student.numel())
-        total = 2 * parts.ce_student + parts.ce_teacher + 3 * parts.kd
-        results.append([*parts, *torch.autograd.grad(total, [student, teacher])])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
-
-
-@pytest.fixture
-def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The weights of every kernel of losses with gradients; expectations as at the start of a process."""
-    calls: list[Any] = []
-    kernel = native_logits.forward_with_gradients
-
-    def recorded(*arguments: Any) -> Any:
-        calls.append(arguments[9])
-        return kernel(*arguments)
-
-    monkeypatch.setattr(native_logits, "forward_with_gradients", recorded)
-    fresh = {True: (1.0, 1.0, 1.0), False: (0.0, 0.0, 1.0)}
-    monkeypatch.setattr("frskd_fast.ops.logits._expected_upstream", fresh)
-    return calls
-
-
-def test_small_calls_give_the_same_gradients_whatever_was_expected(kernel_calls: list[Any]) -> None:
-    """The forward pass writes gradients for the upstream of the step before; bits must not depend on that guess."""
-    student, teacher = (torch.randn(9, 20, requires_grad=True) for _ in range(2))
-    labels = torch.randint(20, (9,))
-
-    def gradients(weights: tuple[float, ...], targets: Tensor | None) -> list[Tensor]:
-        parts = functional.cross_entropy_kd(student, teacher, targets, impl="cpu")
-        wanted = [student, teacher] if targets is not None else [student]
-        terms = zip(weights, parts, strict=True) if targets is not None else [(weights[2], parts.kd)]
-        return list(torch.autograd.grad(sum(weight * part for weight, part in terms), wanted))
-
-    for targets in (labels, None):
-        for weights in ((1.0, 1.0, 2.0), (0.5, 0.0, -3.0)):
-            kernel_calls.clear()
-            recomputed, expected = gradients(weights, targets), gradients(weights, targets)
-            for first, second in zip(recomputed, expected, strict=True):
-                assert torch.equal(first, second)
-            upstream = weights if targets is not None else (0.0, 0.0, weights[2])
-            assert kernel_calls[1:] == [upstream, upstream], "one call more after a wrong guess, none after a right one"
-    # One objective's weights are not another's: with targets and without, in turns.
-    mixed = [gradients((1.0, 1.0, 5.0), labels), gradients((0.0, 0.0, 2.0), None), gradients((1.0, 1.0, 5.0), labels)]
-    assert torch.equal(mixed[0][0], mixed[2][0])
-
-
-def test_a_small_calls_gradient_may_be_written_into(kernel_calls: list[Any]) -> None:
-    student, teacher = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
-    kd = functional.kd_loss(student, teacher, impl="cpu")
-    handed_out = torch.autograd.grad(kd, student, retain_graph=True)[0]
-    assert len(kernel_calls) == 1, "the gradient of the forward pass was wanted"
-    kept = handed_out.clone()
-    handed_out.mul_(100.0)
-    torch.testing.assert_close(torch.autograd.grad(kd, student)[0], kept)
-
-
-def test_logits_changed_between_the_passes_of_a_small_call_are_refused() -> None:
+def test_logits_changed_between_the_passes_are_refused() -> None:
     student = torch.randn(5, 7, requires_grad=True)
     logits = student * 1.0
     kd = functional.kd_loss(logits, torch.randn(5, 7), impl="cpu")
@@ -315,12 +251,11 @@ def test_logits_changed_between_the_passes_of_a_small_call_are_refused() -> None
         kd.backward()
 
 
-@pytest.mark.parametrize("rows", [4, 3000], ids=["with gradients", "two passes"])
-def test_a_teacher_under_inference_mode_is_one_like_any_other(rows: int) -> None:
+def test_a_teacher_under_inference_mode_is_one_like_any_other() -> None:
     """The usual way to ask a frozen teacher; PyTorch refuses to keep what it returns."""
     with torch.inference_mode():
-        teacher, labels = torch.randn(rows, 100), torch.randint(100, (rows,))
-    student = torch.randn(rows, 100, requires_grad=True)
+        teacher, labels = torch.randn(4, 100), torch.randint(100, (4,))
+    student = torch.randn(4, 100, requires_grad=True)
     for targets in (labels, (labels, labels.flip(0), 0.3), None):
         gradients = []
         for impl in ("cpu", "reference"):
@@ -330,7 +265,7 @@ def test_a_teacher_under_inference_mode_is_one_like_any_other(rows: int) -> None
         torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_parts_of_large_calls_can_be_added_to_in_place() -> None:
+def test_parts_can_be_added_to_in_place() -> None:
     student = torch.randn(200, 1000, requires_grad=True)
     parts = functional.cross_entropy_kd(student, torch.randn(200, 1000), torch.arange(200), impl="cpu")
     total = parts.kd

@@ -1,10 +1,7 @@
 // Entry points of the logits operation on the CPU.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
 #include <optional>
-#include <tuple>
 
 #include "checks.h"
 
@@ -94,22 +91,6 @@ Call call_of(
   return call;
 }
 
-void check_labels(
-    const Head& head, const std::int64_t* labels, const std::int64_t strides[3], std::int64_t ignore_index) {
-  if (labels == nullptr) return;
-  const std::int64_t classes = head.student.channels;
-  for (std::int64_t n = 0; n < head.batch; ++n) {
-    for (std::int64_t y = 0; y < head.student.height; ++y) {
-      for (std::int64_t x = 0; x < head.student.width; ++x) {
-        const std::int64_t label = labels[n * strides[0] + y * strides[1] + x * strides[2]];
-        STD_TORCH_CHECK(
-            (label >= 0 && label < classes) || label == ignore_index, "targets holds the label ", label, ", but with ",
-            classes, " classes a label from 0 to ", classes - 1, " (or ignore_index=", ignore_index, ") was wanted.");
-      }
-    }
-  }
-}
-
 void check_settings(double mix, double label_smoothing, double temperature) {
   check_number(mix, 0.0, "mix");
   check_number(label_smoothing, 0.0, "label_smoothing");
@@ -133,10 +114,6 @@ void logits_forward(
     Tensor inverse_valid) {
   check_settings(mix, label_smoothing, temperature);
   const Call call = call_of(students, teachers, targets, targets_b);
-  for (const Head& head : call.heads) {
-    check_labels(head, head.labels, head.label_strides, ignore_index);
-    check_labels(head, head.labels_b, head.label_b_strides, ignore_index);
-  }
   Logits kernel_call{};
   kernel_call.heads = call.heads.data();
   kernel_call.count = static_cast<std::int64_t>(call.heads.size());
@@ -152,79 +129,6 @@ void logits_forward(
   kernel_call.statistics = working_tensor(statistics, call.element, 6 * call.rows, "statistics");
   kernel_call.inverse_valid = working_tensor(inverse_valid, call.element, kernel_call.count, "inverse_valid");
   kernels().logits_forward(kernel_call, call.element, run_parallel, thread_count());
-}
-
-// A new contiguous tensor (rows, classes), or a scalar for a rank of 0.
-Tensor empty_tensor(std::int64_t rank, std::int64_t rows, std::int64_t classes, ScalarType type) {
-  const std::int64_t sizes[2] = {rows, classes}, strides[2] = {classes, 1};
-  const std::int32_t dtype = type == ScalarType::Double     ? aoti_torch_dtype_float64()
-                             : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                             : type == ScalarType::Half     ? aoti_torch_dtype_float16()
-                                                            : aoti_torch_dtype_float32();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> logits_with_gradients(
-    Tensor student,
-    Tensor teacher,
-    std::optional<Tensor> targets,
-    std::optional<Tensor> targets_b,
-    double mix,
-    double label_smoothing,
-    std::int64_t ignore_index,
-    double temperature,
-    bool mean,
-    double ce_student_weight,
-    double ce_teacher_weight,
-    double kd_weight,
-    bool need_teacher) {
-  check_settings(mix, label_smoothing, temperature);
-  const Element element = element_of(student, "student");
-  const Head head =
-      head_of(student, &teacher, targets ? &*targets : nullptr, targets_b ? &*targets_b : nullptr, element);
-  const std::int64_t rows = rows_of(head), classes = head.student.channels;
-  STD_TORCH_CHECK(
-      student.dim() == 2 && rows > 0 && classes <= kLargestFusedClasses && (!targets || head.labels != nullptr),
-      "student has shape ", shape_text(student), ", but (N, K) with at least one row, at most ", kLargestFusedClasses,
-      " classes and labels of dtype int64 were wanted.");
-  check_labels(head, head.labels, head.label_strides, ignore_index);
-  check_labels(head, head.labels_b, head.label_b_strides, ignore_index);
-  STD_TORCH_CHECK(
-      targets || !(targets_b || need_teacher),
-      "targets_b and need_teacher go with targets: the divergence does not reach the teacher.");
-  const ScalarType type = student.scalar_type(), accumulate = accumulate_type(element);
-  Tensor ce_student = empty_tensor(0, 1, 1, accumulate), ce_teacher = empty_tensor(0, 1, 1, accumulate);
-  Tensor kd = empty_tensor(0, 1, 1, accumulate), student_gradient = empty_tensor(2, rows, classes, type);
-  std::optional<Tensor> teacher_gradient;
-  if (need_teacher) teacher_gradient = empty_tensor(2, rows, classes, type);
-  const std::size_t size = element == Element::kFloat64 ? sizeof(double) : sizeof(float);
-  const std::unique_ptr<unsigned char[]> workspace(new unsigned char[10 * static_cast<std::size_t>(rows) * size]);
-  Logits kernel_call{};
-  kernel_call.heads = &head;
-  kernel_call.count = 1;
-  kernel_call.rows = rows;
-  kernel_call.mix = mix;
-  kernel_call.label_smoothing = label_smoothing;
-  kernel_call.ignore_index = ignore_index;
-  kernel_call.temperature = temperature;
-  kernel_call.has_teacher = true;
-  kernel_call.has_targets = targets.has_value();
-  kernel_call.losses = workspace.get();
-  kernel_call.statistics = workspace.get() + 4 * static_cast<std::size_t>(rows) * size;
-  kernel_call.student_gradient = student_gradient.data_ptr();
-  kernel_call.teacher_gradient = teacher_gradient ? teacher_gradient->data_ptr() : nullptr;
-  kernel_call.parts[0] = ce_student.data_ptr();
-  kernel_call.parts[1] = ce_teacher.data_ptr();
-  kernel_call.parts[2] = kd.data_ptr();
-  kernel_call.weights[0] = ce_student_weight;
-  kernel_call.weights[1] = ce_teacher_weight;
-  kernel_call.weights[2] = kd_weight;
-  kernel_call.mean = mean;
-  kernels().logits_forward(kernel_call, element, run_parallel, thread_count());
-  return {ce_student, ce_teacher, kd, student_gradient, teacher_gradient};
 }
 
 void attach_gradients(
@@ -313,6 +217,5 @@ void logits_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CPU, m) {
   m.impl("logits_forward", TORCH_BOX(&frskd::logits_forward));
-  m.impl("logits_with_gradients", TORCH_BOX(&frskd::logits_with_gradients));
   m.impl("logits_backward", TORCH_BOX(&frskd::logits_backward));
 }

@@ -94,12 +94,6 @@ struct Logits {
   bool has_teacher;  // told apart from the data pointers, which are null where a head has no rows
   bool has_targets;
   bool has_probabilities;
-  // Gradients in the forward pass, of one head of rows (N, K) with K <= kLargestFusedClasses.
-  void* student_gradient;  // (N, K), or null where the forward pass computes none
-  void* teacher_gradient;  // (N, K), or null
-  void* parts[3];          // the reduced ce_student, ce_teacher, kd
-  double weights[3];       // the gradients are those of the sum of weights[j] * parts[j]
-  bool mean;               // over kept rows and all rows, else sums
 };
 
 // One input of a weighted fusion. Absent parts are null.
@@ -137,9 +131,6 @@ struct FusionStatistics {
   double epsilon;
   void* statistics;  // (3, C): mean, inverse deviation, biased variance
 };
-
-// Classes whose exponentials one row keeps in the first-level cache.
-constexpr std::int64_t kLargestFusedClasses = 1024;
 
 // Runs body(begin, end) over [0, count) on the threads PyTorch was told to use.
 using ParallelBody = void (*)(std::int64_t begin, std::int64_t end, void* context);

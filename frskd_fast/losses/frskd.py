@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, attention, combine, logits
+from frskd_fast.ops.labels import checked_labels
 
 
 class FRSKDLossParts(NamedTuple):
@@ -153,9 +154,7 @@ class FRSKDLoss(nn.Module):
                 "either both or neither in float64 was wanted; cast one of them."
             )
         name = _dispatch.choose(self.impl, student_logits.device.type, student_logits.dtype)
-        labels = logits.checked_labels(
-            targets, (student_logits,), False, self.ignore_index, check_range=name == "reference"
-        )
+        labels = checked_labels(targets, (student_logits,), False, self.ignore_index, check_range=name == "reference")
         settings = combine.Objective(
             self.alpha,
             self.beta,

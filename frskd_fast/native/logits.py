@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.logits import check_label_range
 
 _ops = torch.ops.frskd_fast_native
-
-
-def _refused(error: RuntimeError) -> Exception:
-    """The kernel's error, as a ValueError where it is about a label.
-
-    The kernel looks at the labels anyway; checking them here as well would read them twice.
-    """
-    _, found, sentence = str(error).partition("targets holds the label")
-    return ValueError(found + sentence.splitlines()[0]) if found else error
 
 
 def forward(
@@ -38,38 +31,15 @@ def forward(
     losses = torch.empty((4, rows), dtype=dtype, device=first.device)
     statistics = torch.empty((6, rows), dtype=dtype, device=first.device)
     inverse_valid = torch.empty(len(students), dtype=dtype, device=first.device)
-    try:
-        _ops.logits_forward.default(
-            students, teachers, targets, targets_b, mix, label_smoothing, ignore_index, temperature,
-            losses, statistics, inverse_valid,
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise _refused(error) from None
+    _ops.logits_forward.default(
+        students, teachers, targets, targets_b, mix, label_smoothing, ignore_index, temperature,
+        losses, statistics, inverse_valid,
+    )  # fmt: skip
+    if first.is_cpu and any(map(math.isnan, inverse_valid.tolist())):
+        # The CPU's sign of a label that is no class, found by the kernel, which reads the labels anyway.
+        for student, labels in [*zip(students, targets, strict=True), *zip(students, targets_b, strict=False)]:
+            check_label_range(labels, student.shape[1], ignore_index, "targets")
     return losses, statistics, inverse_valid
-
-
-def forward_with_gradients(
-    student: Tensor,  # (N, K), N >= 1, K <= 1024
-    teacher: Tensor,  # (N, K)
-    targets: Tensor | None,  # (N,) int64 labels
-    targets_b: Tensor | None,  # second labels of a mix
-    mix: float,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    mean: bool,  # over kept rows (cross-entropies) and all rows (divergence), else sums
-    weights: Sequence[float],  # upstream gradients of ce_student, ce_teacher, kd
-    need_teacher: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]:
-    """Reduced (ce_student, ce_teacher, kd), and the gradients of their weighted sum: the student's and the teacher's."""
-    try:
-        ce_student, ce_teacher, kd, student_gradient, teacher_gradient = _ops.logits_with_gradients.default(
-            student, teacher, targets, targets_b, mix, label_smoothing, ignore_index, temperature, mean, *weights,
-            need_teacher,
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise _refused(error) from None
-    return (ce_student, ce_teacher, kd), (student_gradient, teacher_gradient)
 
 
 def backward(

@@ -11,6 +11,7 @@ from torch import Tensor
 from frskd_fast import _dispatch
 from frskd_fast.ops import _library, attention, logits
 from frskd_fast.ops._autograd import once_differentiable
+from frskd_fast.ops.labels import Labels, kept
 from frskd_fast.reference import attention as attention_reference
 from frskd_fast.reference import combine as reference
 
@@ -119,7 +120,7 @@ class _Objective(torch.autograd.Function):
 def objective(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    labels: logits.Labels,
+    labels: Labels,
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     settings: Objective,
@@ -133,7 +134,7 @@ def objective(
     if not labels.first:
         teacher_logits = teacher_logits.detach()
     if impl != "reference":
-        teacher_logits, labels = logits.kept(teacher_logits), labels.kept()
+        teacher_logits, labels = kept(teacher_logits), labels.kept()
         counts = (len(labels.first), len(labels.second))
         total, parts = _Objective.apply(
             len(students), settings, impl, counts, student_logits, teacher_logits, *labels.first, *labels.second,

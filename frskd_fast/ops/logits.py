@@ -11,12 +11,12 @@ from torch import Tensor
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, _library
 from frskd_fast.ops._autograd import once_differentiable
+from frskd_fast.ops.labels import Labels, checked_labels, kept
 from frskd_fast.reference import logits as reference
 from frskd_fast.reference.attention import accumulate_dtype
 from frskd_fast.reference.combine import weighted_mean
 
 REDUCTIONS = ("batchmean", "sum", "none")
-_LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Settings(NamedTuple):
@@ -26,25 +26,6 @@ class Settings(NamedTuple):
     label_smoothing: float
     ignore_index: int
     temperature: float
-
-
-def kept(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy of one made under ``inference_mode`` (a frozen teacher's), which autograd refuses to keep."""
-    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
-        return tensor
-    return tensor.clone()
-
-
-class Labels(NamedTuple):
-    """Targets of every head: class indices or probabilities, and the second indices of a two-label mix."""
-
-    first: tuple[Tensor, ...]
-    second: tuple[Tensor, ...]
-    mix: float
-
-    def kept(self) -> Labels:
-        """The same labels, as tensors that autograd keeps."""
-        return Labels(tuple(map(kept, self.first)), tuple(map(kept, self.second)), self.mix)
 
 
 def raw_forward(
@@ -269,105 +250,6 @@ class _LogitLosses(torch.autograd.Function):
         return (None, None, None, None, None, None, *students, *teachers, *labels)
 
 
-# By whether there are targets, the upstream gradients of (ce_student, ce_teacher, kd) that the latest backward of a small
-# call was given. They are the weights of a training objective, and those rarely change from one step to the next.
-_expected_upstream = {True: (1.0, 1.0, 1.0), False: (0.0, 0.0, 1.0)}
-
-
-class _SmallLogitLosses(torch.autograd.Function):
-    """Scalars (ce_student, ce_teacher, kd) of one small head, with the gradients computed along with them.
-
-    The forward kernel writes the gradients for the upstream gradients that it expects: one read of the logits and one set of
-    exponentials, and in the smallest calls half of the operations. Where others come, backward runs the same kernel again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        settings: Settings,
-        mean: bool,
-        student: Tensor,
-        teacher: Tensor,
-        targets: Tensor | None,
-        targets_b: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _dispatch.record("logits", "cpu")
-        ctx.settings = (*settings, mean)
-        ctx.expected = _expected_upstream[targets is not None]
-        ctx.need_teacher = ctx.needs_input_grad[3] and targets is not None
-        parts: tuple[Tensor, Tensor, Tensor]
-        parts, ctx.gradients = _dispatch.raw("logits", "cpu").forward_with_gradients(
-            student, teacher, targets, targets_b, *ctx.settings, ctx.expected, ctx.need_teacher
-        )
-        ctx.save_for_backward(student, teacher, targets, targets_b)
-        if targets is None:
-            ctx.mark_non_differentiable(parts[0], parts[1])
-        return parts
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        student, teacher, targets, targets_b = ctx.saved_tensors
-        upstream = grads[0].item(), grads[1].item(), grads[2].item()
-        # Handed out once: whoever gets a gradient may go on writing into it.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or upstream != ctx.expected:
-            gradients = None  # not to be held beside the new ones
-            _expected_upstream[targets is not None] = upstream
-            _, gradients = _dispatch.raw("logits", "cpu").forward_with_gradients(
-                student, teacher, targets, targets_b, *ctx.settings, upstream, ctx.need_teacher
-            )
-        return None, None, gradients[0], gradients[1], None, None
-
-
-# Elements of the student's logits up to which gradients are computed along with the losses. Up to here that is 1.7 to 1.9 times
-# as fast as two passes where the expected upstream gradients come, and little slower where others do (docs/performance.md).
-_SMALL = 1 << 18
-_SMALL_CLASSES = 1024  # kLargestFusedClasses of the kernels
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _is_small(
-    student: Any, teacher: Any, targets: Any, targets_b: Any, reduction: str, detach_teacher: bool, impl: str
-) -> bool:
-    """Whether ``_SmallLogitLosses`` serves the call. It says so of arguments not yet checked, but only of right ones."""
-    if torch.compiler.is_compiling() or not (
-        # No subclass: those of tracers and of autograd transforms go the general way.
-        type(student) in _PLAIN
-        and type(teacher) in _PLAIN
-        and student.requires_grad
-        and student.is_cpu
-        and teacher.is_cpu
-        and not teacher.is_inference()
-        and student.dtype in _checks.FLOATING
-        and teacher.dtype is student.dtype
-        and student.layout is teacher.layout is torch.strided
-    ):
-        return False
-    shape = student.shape
-    if not (
-        len(shape) == 2
-        and teacher.shape == shape
-        and 0 < shape[0] * shape[1] <= _SMALL
-        and shape[1] <= _SMALL_CLASSES
-        and student.is_contiguous()
-        and teacher.is_contiguous()
-        and detach_teacher
-        and (reduction == "batchmean" or reduction == "sum")
-        and torch.is_grad_enabled()
-        and _dispatch.choose(impl, "cpu", student.dtype) == "cpu"
-    ):
-        return False
-    for labels in (targets, targets_b):
-        if labels is None:
-            continue
-        if not (type(labels) is Tensor and labels.dtype is torch.int64 and labels.is_cpu) or labels.is_inference():
-            return False
-        if labels.layout is not torch.strided or labels.shape != shape[:1]:
-            return False
-    return True
-
-
 def checked_logits(student: Any, teacher: Any, suffix: str) -> None:
     """Raise unless ``student`` is (N, K), (N, K, W) or (N, K, H, W) and ``teacher`` (or None) is alike."""
     student_name, teacher_name = f"student_logits{suffix}", f"teacher_logits{suffix}"
@@ -395,109 +277,6 @@ def checked_logits(student: Any, teacher: Any, suffix: str) -> None:
     _checks.same(student, student_name, teacher, teacher_name)
 
 
-def _class_indices(target: Tensor, logits: Tensor, name: str) -> Tensor:
-    wanted = (logits.shape[0], *logits.shape[2:])
-    if target.dtype not in _LABEL_DTYPES:
-        raise TypeError(
-            f"{name} has dtype {target.dtype}, but class indices (int64) or probabilities of shape {tuple(logits.shape)} "
-            "were wanted; cast labels with .long()."
-        )
-    if tuple(target.shape) != wanted:
-        raise ValueError(
-            f"{name} has shape {tuple(target.shape)}, but one class index for each row, shape {wanted}, was wanted."
-        )
-    if target.device != logits.device:
-        raise ValueError(
-            f"{name} is on {target.device}, but the logits are on {logits.device}; move it with .to({str(logits.device)!r})."
-        )
-    return target if target.dtype == torch.int64 else target.long()
-
-
-def _check_range(target: Tensor, classes: int, ignore_index: int, name: str) -> None:
-    """On the CPU a label outside [0, K) is an error; on a device finding it would synchronise (the loss is NaN there)."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = (target < 0) | (target >= classes)
-    wrong &= target != ignore_index
-    if bool(wrong.any()):
-        raise ValueError(
-            f"{name} holds the label {int(target[wrong][0])}, but with {classes} classes a label from 0 to {classes - 1} "
-            f"(or ignore_index={ignore_index}) was wanted."
-        )
-
-
-def _is_mix(targets: Any) -> bool:
-    return (
-        isinstance(targets, tuple | list)
-        and len(targets) == 3
-        and isinstance(targets[0], Tensor)
-        and isinstance(targets[1], Tensor)
-        and not (isinstance(targets[2], Tensor) and targets[2].dim() > 0)
-    )
-
-
-def checked_labels(
-    targets: Any, students: Sequence[Tensor], several: bool, ignore_index: int, check_range: bool
-) -> Labels:
-    """Targets of every head in the raw contract's form."""
-    heads = len(students)
-    if targets is None:
-        return Labels((), (), 1.0)
-    mix = 1.0
-    seconds: Any = None
-    if _is_mix(targets):
-        firsts, seconds, mix = targets[0], targets[1], _checks.unit_interval(targets[2], "targets[2] (lam)")
-        firsts, seconds = (firsts,) * heads, (seconds,) * heads
-        names = ["targets[0]"] * heads
-    elif isinstance(targets, Tensor):
-        firsts = (targets,) * heads
-        names = ["targets"] * heads
-    elif several and isinstance(targets, tuple | list) and len(targets) == heads:
-        firsts = tuple(targets)
-        names = [f"targets[{head}]" for head in range(heads)]
-    else:
-        raise TypeError(
-            f"targets is a {type(targets).__name__}, but class indices, a tuple (targets_a, targets_b, lam), or "
-            "probabilities of the logits' shape were wanted."
-        )
-    first: list[Tensor] = []
-    second: list[Tensor] = []
-    floating: set[bool] = set()
-    for head, logits in enumerate(students):
-        target = firsts[head]
-        if not isinstance(target, Tensor):
-            raise TypeError(f"{names[head]} is a {type(target).__name__}, but a torch.Tensor was wanted.")
-        floating.add(target.dtype.is_floating_point)
-        if target.dtype.is_floating_point and seconds is None:
-            first.append(_probabilities(target, logits, names[head]))
-            continue
-        first.append(_class_indices(target, logits, names[head]))
-        if check_range:
-            _check_range(first[-1], logits.shape[1], ignore_index, names[head])
-        if seconds is not None:
-            second.append(_class_indices(seconds[head], logits, "targets[1]"))
-            if check_range:
-                _check_range(second[-1], logits.shape[1], ignore_index, "targets[1]")
-    if len(floating) > 1:
-        raise TypeError("targets mix class indices and probabilities over the heads, but one kind was wanted.")
-    return Labels(tuple(first), tuple(second), mix)
-
-
-def _probabilities(target: Tensor, logits: Tensor, name: str) -> Tensor:
-    if target.shape != logits.shape:
-        raise ValueError(
-            f"{name} has dtype {target.dtype} and shape {tuple(target.shape)}, but probabilities need the logits' shape "
-            f"{tuple(logits.shape)}; class indices need dtype int64."
-        )
-    if target.device != logits.device:
-        raise ValueError(
-            f"{name} is on {target.device}, but the logits are on {logits.device}; move it with .to({str(logits.device)!r})."
-        )
-    if target.requires_grad:
-        raise ValueError(f"{name} requires grad, but no gradient flows to class probabilities; pass {name}.detach().")
-    return target.to(accumulate_dtype(logits.dtype))
-
-
 def logit_losses(
     student_logits: Any,
     teacher_logits: Any,
@@ -512,14 +291,6 @@ def logit_losses(
     """Checks, choice of implementation and autograd; (ce_student, ce_teacher, kd)."""
     temperature = _checks.positive_number(temperature, "temperature")
     label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
-    parts: tuple[Tensor, Tensor, Tensor]
-    if _is_small(student_logits, teacher_logits, targets, None, reduction, detach_teacher, impl):
-        # Before the checks: with few logits, checking every argument takes as long as the kernel.
-        settings = Settings(1.0, label_smoothing, _checks.whole_number(ignore_index, "ignore_index"), temperature)
-        parts = _SmallLogitLosses.apply(
-            settings, reduction == "batchmean", student_logits, teacher_logits, targets, None
-        )
-        return parts
     if reduction not in REDUCTIONS:
         hint = " ('batchmean' is the mean over rows)" if reduction == "mean" else ""
         raise ValueError(f"reduction is {reduction!r}, but one of {', '.join(map(repr, REDUCTIONS))} was wanted{hint}.")
@@ -551,15 +322,8 @@ def logit_losses(
     if detach_teacher and not labels.first:
         teachers = tuple(teacher.detach() for teacher in teachers)
     teachers, labels = tuple(map(kept, teachers)), labels.kept()
-    if len(students) == len(teachers) == 1:
-        targets, targets_b = labels.first[0] if labels.first else None, labels.second[0] if labels.second else None
-        if _is_small(students[0], teachers[0], targets, targets_b, reduction, detach_teacher, impl):
-            parts = _SmallLogitLosses.apply(
-                settings, reduction == "batchmean", students[0], teachers[0], targets, targets_b
-            )
-            return tuple(part.reshape(1) for part in parts) if several else parts  # type: ignore[return-value]
     counts = (len(teachers), len(labels.first), len(labels.second))
-    parts = _LogitLosses.apply(
+    parts: tuple[Tensor, Tensor, Tensor] = _LogitLosses.apply(
         len(students),
         settings,
         reduction,

@@ -46,3 +46,15 @@ def probability_cross_entropy(logits: Tensor, probabilities: Tensor, label_smoot
     if label_smoothing > 0.0:
         label = (1.0 - label_smoothing) * label + label_smoothing / logits.shape[1]
     return -(label * log_probability.masked_fill(label == 0, 0.0)).sum(1)
+
+
+def check_label_range(labels: Tensor, classes: int, ignore_index: int, name: str) -> None:
+    """Raise for a label outside [0, K). On a device finding one would synchronise, so there its row is NaN instead."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name} holds the label {int(labels[wrong][0])}, but with {classes} classes a label from 0 to {classes - 1} "
+            f"(or ignore_index={ignore_index}) was wanted."
+        )
