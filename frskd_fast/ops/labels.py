@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frskd_fast.ops import _checks
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 from frskd_fast.reference.logits import check_label_range
 
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

@@ -13,8 +13,8 @@ from frskd_fast.ops import _checks, _library
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.labels import Labels, checked_labels, kept
 from frskd_fast.reference import logits as reference
-from frskd_fast.reference.attention import accumulate_dtype
 from frskd_fast.reference.combine import weighted_mean
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 REDUCTIONS = ("batchmean", "sum", "none")
 
@@ -312,7 +312,7 @@ def logit_losses(
         if head:
             _checks.same(students[0], "student_logits[0]", student, f"student_logits{suffix}")
     first = students[0]
-    name = _dispatch.choose(impl, first.device.type, first.dtype)
+    name = _dispatch.choose_for("logits", impl, first)
     labels = checked_labels(targets, students, several, ignore_index, check_range=name == "reference")
     settings = Settings(labels.mix, label_smoothing, _checks.whole_number(ignore_index, "ignore_index"), temperature)
     if name == "reference":
