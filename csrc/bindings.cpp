@@ -9,15 +9,6 @@ STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
       "attention_backward(Tensor grad, float scale, Tensor[] features, Tensor coefficients, float exponent, "
       "Tensor(a!)[] gradients) -> ()");
   m.def("attention_map(Tensor feature, float exponent, Tensor(a!) map, Tensor(b!) norm) -> ()");
-  m.def(
-      "logits_forward(Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
-      "float label_smoothing, int ignore_index, float temperature, Tensor(a!) losses, Tensor(b!) statistics, "
-      "Tensor(c!) inverse_valid) -> ()");
-  m.def(
-      "logits_backward(Tensor[] grads, int grad_head_stride, int grad_row_stride, float[] scales, "
-      "Tensor? inverse_valid, Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
-      "float label_smoothing, int ignore_index, float temperature, Tensor statistics, Tensor losses, "
-      "bool kd_to_teacher, Tensor(a!)[] student_gradients, Tensor(b!)[] teacher_gradients) -> ()");
   m.def("fusion_statistics(Tensor[] inputs, float[] epsilons, Tensor(a!)[] statistics, Tensor(b!)? workspace) -> ()");
   m.def(
       "fusion_forward(Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, Tensor weight, "

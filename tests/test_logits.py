@@ -16,6 +16,7 @@ from torch import Tensor
 import frskd_fast
 from frskd_fast import functional
 from frskd_fast.ops import logits as logits_ops
+from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
 
 IMPLEMENTATIONS = ["reference", "cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -520,17 +521,13 @@ def test_operators_pass_opcheck(kind: str, impl: str) -> None:
     targets = [_targets(kind, shape) for shape in shapes]
     first = [] if kind == "none" else [t[0] if isinstance(t, tuple) else t for t in targets]
     second = [t[1] for t in targets] if kind == "mix" else []
-    settings = (0.3, 0.1, -100, 4.0)
+    heads, settings = Heads(students, teachers, first, second), Settings(0.3, 0.1, -100, 4.0)
     operators = torch.ops.frskd_fast
-    torch.library.opcheck(operators.logits_forward.default, (students, teachers, first, second, *settings, impl))
-    losses, statistics, inverse_valid = logits_ops.raw_forward(students, teachers, first, second, *settings, impl)
-    grads = [torch.ones(1)] * 3
-    weights = [float(bool(first)), float(bool(first)), 1.0]
-    torch.library.opcheck(
-        operators.logits_backward.default,
-        (grads, 0, 0, weights, True, inverse_valid, students, teachers, first, second, *settings, statistics, losses,
-         True, True, True, impl),
-    )  # fmt: skip
+    torch.library.opcheck(operators.logits_forward.default, (*heads, *settings, impl))
+    saved = Saved(*logits_ops.forward(heads, settings, impl))
+    upstream = Upstream([torch.ones(1)] * 3, 0, 0, [float(bool(first)), float(bool(first)), 1.0], True)
+    arguments = (*upstream, *heads, *settings, *saved, *Wanted(True, True, True), impl)
+    torch.library.opcheck(operators.logits_backward.default, arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

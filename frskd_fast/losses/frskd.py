@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, attention, logits, objective
 from frskd_fast.ops.labels import checked_labels
+from frskd_fast.reference.logits import Settings
 
 
 class FRSKDLossParts(NamedTuple):
@@ -159,7 +160,7 @@ class FRSKDLoss(nn.Module):
             self.alpha,
             self.beta,
             self.exponent,
-            logits.Settings(labels.mix, self.label_smoothing, self.ignore_index, self.temperature),
+            Settings(labels.mix, self.label_smoothing, self.ignore_index, self.temperature),
         )
         if self.beta == 0.0:
             students = teachers = ()

@@ -9,245 +9,141 @@ import torch
 from torch import Tensor
 
 from frskd_fast import _dispatch
-from frskd_fast.ops import _checks, _library
+from frskd_fast.ops import _checks, _table
 from frskd_fast.ops._autograd import once_differentiable
+from frskd_fast.ops.combine import combine
 from frskd_fast.ops.labels import Labels, checked_labels, kept
 from frskd_fast.reference import logits as reference
 from frskd_fast.reference.combine import weighted_mean
 from frskd_fast.reference.dtypes import accumulate_dtype
+from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted, row_count
 
 REDUCTIONS = ("batchmean", "sum", "none")
 
 
-class Settings(NamedTuple):
-    """The numbers of one call; all plain Python, so that a traced graph holds them as constants."""
-
-    mix: float
-    label_smoothing: float
-    ignore_index: int
-    temperature: float
+def _forward(heads: Heads, settings: Settings, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Unreduced losses (4, R), statistics and 1 / valid rows of each head, the fields of `Saved`."""
+    saved: Saved = _dispatch.raw("logits", impl).forward(heads, settings)
+    return saved
 
 
-def raw_forward(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    targets_b: Sequence[Tensor],
-    mix: float,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw forward of implementation ``impl``: losses (4, R), statistics, inverse_valid (heads,)."""
-    _dispatch.record("logits", impl)
-    losses, statistics, inverse_valid = _dispatch.raw("logits", impl).forward(
-        students, teachers, targets, targets_b, mix, label_smoothing, ignore_index, temperature
-    )
-    return losses, statistics, inverse_valid
-
-
-def raw_backward(
-    grads: Sequence[Tensor],
-    grad_head_stride: int,
-    grad_row_stride: int,
-    weights: Sequence[float],
-    mean_over_rows: bool,
-    inverse_valid: Tensor,
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    targets_b: Sequence[Tensor],
-    mix: float,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    statistics: Tensor,
-    losses: Tensor,
-    kd_to_teacher: bool,
-    need_student: bool,
-    need_teacher: bool,
-    impl: str,
-) -> list[Tensor]:
-    """Gradients of the students (if needed), then of the teachers (if needed).
-
-    ``weights`` are those of (ce_student, ce_teacher, kd); means are over kept rows (CE) and all rows (KD) of a head.
-    """
-    scales: list[float] = []
-    for student in students:
-        rows = student.numel() // student.shape[1]
-        scales += [weights[0], weights[1], weights[2] / max(rows, 1) if mean_over_rows else weights[2]]
-    student_gradients, teacher_gradients = _dispatch.raw("logits", impl).backward(
-        grads, grad_head_stride, grad_row_stride, scales, inverse_valid if mean_over_rows else None,
-        students, teachers, targets, targets_b, mix, label_smoothing, ignore_index, temperature,
-        statistics, losses, kd_to_teacher, need_student, need_teacher,
-    )  # fmt: skip
-    return (student_gradients or []) + (teacher_gradients or [])
-
-
-def _fake_forward(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    targets_b: Sequence[Tensor],
-    mix: float,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    first = students[0]
+def _fake_forward(heads: Heads, settings: Settings, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    first = heads.students[0]
     dtype = accumulate_dtype(first.dtype)
-    rows = sum(_rows(student) for student in students)
-    saved = 4 if impl == "triton" else 6  # what an implementation saves for its backward is its own business
+    rows = sum(map(row_count, heads.students))
     return (
         first.new_empty((4, rows), dtype=dtype),
-        first.new_empty((saved, rows), dtype=dtype),
-        first.new_empty((len(students),), dtype=dtype),
+        first.new_empty((_dispatch.raw("logits", impl).STATISTICS, rows), dtype=dtype),
+        first.new_empty((len(heads.students),), dtype=dtype),
     )
+
+
+def _backward(
+    upstream: Upstream, heads: Heads, settings: Settings, saved: Saved, wanted: Wanted, impl: str
+) -> list[Tensor]:
+    """Gradients of the students' logits, then of the teachers', as wanted."""
+    gradients: list[Tensor] = _dispatch.raw("logits", impl).backward(upstream, heads, settings, saved, wanted)
+    return gradients
 
 
 def _fake_backward(
-    grads: Sequence[Tensor],
-    grad_head_stride: int,
-    grad_row_stride: int,
-    weights: Sequence[float],
-    mean_over_rows: bool,
-    inverse_valid: Tensor,
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    targets_b: Sequence[Tensor],
-    mix: float,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    statistics: Tensor,
-    losses: Tensor,
-    kd_to_teacher: bool,
-    need_student: bool,
-    need_teacher: bool,
-    impl: str,
+    upstream: Upstream, heads: Heads, settings: Settings, saved: Saved, wanted: Wanted, impl: str
 ) -> list[Tensor]:
-    wanted = (list(students) if need_student else []) + (list(teachers) if need_teacher else [])
-    return [torch.empty_like(logits) for logits in wanted]
+    inputs = (*(heads.students if wanted.student else ()), *(heads.teachers if wanted.teacher else ()))
+    return [torch.empty_like(logits) for logits in inputs]
 
 
-_forward_operator = _library.register(
-    "logits_forward(Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
-    "float label_smoothing, int ignore_index, float temperature, str impl) -> (Tensor, Tensor, Tensor)",
-    raw_forward,
-    _fake_forward,
-)
-_backward_operator = _library.register(
-    "logits_backward(Tensor[] grads, int grad_head_stride, int grad_row_stride, float[] weights, bool mean_over_rows, "
-    "Tensor inverse_valid, Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
-    "float label_smoothing, int ignore_index, float temperature, Tensor statistics, Tensor losses, bool kd_to_teacher, "
-    "bool need_student, bool need_teacher, str impl) -> Tensor[]",
-    raw_backward,
-    _fake_backward,
-)
+forward = _table.register("logits", _forward, _fake_forward)
+backward = _table.register("logits", _backward, _fake_backward)
 
 
-def forward_call(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``raw_forward``, through the registered operator while tracing."""
-    result: tuple[Tensor, Tensor, Tensor] = (
-        _forward_operator(*args) if torch.compiler.is_compiling() else raw_forward(*args)
-    )
-    return result
+class _Call(NamedTuple):
+    """Everything of a call that is no tensor."""
+
+    settings: Settings
+    reduction: str
+    detach_teacher: bool
+    impl: str
+    counts: tuple[int, int, int, int]  # of students, teachers, targets and second targets, in this order
+
+    def heads(self, tensors: Sequence[Tensor]) -> Heads:
+        students, teachers, targets, _ = self.counts
+        teacher_end = students + teachers
+        target_end = teacher_end + targets
+        return Heads(
+            list(tensors[:students]),
+            list(tensors[students:teacher_end]),
+            list(tensors[teacher_end:target_end]),
+            list(tensors[target_end:]),
+        )
 
 
-def backward_call(*args: Any) -> list[Tensor]:
-    """``raw_backward``, through the registered operator while tracing."""
-    result: list[Tensor] = _backward_operator(*args) if torch.compiler.is_compiling() else raw_backward(*args)
-    return result
-
-
-def _rows(logits: Tensor) -> int:
-    rows = logits.shape[0]
-    for size in logits.shape[2:]:
-        rows = rows * size
-    return rows
+def _reduced(saved: Saved, heads: Heads, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    losses = saved.losses
+    if call.reduction == "none":
+        return losses[0].clone(), losses[1].clone(), losses[2].clone()
+    if call.reduction == "batchmean" and len(heads.students) == 1:
+        no_attention = losses.new_empty((0, 1))
+        _, (ce_student, ce_teacher, kd) = combine(no_attention, losses, 1.0, 0.0, bool(heads.targets), True, call.impl)
+        return ce_student, ce_teacher, kd
+    parts = []
+    begin = 0
+    for head, student in enumerate(heads.students):
+        rows = row_count(student)
+        sums = losses[:3, begin : begin + rows].sum(1)
+        begin = begin + rows
+        if call.reduction == "batchmean":
+            inverse_valid = saved.inverse_valid[head]
+            parts.append((sums[0] * inverse_valid, sums[1] * inverse_valid, sums[2] / max(rows, 1)))
+        else:
+            parts.append((sums[0].clone(), sums[1].clone(), sums[2].clone()))
+    if len(parts) == 1:
+        return parts[0]
+    ce_student, ce_teacher, kd = (torch.stack(column) for column in zip(*parts, strict=True))
+    return ce_student, ce_teacher, kd
 
 
 class _LogitLosses(torch.autograd.Function):
     """(ce_student, ce_teacher, kd): scalars for one head, (heads,) for several, flat (R,) when unreduced."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        heads: int,
-        settings: Settings,
-        reduction: str,
-        detach_teacher: bool,
-        impl: str,
-        counts: tuple[int, int, int],  # how many teachers, targets and second targets follow the students
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        teacher_end = heads + counts[0]
-        target_end = teacher_end + counts[1]
-        students, teachers = list(tensors[:heads]), list(tensors[heads:teacher_end])
-        targets, targets_b = list(tensors[teacher_end:target_end]), list(tensors[target_end:])
-        losses, statistics, inverse_valid = forward_call(students, teachers, targets, targets_b, *settings, impl)
-        ctx.save_for_backward(losses, statistics, inverse_valid, *tensors)
-        ctx.settings = (heads, settings, reduction, detach_teacher, impl, counts)
-        absent = (not targets, not targets or not teachers, not teachers)
-        if reduction == "none":
-            rows_of_parts = losses[0].clone(), losses[1].clone(), losses[2].clone()
-            ctx.mark_non_differentiable(*(part for part, gone in zip(rows_of_parts, absent, strict=True) if gone))
-            return rows_of_parts
-        if heads == 1 and reduction == "batchmean" and not torch.compiler.is_compiling():
-            # One kernel instead of ten small operations; a compiler fuses those by itself.
-            none = losses.new_empty((0, 1))
-            _, (ce_student, ce_teacher, kd) = _dispatch.raw("combine", impl).forward(
-                none, losses, 1.0, 0.0, bool(targets), split=True
-            )
-            means: tuple[Tensor, Tensor, Tensor] = ce_student, ce_teacher, kd
-            ctx.mark_non_differentiable(*(part for part, gone in zip(means, absent, strict=True) if gone))
-            return means
-        parts = []
-        begin = 0
-        for head, student in enumerate(students):
-            rows = _rows(student)
-            sums = losses[:3, begin : begin + rows].sum(1)
-            begin = begin + rows
-            if reduction == "batchmean":
-                divisor = inverse_valid[head]
-                parts.append((sums[0] * divisor, sums[1] * divisor, sums[2] / max(rows, 1)))
-            else:
-                parts.append((sums[0].clone(), sums[1].clone(), sums[2].clone()))
-        result = parts[0]
-        if heads > 1:
-            result = (
-                torch.stack([part[0] for part in parts]),
-                torch.stack([part[1] for part in parts]),
-                torch.stack([part[2] for part in parts]),
-            )
-        ctx.mark_non_differentiable(*(part for part, gone in zip(result, absent, strict=True) if gone))
-        return result
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = call.heads(tensors)
+        saved = Saved(*forward(heads, call.settings, call.impl))
+        ctx.save_for_backward(*saved, *tensors)
+        ctx.call = call
+        parts = _reduced(saved, heads, call)
+        has_targets, has_teacher = bool(heads.targets), bool(heads.teachers)
+        present = (has_targets, has_targets and has_teacher, has_teacher)
+        ctx.mark_non_differentiable(*(part for part, there in zip(parts, present, strict=True) if not there))
+        return parts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        heads, settings, reduction, detach_teacher, impl, counts = ctx.settings
+        call: _Call = ctx.call
         losses, statistics, inverse_valid, *tensors = ctx.saved_tensors
-        teacher_end = heads + counts[0]
-        target_end = teacher_end + counts[1]
-        need_student = any(ctx.needs_input_grad[6 : 6 + heads])
-        need_teacher = any(ctx.needs_input_grad[6 + heads : 6 + teacher_end])
-        has_teacher, has_targets = counts[0] > 0, counts[1] > 0
-        weights = [float(has_targets), float(has_targets and has_teacher), float(has_teacher)]
-        upstream = [grad.reshape(-1) for grad in grads]
-        strides = (0, 1) if reduction == "none" else (0, 0) if heads == 1 else (1, 0)
-        gradients = backward_call(
-            upstream, *strides, weights, reduction == "batchmean", inverse_valid,
-            tensors[:heads], tensors[heads:teacher_end], tensors[teacher_end:target_end], tensors[target_end:],
-            *settings, statistics, losses, not detach_teacher, need_student, need_teacher, impl,
-        )  # fmt: skip
-        students: list[Any] = gradients[:heads] if need_student else [None] * heads
-        teachers: list[Any] = gradients[heads if need_student else 0 :] if need_teacher else [None] * counts[0]
-        labels = [None] * (len(tensors) - teacher_end)
-        return (None, None, None, None, None, None, *students, *teachers, *labels)
+        heads = call.heads(tensors)
+        students, teachers = len(heads.students), len(heads.teachers)
+        has_targets, has_teacher = bool(heads.targets), bool(heads.teachers)
+        by_row, by_head = call.reduction == "none", call.reduction != "none" and students > 1
+        upstream = Upstream(
+            grads,
+            int(by_head),
+            int(by_row),
+            [float(has_targets), float(has_targets and has_teacher), float(has_teacher)],
+            call.reduction == "batchmean",
+        )
+        wanted = Wanted(
+            any(ctx.needs_input_grad[1 : 1 + students]),
+            any(ctx.needs_input_grad[1 + students : 1 + students + teachers]),
+            not call.detach_teacher,
+        )
+        saved = Saved(losses, statistics, inverse_valid)
+        gradients: list[Any] = backward(upstream, heads, call.settings, saved, wanted, call.impl)
+        if not wanted.student:
+            gradients = [None] * students + gradients
+        return (None, *gradients, *([None] * (len(tensors) - len(gradients))))
 
 
 def checked_logits(student: Any, teacher: Any, suffix: str) -> None:
@@ -313,28 +209,24 @@ def logit_losses(
             _checks.same(students[0], "student_logits[0]", student, f"student_logits{suffix}")
     first = students[0]
     name = _dispatch.choose_for("logits", impl, first)
-    labels = checked_labels(targets, students, several, ignore_index, check_range=name == "reference")
+    plain = _dispatch.is_plain(name)
+    labels = checked_labels(targets, students, several, ignore_index, check_range=plain)
     settings = Settings(labels.mix, label_smoothing, _checks.whole_number(ignore_index, "ignore_index"), temperature)
-    if name == "reference":
+    if plain:
         if not torch.compiler.is_compiling():
             _dispatch.record("logits", name)
         return _reference(students, teachers, labels, settings, reduction, detach_teacher, several)
     if detach_teacher and not labels.first:
         teachers = tuple(teacher.detach() for teacher in teachers)
     teachers, labels = tuple(map(kept, teachers)), labels.kept()
-    counts = (len(teachers), len(labels.first), len(labels.second))
-    parts: tuple[Tensor, Tensor, Tensor] = _LogitLosses.apply(
-        len(students),
+    call = _Call(
         settings,
         reduction,
         detach_teacher,
         name,
-        counts,
-        *students,
-        *teachers,
-        *labels.first,
-        *labels.second,
+        (len(students), len(teachers), len(labels.first), len(labels.second)),
     )
+    parts: tuple[Tensor, Tensor, Tensor] = _LogitLosses.apply(call, *students, *teachers, *labels.first, *labels.second)
     if reduction == "none":
         return tuple(_unflatten(part, students, several) for part in parts)
     if several and len(students) == 1:
@@ -346,7 +238,7 @@ def _unflatten(rows: Tensor, students: Sequence[Tensor], several: bool) -> Any:
     pieces = []
     begin = 0
     for student in students:
-        count = _rows(student)
+        count = row_count(student)
         pieces.append(rows[begin : begin + count].view(student.shape[0], *student.shape[2:]))
         begin += count
     return pieces if several else pieces[0]

@@ -14,6 +14,7 @@ from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.labels import Labels, kept
 from frskd_fast.reference import attention as attention_reference
 from frskd_fast.reference import combine as reference
+from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
 
 
 class Objective(NamedTuple):
@@ -22,7 +23,7 @@ class Objective(NamedTuple):
     alpha: float
     beta: float
     exponent: float
-    logits: logits.Settings
+    logits: Settings
 
 
 class _Objective(torch.autograd.Function):
@@ -43,9 +44,8 @@ class _Objective(torch.autograd.Function):
         targets, targets_b = list(tensors[: label_counts[0]]), list(tensors[label_counts[0] : target_end])
         student_end = target_end + levels
         students, teachers = list(tensors[target_end:student_end]), list(tensors[student_end:])
-        losses, statistics, _ = logits.forward_call(
-            [student_logits], [teacher_logits], targets, targets_b, *objective.logits, impl
-        )
+        heads = Heads([student_logits], [teacher_logits], targets, targets_b)
+        losses, statistics, inverse_valid = logits.forward(heads, objective.logits, impl)
         need_features = any(ctx.needs_input_grad[6 + target_end : 6 + student_end])
         if levels:
             attention_losses, coefficients, _ = attention.forward_call(
@@ -57,7 +57,7 @@ class _Objective(torch.autograd.Function):
             attention_losses, losses, objective.alpha, objective.beta, label_counts[0] > 0, False, impl
         )
         ctx.save_for_backward(
-            parts, losses, statistics, coefficients, student_logits, teacher_logits, *targets, *targets_b,
+            losses, statistics, inverse_valid, coefficients, student_logits, teacher_logits, *targets, *targets_b,
             *(students if need_features else ()),
         )  # fmt: skip
         ctx.settings = (levels, objective, impl, label_counts, need_features)
@@ -69,17 +69,19 @@ class _Objective(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         levels, objective, impl, label_counts, need_features = ctx.settings
-        parts, losses, statistics, coefficients, student_logits, teacher_logits, *tensors = ctx.saved_tensors
+        losses, statistics, inverse_valid, coefficients, student_logits, teacher_logits, *tensors = ctx.saved_tensors
         target_end = label_counts[0] + label_counts[1]
         need_student, need_teacher = ctx.needs_input_grad[4], ctx.needs_input_grad[5] and label_counts[0] > 0
         student_gradient = teacher_gradient = None
         if need_student or need_teacher:
             has_targets = float(label_counts[0] > 0)
-            upstream = grad.reshape(1)
-            gradients = logits.backward_call(
-                [upstream, upstream, upstream], 0, 0, [has_targets, has_targets, objective.alpha], True, parts[5:],
-                [student_logits], [teacher_logits], tensors[: label_counts[0]], tensors[label_counts[0] : target_end],
-                *objective.logits, statistics, losses, False, need_student, need_teacher, impl,
+            upstream = Upstream([grad] * 3, 0, 0, [has_targets, has_targets, objective.alpha], True)
+            heads = Heads(
+                [student_logits], [teacher_logits], tensors[: label_counts[0]], tensors[label_counts[0] : target_end]
+            )
+            gradients = logits.backward(
+                upstream, heads, objective.logits, Saved(losses, statistics, inverse_valid),
+                Wanted(need_student, need_teacher, False), impl,
             )  # fmt: skip
             student_gradient = gradients[0] if need_student else None
             teacher_gradient = gradients[-1] if need_teacher else None
