@@ -2,6 +2,8 @@
 #include "../operations/logits.h"
 
 #include "checks.h"
+#include "logits_call.h"
+#include "threads.h"
 
 namespace frskd {
 namespace {
@@ -125,7 +127,7 @@ void logits_forward(const LogitsForward& arguments) {
   Logits kernel_call =
       kernel_call_of(call, arguments.heads, arguments.settings, arguments.losses, arguments.statistics);
   kernel_call.inverse_valid = working_tensor(arguments.inverse_valid, call.element, kernel_call.count, "inverse_valid");
-  kernels().logits_forward(kernel_call, call.element, run_parallel, thread_count());
+  kernels<LogitsKernels>().forward(kernel_call, call.element, run_parallel, thread_count());
 }
 
 void attach_gradients(
@@ -185,7 +187,7 @@ void logits_backward(const LogitsBackward& arguments) {
     kernel_call.inverse_valid = working_tensor(*inverse_valid, call.element, kernel_call.count, "inverse_valid");
   }
   kernel_call.kd_to_teacher = arguments.kd_to_teacher;
-  kernels().logits_backward(kernel_call, call.element, run_parallel, thread_count());
+  kernels<LogitsKernels>().backward(kernel_call, call.element, run_parallel, thread_count());
 }
 
 FRSKD_CPU_OPERATION(logits_forward)

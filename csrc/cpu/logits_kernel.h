@@ -67,29 +67,13 @@ void logits_backward_typed(const Logits& call, ParallelFor run) {
 }
 
 void logits_forward(const Logits& call, Element element, ParallelFor run, int) {
-  switch (element) {
-    case Element::kFloat32:
-      return logits_forward_typed<float, float>(call, run);
-    case Element::kFloat64:
-      return logits_forward_typed<double, double>(call, run);
-    case Element::kBFloat16:
-      return logits_forward_typed<BFloat16, float>(call, run);
-    case Element::kFloat16:
-      return logits_forward_typed<Half, float>(call, run);
-  }
+  with_element(
+      element, [&](auto number, auto sum) { logits_forward_typed<decltype(number), decltype(sum)>(call, run); });
 }
 
 void logits_backward(const Logits& call, Element element, ParallelFor run, int) {
-  switch (element) {
-    case Element::kFloat32:
-      return logits_backward_typed<float, float>(call, run);
-    case Element::kFloat64:
-      return logits_backward_typed<double, double>(call, run);
-    case Element::kBFloat16:
-      return logits_backward_typed<BFloat16, float>(call, run);
-    case Element::kFloat16:
-      return logits_backward_typed<Half, float>(call, run);
-  }
+  with_element(
+      element, [&](auto number, auto sum) { logits_backward_typed<decltype(number), decltype(sum)>(call, run); });
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Which logits are read along their pixels, and how many pixels at once.
 #pragma once
 
-#include "attention_kernel.h"
-#include "views.h"
+#include "logits_call.h"
+#include "parallel.h"
 
 namespace frskd {
 namespace {

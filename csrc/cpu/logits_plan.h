@@ -1,8 +1,8 @@
 // What a call of the logits kernels computes, fixed at compile time, and the exponentials it takes for that.
 #pragma once
 
+#include "logits_call.h"
 #include "simd.h"
-#include "views.h"
 
 namespace frskd {
 namespace {
