@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, attention, logits, objective
+from frskd_fast.ops.labels import checked_labels
+from frskd_fast.reference.logits import Settings
 
 
 class FRSKDLossParts(NamedTuple):
@@ -153,14 +155,12 @@ class FRSKDLoss(nn.Module):
                 "either both or neither in float64 was wanted; cast one of them."
             )
         name = _dispatch.choose_for("combine", self.impl, student_logits)
-        labels = logits.checked_labels(
-            targets, (student_logits,), False, self.ignore_index, check_range=name == "reference"
-        )
+        labels = checked_labels(targets, (student_logits,), False, self.ignore_index, check_range=name == "reference")
         settings = objective.Objective(
             self.alpha,
             self.beta,
             self.exponent,
-            logits.Settings(labels.mix, self.label_smoothing, self.ignore_index, self.temperature),
+            Settings(labels.mix, self.label_smoothing, self.ignore_index, self.temperature),
         )
         if self.beta == 0.0:
             students = teachers = ()
