@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frskd_fast.ops.logits import _is_mix as is_mix
 
-def is_mix(targets: Any) -> bool:
-    """Whether `targets` are the two-label targets (targets_a, targets_b, lam)."""
-    return isinstance(targets, tuple | list) and len(targets) == 3
+__all__ = ["is_mix", "mixed_probabilities"]
 
 
 def mixed_probabilities(

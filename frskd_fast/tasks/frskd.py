@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from frskd_fast import _dispatch
 from frskd_fast.losses import FitNetLoss, FRSKDLoss, OverhaulLoss, SLALoss
 from frskd_fast.losses._targets import is_mix, mixed_probabilities
+from frskd_fast.losses.base import DistillationLoss, channels_of, declared
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import BiFPN, BiFPNc, adapt_backbone
 from frskd_fast.models.adapters import dry_pass
@@ -23,7 +24,7 @@ from frskd_fast.models.adapters import dry_pass
 from .base import Task, features_and_logits, laid_out, one_dtype
 
 MEMORY = ("normal", "low")
-DISTILL = ("att", "fit", "od")
+DISTILL: dict[str, type[DistillationLoss]] = {"att": FRSKDLoss, "fit": FitNetLoss, "od": OverhaulLoss}
 # These take cumulative averages without a counter for a momentum of 0.
 COUNTERLESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -122,12 +123,11 @@ class FRSKDTask(Task):
         if self._preact:
             _check_takes_preact(backbone, "backbone", self.loss)
             _check_takes_preact(self_teacher, "self_teacher", self.loss)
-        for part in self.loss.modules():
-            if isinstance(part, OverhaulLoss) and not part.follows(self_teacher):
-                raise ValueError(
-                    "loss takes live margins from another self-teacher than the task's; build the self-teacher first, and "
-                    "hand the same one to OverhaulLoss and FRSKDTask."
-                )
+        if not set(self_teacher.modules()).issuperset(declared(self.loss, "teacher_modules")):
+            raise ValueError(
+                "loss takes live margins from another self-teacher than the task's; build the self-teacher first, and "
+                "hand the same one to OverhaulLoss and FRSKDTask."
+            )
         self.memory = memory
         self.channels_last = bool(channels_last)
         if self.channels_last:
@@ -138,7 +138,7 @@ class FRSKDTask(Task):
         if targets is None or not self.training:
             return {"output": features_and_logits(self.backbone, laid_out(images, self.channels_last))[1]}
         # "one" or "two" passes over rotated images, where the loss asks for them.
-        passes = getattr(self.loss, "passes", None)
+        passes = declared(self.loss, "passes")
         outputs = self._outputs(rotate4(images) if passes == "one" else images)
         logits, teacher_logits = outputs.logits, outputs.teacher_logits
         pyramids = [outputs.features, outputs.teacher_features]
@@ -147,7 +147,8 @@ class FRSKDTask(Task):
             pyramids += [rotated.features, rotated.teacher_features]
         elif passes is None and torch.compiler.is_compiling() and is_mix(targets):
             # As a Python number lam would be a constant of the graph, which each batch would have to compile anew.
-            targets = _mixed_probabilities(targets, logits, self.loss)
+            settings = declared(self.loss, "ignore_index"), declared(self.loss, "label_smoothing")
+            targets = mixed_probabilities(targets, logits, *settings)
         loss_features = iter(one_dtype([feature for pyramid in pyramids for feature in pyramid]))
         students, teachers, *more = [[next(loss_features) for _ in pyramid] for pyramid in pyramids]
         arguments = {"rotated_student_feats": more[0], "rotated_teacher_feats": more[1]} if more else {}
@@ -159,7 +160,7 @@ class FRSKDTask(Task):
 
     @property
     def _preact(self) -> bool:
-        return bool(getattr(self.loss, "needs_preact", False))
+        return bool(declared(self.loss, "needs_preact"))
 
     def _outputs(self, images: Tensor) -> _Outputs:
         """What both networks make of `images`."""
@@ -279,16 +280,14 @@ def build_frskd(
     settings: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "label_smoothing": label_smoothing}
     if beta is not None:
         settings["beta"] = beta
-    loss: nn.Module
-    if distill == "att":
-        loss = FRSKDLoss(**settings)
-    elif distill == "fit":
-        loss = FitNetLoss(channels, _widths(self_teacher), **settings)
-    else:
-        loss = OverhaulLoss(channels, self_teacher, margins=margins, **settings)
+    if distill == "od":
+        settings["margins"] = margins
+    distillation = DISTILL[distill].for_networks(channels, self_teacher, **settings)
+    loss: nn.Module = distillation
     if auxiliary == "sla":
         classes = _number_of_classes(backbone, num_classes)
-        loss = SLALoss(loss, channels[-1], _widths(self_teacher)[-1], classes, auxiliary_weight, passes=passes)
+        widths = channels[-1], channels_of(self_teacher)[-1]
+        loss = SLALoss(distillation, *widths, classes, auxiliary_weight, passes=passes)
     return FRSKDTask(
         backbone,
         _like(backbone, self_teacher),
@@ -310,16 +309,6 @@ def _number_of_classes(backbone: nn.Module, num_classes: int | None) -> int:
     if num_classes is None:
         num_classes = dry_pass(backbone, functools.partial(features_and_logits, backbone))[1].shape[1]
     return num_classes
-
-
-def _widths(self_teacher: nn.Module) -> list[int]:
-    widths = getattr(self_teacher, "out_channels", None)
-    if not isinstance(widths, list | tuple):
-        raise TypeError(
-            f"self_teacher ({type(self_teacher).__name__}) has no list out_channels, but the channels of its maps were wanted "
-            "to size adapters and heads; give it the attribute, or build the loss and FRSKDTask yourself."
-        )
-    return list(widths)
 
 
 def _like(backbone: nn.Module, module: nn.Module) -> nn.Module:
@@ -346,11 +335,6 @@ def _check_takes_preact(module: nn.Module, name: str, loss: nn.Module) -> None:
             f"before their last ReLU; let its forward take preact=False and hand them out for preact=True, as the networks "
             "of frskd_fast.models do, or choose FRSKDLoss or FitNetLoss."
         )
-
-
-def _mixed_probabilities(targets: Sequence[Any], logits: Tensor, loss: nn.Module) -> Tensor:
-    settings = getattr(loss, "ignore_index", -100), getattr(loss, "label_smoothing", 0.0)
-    return mixed_probabilities(targets, logits, *settings)
 
 
 def _contexts(
