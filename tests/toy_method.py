@@ -117,5 +117,5 @@ class ToyTask(Task):
         groups = [{"params": list(self.backbone.parameters())}]
         return groups + ([{"params": head, "weight_decay": self.head_weight_decay}] if head else [])
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        self.ramp.fill_((epoch + 1) / epochs)
+    def start_epoch(self, epoch: int, epochs: int | None) -> None:
+        self.ramp.fill_((epoch + 1) / (epochs or epoch + 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from frskd_fast import _dispatch
-from frskd_fast.ops import _checks, attention, combine, logits
+from frskd_fast.ops import _checks, attention, logits, objective
 
 Parts = TypeVar("Parts", bound=tuple[Any, ...])
 # The student's feature maps and the teacher's, finest first.
@@ -134,19 +134,19 @@ class DistillationLoss(Loss[FRSKDLossParts]):
         students, teachers = checked_outputs(
             student_logits, teacher_logits, student_feats, teacher_feats, self.resize, one_batch=targets is not None
         )
-        name = _dispatch.choose(self.impl, student_logits.device.type, student_logits.dtype)
+        name = _dispatch.choose_for("combine", self.impl, student_logits)
         labels = logits.checked_labels(
-            targets, (student_logits,), False, self.ignore_index, check_range=name == "reference"
+            targets, (student_logits,), False, self.ignore_index, check_range=_dispatch.is_plain(name)
         )
         fused = self.exponent is not None and self.beta != 0.0
-        settings = combine.Objective(
+        settings = objective.Objective(
             self.alpha,
             self.beta if fused else 0.0,
             self.exponent or 2.0,
             logits.Settings(labels.mix, self.label_smoothing, self.ignore_index, self.temperature),
         )
         maps: Pyramids = (students, teachers) if fused else ((), ())
-        total, terms = combine.objective(student_logits, teacher_logits, labels, *maps, settings, name)
+        total, terms = objective.objective(student_logits, teacher_logits, labels, *maps, settings, name)
         parts = FRSKDLossParts(total, terms[1], terms[2], terms[3], terms[4])
         if self.beta != 0.0 and not fused:
             feature = self.feature_term(students, teachers)
@@ -236,4 +236,4 @@ def channels_of(self_teacher: nn.Module) -> list[int]:
 
 def plain_formulas(impl: str, feature: Tensor) -> bool:
     """Whether `impl` leaves the gradients of tensors such as `feature` to autograd."""
-    return _dispatch.choose(impl, feature.device.type, feature.dtype) == "reference"
+    return _dispatch.is_plain(_dispatch.choose_for("hints", impl, feature))

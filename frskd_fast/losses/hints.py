@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from frskd_fast.losses.base import DistillationLoss, channels_of, check_beside_parameters, plain_formulas
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import hints as reference
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 MARGINS = ("initial", "live")
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from frskd_fast.losses._targets import is_mix
+from frskd_fast.losses._targets import is_mix, mixed_probabilities
 from frskd_fast.ops import _checks
 
 
@@ -25,7 +25,7 @@ class Task(nn.Module):
         backbone: the student's network.
         channels_last: whether images are brought to `torch.channels_last`.
         views: "plain" for images (N, C, H, W); "rotations" for their four rotations (4N, C, H, W), in the order of
-            `frskd_fast.mixing.rotate4`. Targets are those of the N images.
+            `frskd_fast.mixing.rotate4`. Targets are those of the N images. In evaluation images are plain.
         crop_each_view: with "rotations", whether each view is cropped by itself, after it was turned; else the image is
             cropped before.
     """
@@ -52,8 +52,8 @@ class Task(nn.Module):
         """The optimiser's parameter groups: one of all that trains, unless the method has settings of its own for some."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch, `epoch` = 0, ..., `epochs` - 1, for weights that change with it.
+    def start_epoch(self, epoch: int, epochs: int | None) -> None:
+        """Called before each epoch, `epoch` = 0, ..., `epochs` - 1 (None: not known), for weights that change with it.
 
         Hold such a weight in a buffer and write it in place (`self.ramp.fill_(...)`): a compiled step does not compile anew.
         """
@@ -260,6 +260,16 @@ def logits_of(backbone: nn.Module, images: Tensor) -> Tensor:
         f"backbone ({type(backbone).__name__}) returned a {type(output).__name__}, but logits or (list of feature maps, "
         "logits) was wanted; wrap it with frskd_fast.models.adapt_backbone."
     )
+
+
+def traceable_targets(targets: Any, logits: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
+    """`targets`, while `torch.compile` traces with the two labels of mixup and cutmix as probabilities (N, K).
+
+    As a Python number the mixing weight would be a constant of the graph, which each batch would have to compile anew.
+    """
+    if torch.compiler.is_compiling() and is_mix(targets):
+        return mixed_probabilities(targets, logits, ignore_index, label_smoothing)
+    return targets
 
 
 def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
