@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from numerics import assert_close
-from problems._memory import poisoned_memory
 from torch import Tensor
 
 import frskd_fast
 from frskd_fast import _dispatch, functional
+from problems._memory import poisoned_memory
 
 IGNORED = -100
 MIX = 0.3
@@ -416,6 +416,7 @@ def _launch(
 ) -> None:
     """Both raw Triton functions on tensors without values."""
     from frskd_fast.kernels import logits
+
     from frskd_fast.reference.logits import Heads, Settings, Upstream, Wanted
 
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
