@@ -21,7 +21,7 @@ from typing import Any
 from bench.machine import warm_environment
 from bench.names import is_ours
 from bench.results import TOLERATED, Document, Row
-from bench.tables import MISSING, significant, spread
+from bench.tables import MISSING, padded, significant, spread
 from bench.timing import quartiles
 
 TURN_SECONDS = 0.05  # of one side, in as many calls as that takes
@@ -145,18 +145,16 @@ def prepared(number: int, sides: dict[str, Side]) -> dict[str, Compared]:
 def alternate(row: Compared, sides: dict[str, Side], target_seconds: float, repeats: int | None) -> None:
     """Time a row on both sides, in turns."""
 
-    def turn(runs: int) -> tuple[float, float]:
+    def turn() -> tuple[float, float]:
         found = []
         for name in SIDES:
             time.sleep(PAUSE_SECONDS)
-            found.append(float(sides[name].ask("turn", implementation=row.implementation, runs=runs)))
+            found.append(float(sides[name].ask("turn", implementation=row.implementation, seconds=TURN_SECONDS)))
         return found[0], found[1]
 
-    turn(1)
-    seconds = max(turn(1)) / 1e3
-    runs = max(1, round(TURN_SECONDS / seconds))
-    rounds = repeats or max(FEWEST_ROUNDS, min(MOST_ROUNDS, round(target_seconds / (runs * seconds))))
-    row.pairs += [turn(runs) for _ in range(rounds)]
+    seconds = max(TURN_SECONDS, max(turn()) / 1e3)
+    rounds = repeats or max(FEWEST_ROUNDS, min(MOST_ROUNDS, round(target_seconds / seconds)))
+    row.pairs += [turn() for _ in range(rounds)]
     row.judge()
 
 
@@ -198,7 +196,10 @@ def compare(
                     if row.status != "ok" or (earlier is not None and not doubtful(earlier)):
                         continue
                     row.pairs = list(earlier.pairs) if earlier is not None else []
-                    alternate(row, sides, target_seconds, repeats)
+                    try:
+                        alternate(row, sides, target_seconds, repeats)
+                    except Refused as refusal:
+                        row.status, row.note = "failed", str(refusal)
                     rows.setdefault(number, {})[name] = row
                 rows[number] = {**found, **rows.get(number, {})}
                 print(", ".join(map(brief, rows[number].values())), flush=True)
@@ -215,7 +216,7 @@ def doubtful(row: Compared) -> bool:
 
 def brief(row: Compared) -> str:
     """A row while the comparison runs."""
-    return f"{row.implementation} {row.status if row.ratio is None else f'{row.ratio:.3f}'}"
+    return f"{row.implementation} {row.status if row.ratio is None else decimals(row.ratio)}"
 
 
 def failures(document: Document) -> list[Row]:
@@ -225,33 +226,33 @@ def failures(document: Document) -> list[Row]:
 
 def text(document: Document) -> str:
     """The table for a terminal."""
-    lines = [["case", "implementation", "base ms", "this ms", "this / base", "quartiles", "bits", ""]]
+    lines = [["case", "implementation", "base ms", "this ms", "this / base", "quartiles", "bits", "remark"]]
     for row in document["rows"]:
-        picked = (
-            "" if len(set(row["picked"].values())) < 2 else "; ".join(f"{s}: {p}" for s, p in row["picked"].items())
-        )
-        bits = {None: MISSING, True: "same", False: "differ"}[row["same_bits"]]
+        differ = len(set(row["picked"].values())) > 1
+        picked = "; ".join(f"{side} picked {name}" for side, name in row["picked"].items()) if differ else ""
         lines.append(
             [
                 row["case"], row["implementation"], significant(row["base_ms"]), significant(row["ms"]),
-                MISSING if row["ratio"] is None else f"{row['ratio']:.3f}", spread(row["ratio_quartiles"]), bits,
+                decimals(row["ratio"]), spread(row["ratio_quartiles"]),
+                {None: MISSING, True: "same", False: "differ"}[row["same_bits"]],
                 "; ".join(filter(None, (row["status"].removeprefix("ok"), row["note"], picked))),
             ]
         )  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     timed = [row for row in document["rows"] if row["ratio"] is not None]
-    slower = [row for row in timed if row["status"] == "slower"]
-    unclear = [row for row in timed if row["status"] == "unclear"]
-    middle = statistics.median(row["ratio"] for row in timed) if timed else None
+    slower, unclear = ([row for row in timed if row["status"] == status] for status in ("slower", "unclear"))
+    middle = decimals(statistics.median(row["ratio"] for row in timed) if timed else None)
     return "\n".join(
         [
-            *table,
+            *padded(lines),
             "",
-            f"this: commit {document['environment']['commit'][:12]}; base: commit {document['base'][:12]}; this / base: median "
-            "of the rounds' ratios, below 1: this commit is faster.",
+            f"this: commit {document['environment']['commit'][:12]}; base: commit {document['base'][:12]}; this / base: "
+            "median of the rounds' ratios, below 1: this commit is faster.",
             f"More than {TOLERATED - 1:.0%} slower than the base, and by more than the spread: {len(slower)} of {len(timed)} "
-            f"rows; by less than the spread (unclear): {len(unclear)}; median over all rows: "
-            f"{MISSING if middle is None else f'{middle:.3f}'}.",
+            f"rows; by less than the spread (unclear): {len(unclear)}. Median over all rows: {middle}.",
         ]
     )
+
+
+def decimals(ratio: float | None) -> str:
+    """A ratio to a tenth of a per cent."""
+    return MISSING if ratio is None else f"{ratio:.3f}"

@@ -80,12 +80,12 @@ class Worker:
             "bits": {name: fingerprint(call) for name, call in calls.items()},
         }
 
-    def turn(self, implementation: str, runs: int) -> float:
-        """Median milliseconds of `runs` calls; before several short ones, one call brings back the caches."""
+    def turn(self, implementation: str, seconds: float) -> float:
+        """Median milliseconds of the calls that fit into `seconds`; before several, one brings back the caches."""
         call = self.prepared.calls[implementation]
-        times = []
+        times: list[float] = []
         with timing.no_garbage_collection():
-            for _ in range(runs + 1 if runs > 1 else 1):
+            while sum(times) < 1e3 * seconds:
                 call.drop_gradients()
                 times.append(self.clock.milliseconds(call))
         call.drop_gradients()

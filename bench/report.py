@@ -99,8 +99,7 @@ def docs_block(sources: Sequence[tuple[str, Document]], folder: Path) -> str:
         if (folder / plot).is_file():
             out += [f"![Where the time of a training step goes: student, self-teacher, loss]({plot.as_posix()})", ""]
         out += [f"Result file: [`{Path(name).name}`]({name}).", ""]
-    legends = dict.fromkeys(legend for _, document in sources for legend in tables.legends(document))
-    return "\n".join([*out, "\n\n".join(legends)])
+    return "\n".join([*out, tables.markdown_legend([document for _, document in sources])])
 
 
 def source_line(name: str) -> str:
@@ -200,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
             code = max(code, 0 if said and not results.auto_losses(document) else 1)
     elif arguments.markdown or not (pages or arguments.plot):
         for document in documents:
-            legends = "\n\n".join(tables.legends(document))
-            print(f"{tables.markdown(document)}\n\n{legends}" if arguments.markdown else tables.text(document))
+            legend = tables.markdown_legend([document])
+            print(f"{tables.markdown(document)}\n\n{legend}" if arguments.markdown else tables.text(document))
     return code
 
 

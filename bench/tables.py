@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -54,52 +53,70 @@ def implementation(row: Row) -> str:
     return f"{row['implementation']} ({row['picked']})" if row["picked"] else str(row["implementation"])
 
 
-# A column without a figure in any row of a table is left out.
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("implementation", implementation),
-    ("median ms", lambda row: significant(row["ms"])),
-    ("quartiles", lambda row: spread(row["ms_quartiles"])),
-    ("vs eager", lambda row: ratio(row["times_eager"])),
-    ("vs compile", lambda row: ratio(row["times_compile"])),
-    ("vs float32", lambda row: ratio(row["times_float32"])),
-    ("vs shipped", lambda row: ratio(row["times_shipped"])),
-    ("of plain", lambda row: ratio(row["of_plain"])),
-    ("images/s", lambda row: significant(row["images_per_second"])),
-    ("must move MB", lambda row: megabytes(row["bytes_moved"])),
-    ("GB/s", lambda row: significant(row["gigabytes_per_second"])),
-    ("% of copy", lambda row: significant(row["percent_of_copy"], 2)),
-    ("extra MB", lambda row: megabytes(row["extra_bytes"])),
-    ("saved MB", lambda row: megabytes(row["saved_bytes"])),
-    ("host us", lambda row: significant(row["host_us"])),
-    ("compile s", lambda row: significant(row["compile_seconds"], 2)),
-    ("loss error", lambda row: error(row["loss_error"])),
-    ("gradient error", lambda row: error(row["gradient_error"])),
-    ("remark", remark),
+Column = tuple[str, Callable[[Row], str], str]
+
+# title, cell, meaning ("" where the title says it). A column without a figure in any row of a table is left out.
+COLUMNS: tuple[Column, ...] = (
+    (
+        "implementation",
+        implementation,
+        "eager: the original's order of operations in the inputs' dtype; compile: torch.compile of that function; auto: what "
+        "the library picks by itself (in brackets); others: forced",
+    ),
+    ("median ms", lambda row: significant(row["ms"]), "the implementations' runs are interleaved"),
+    ("quartiles", lambda row: spread(row["ms_quartiles"]), "of single runs"),
+    ("vs eager", lambda row: ratio(row["times_eager"]), "how many times faster than eager; below 1 it is slower"),
+    ("vs compile", lambda row: ratio(row["times_compile"]), "the same for compile"),
+    (
+        "vs float32",
+        lambda row: ratio(row["times_float32"]),
+        "how many times faster than our own run of the case in float32, timed once more in the same rounds",
+    ),
+    (
+        "vs shipped",
+        lambda row: ratio(row["times_shipped"]),
+        "of a network: how many times faster than eager in fp32 NCHW, as its authors ship it",
+    ),
+    (
+        "of plain",
+        lambda row: ratio(row["of_plain"]),
+        "of a step: this time / that of plain (cross-entropy without distillation, eager) in the same dtype and layout",
+    ),
+    ("images/s", lambda row: significant(row["images_per_second"]), ""),
+    (
+        "must move MB",
+        lambda row: megabytes(row["bytes_moved"]),
+        "each input read once (features that backward needs: twice) and each gradient written once; of the self-teacher what "
+        "our order of operations reads and writes once",
+    ),
+    ("GB/s", lambda row: significant(row["gigabytes_per_second"]), "what must move / median"),
+    (
+        "% of copy",
+        lambda row: significant(row["percent_of_copy"], 2),
+        "of the bandwidth of Tensor.copy_ (read + write) measured beside each case; data that stays in the cache can pass 100",
+    ),
+    ("extra MB", lambda row: megabytes(row["extra_bytes"]), "highest allocation of one call, gradients included"),
+    (
+        "saved MB",
+        lambda row: megabytes(row["saved_bytes"]),
+        "what forward keeps for backward, each storage once, without parameters and batch",
+    ),
+    (
+        "host us",
+        lambda row: significant(row["host_us"]),
+        "on a CPU the time of a call on tiny tensors, on a GPU until the call returns",
+    ),
+    ("compile s", lambda row: significant(row["compile_seconds"], 2), "the first call of what is compiled"),
+    ("loss error", lambda row: error(row["loss_error"]), "against float64, relative to the largest true value"),
+    ("gradient error", lambda row: error(row["gradient_error"]), "the worst of a gradient; of a network see below"),
+    ("remark", remark, ""),
 )
 
-LEGEND = (
-    "vs eager, vs compile: how many times faster than that baseline (below 1: slower); eager is the original's order "
-    "of operations in the inputs' dtype, compile is torch.compile of that function, auto is what the library picks by "
-    "itself. vs float32: how many times faster "
-    "than our own run of the case in float32, timed once more in the same rounds (below 1: half precision is slower). "
-    "Runs of the implementations are interleaved; quartiles are those of single runs. GB/s: what must move / median. "
-    "must move: each gradient written once; each input read once, features that backward needs twice. % of copy: of "
-    "the bandwidth of Tensor.copy_ (read + write) measured beside each case; data that stays in the cache can pass "
-    "100. extra MB: highest allocation of one call, gradients included. host us: on a CPU a call on tiny tensors, on "
-    "a GPU until the call returns. Errors are against float64, relative to the largest true value."
-)
-
-NETWORK_LEGEND = (
-    "self_teacher, step: must move counts what our order of operations reads and writes once (docs/performance.md); bf16 is "
-    "autocast; vs shipped: how many times faster than eager in fp32 NCHW; saved MB: what forward keeps for backward, each "
-    "storage once, without parameters and batch. The gradients' error is ||error|| / ||truth|| of all of them as one vector: "
-    "in a network a rounding across the kink of a ReLU removes a whole term, in bf16 of the original's gradient, too. Ours may "
-    "err a few times as much as the original does, and must agree with it in float64."
-)
-
-STEP_LEGEND = (
-    "A step is forward, loss and backward without the optimiser, which costs all rows the same. plain is training by "
-    "cross-entropy without distillation; of plain: this time / that of plain, eager, in the same dtype and layout."
+NETWORKS = (
+    "Networks (self_teacher, step): bf16 is autocast. The gradients' error is ||error|| / ||truth|| of all of them as one "
+    "vector: a rounding across the kink of a ReLU removes a whole term, in bf16 of the original's gradient, too. Ours may "
+    "err a few times as much as the original does, and must agree with it in float64. A step is forward, loss and backward "
+    "without the optimiser, which costs all rows the same."
 )
 
 
@@ -132,53 +149,59 @@ def header(document: Document) -> list[str]:
     return lines
 
 
-def columns_of(rows: Sequence[Row], leave_out: Sequence[str] = ()) -> list[tuple[str, Callable[[Row], str]]]:
+def columns_of(rows: Sequence[Row], leave_out: Sequence[str] = ()) -> list[Column]:
     """The columns that say something about these rows."""
     return [
-        (title, column)
-        for title, column in COLUMNS
-        if title not in leave_out and any(column(row) not in ("", MISSING) for row in rows)
+        column
+        for column in COLUMNS
+        if column[0] not in leave_out and any(column[1](row) not in ("", MISSING) for row in rows)
     ]
 
 
-def legends(document: Document) -> list[str]:
-    """What the columns mean, for the tables that are there."""
-    suites = {row["suite"] for row in document["rows"]}
-    shown = {
-        LEGEND: bool(suites),
-        NETWORK_LEGEND: bool(suites & {"self_teacher", "step"}),
-        STEP_LEGEND: "step" in suites,
-    }
-    return [legend for legend, there in shown.items() if there]
+def meanings(documents: Sequence[Document]) -> list[tuple[str, str]]:
+    """(title, meaning) of the columns that these documents show and whose title does not say it."""
+    rows = [row for document in documents for row in document["rows"]]
+    return [(title, meaning) for title, _, meaning in columns_of(rows) if meaning]
+
+
+def by_suite(document: Document) -> list[tuple[str, list[Row]]]:
+    """The rows of each suite, in the order of the run."""
+    return [
+        (suite, [row for row in document["rows"] if row["suite"] == suite])
+        for suite in dict.fromkeys(row["suite"] for row in document["rows"])
+    ]
 
 
 def text(document: Document) -> str:
     """The tables for a terminal: a title for each case, aligned columns."""
-    out = [*header(document), ""]
-    for suite in dict.fromkeys(row["suite"] for row in document["rows"]):
-        out += aligned([row for row in document["rows"] if row["suite"] == suite])
-    return "\n".join([*out, *verdicts(document), "", *legends(document)])
+    out = [*header(document), "", *(line for _, rows in by_suite(document) for line in aligned(rows))]
+    explained = [f"{title}: {meaning}." for title, meaning in meanings([document])]
+    return "\n".join([*out, *verdicts(document), "", *explained, NETWORKS])
+
+
+def padded(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, titles first, with columns of one width: words to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    words = [title in ("case", "implementation", "remark") for title in lines[0]]
+    return [
+        "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(line, widths, words, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def aligned(rows: Sequence[Row]) -> list[str]:
     """Lines of a table for each case of a suite; the bytes are the same for all rows of a case and stand in its title."""
     columns = columns_of(rows, leave_out=["must move MB"])
-    titles = [title for title, _ in columns]
-    groups = by_case(rows)
-    cells = [[[column(row) for _, column in columns] for row in group] for _, group in groups]
-    widths = [max(map(len, values)) for values in zip(titles, *itertools.chain(*cells), strict=True)]
-
-    def line(values: Sequence[str]) -> str:
-        padded = (
-            value.ljust(width) if title in ("implementation", "remark") else value.rjust(width)
-            for title, value, width in zip(titles, values, widths, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
+    titles, *lines = padded(
+        [[title for title, *_ in columns], *([show(row) for _, show, _ in columns] for row in rows)]
+    )
     out = []
-    for (name, group), table in zip(groups, cells, strict=True):
+    for name, group in by_case(rows):
         moved = f", must move {megabytes(group[0]['bytes_moved'])} MB" if group[0]["bytes_moved"] else ""
-        out += [f"{name}{moved}", line(titles), *map(line, table), ""]
+        out += [f"{name}{moved}", titles, *(lines.pop(0) for _ in group), ""]
     return out
 
 
@@ -191,10 +214,14 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers
 def markdown(document: Document) -> str:
     """Every row of the document, one table for each suite."""
     out = [f"- {line}" for line in header(document)]
-    for suite in dict.fromkeys(row["suite"] for row in document["rows"]):
-        rows = [row for row in document["rows"] if row["suite"] == suite]
+    for suite, rows in by_suite(document):
         columns = columns_of(rows)
-        lines = [[row["case"].removeprefix(f"{suite} "), *(column(row) for _, column in columns)] for row in rows]
-        titles = ["case", *(title for title, _ in columns)]
+        lines = [[row["case"].removeprefix(f"{suite} "), *(show(row) for _, show, _ in columns)] for row in rows]
+        titles = ["case", *(title for title, *_ in columns)]
         out += ["", f"## {suite}", "", *markdown_table(titles, lines, numbers_from=2)]
     return "\n".join([*out, "", *(f"- {line}" for line in verdicts(document))])
+
+
+def markdown_legend(documents: Sequence[Document]) -> str:
+    """What the columns mean."""
+    return "\n".join([*markdown_table(["column", "meaning"], meanings(documents), numbers_from=2), "", NETWORKS])

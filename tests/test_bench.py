@@ -585,6 +585,9 @@ def test_markdown_tables_are_rectangular(document: dict[str, Any]) -> None:
 def test_columns_without_a_figure_are_left_out(document: dict[str, Any]) -> None:
     for shown in pages(document):
         assert "extra MB" in shown and "images/s" not in shown and "vs shipped" not in shown
+    explained = dict(tables.meanings([document]))
+    assert {"vs eager", "extra MB"} <= explained.keys() and "saved MB" not in explained
+    assert all(explained["extra MB"] in pages(document)[page] for page in (0, 2))
 
 
 def complete(document: dict[str, Any], implementation: str = "auto") -> dict[str, Any]:
@@ -699,7 +702,6 @@ def test_tables_show_steps(steps_document: dict[str, Any]) -> None:
         assert "step N=32 forward+backward fp32 nchw (cpu) 0.90x" in shown
         assert "step N=32 forward+backward fp32 nchw (cpu memory=low): WRONG; the result is wrong" in shown
         assert "2,000" in shown and "2.00x" in shown
-    assert tables.STEP_LEGEND in tables.text(steps_document)
     assert "| N=32 forward+backward fp32 nchw | plain | 1,000 |" in tables.markdown(steps_document)
     only = [row for row in steps_document["rows"] if row["suite"] == "step"]
     assert "compile s" not in tables.text({**steps_document, "rows": only})
