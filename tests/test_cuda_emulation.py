@@ -29,7 +29,7 @@ from frskd_fast.native import combine as native_combine
 from frskd_fast.native import fusion as native_fusion
 from frskd_fast.native import logits as native_logits
 from frskd_fast.reference import fusion as reference_fusion
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "cuda_emulation"
@@ -45,7 +45,12 @@ def _library() -> Path:
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux to compile the emulated kernels")
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu*")), *sorted((ROOT / "csrc" / "common").glob("*.h"))]
-    sources += [ROOT / "csrc" / "bindings.cpp", *sorted(HERE.iterdir())]
+    sources += [
+        ROOT / "csrc" / "bindings.cpp",
+        ROOT / "csrc" / "operation.h",
+        *sorted((ROOT / "csrc" / "operations").iterdir()),
+        *sorted(HERE.iterdir()),
+    ]
     digest = hashlib.sha256(torch.__version__.encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -56,8 +61,22 @@ def _library() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch_root = Path(torch.__file__).parent
     # The schemas of csrc/bindings.cpp are registered again under another name.
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Dfrskd_fast_native=frskd_fast_emulated"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    flags += [
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-Dfrskd_fast_native=frskd_fast_emulated",
+        "-DFRSKD_EMULATED",
+    ]
     flags += [f"-I{HERE}", "-isystem", str(torch_root / "include")]
     objects = []
     for name in ("csrc/cuda/attention.cu", "csrc/cuda/logits.cu", "csrc/cuda/fusion.cu", "csrc/cuda/combine.cu",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frskd_fast.reference.attention import accumulate_dtype, coefficient_format
+from frskd_fast.reference.attention import coefficient_format
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 _ops = torch.ops.frskd_fast_native
 
