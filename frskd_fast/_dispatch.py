@@ -227,10 +227,16 @@ def memory_format_of(operation: str, name: str) -> torch.memory_format | None:
 
 
 def raw(operation: str, name: str) -> ModuleType:
-    """The module with the raw functions of ``operation`` (docs/architecture.md) for implementation ``name``."""
+    """The module with the raw functions of ``operation`` (docs/contracts.md) for implementation ``name``."""
     key = (operation, name)
     module = _modules.get(key)
     if module is None:
         package = "frskd_fast.kernels" if name == "triton" else "frskd_fast.native"
-        module = _modules[key] = importlib.import_module(f"{package}.{operation}")
+        module = provide(operation, name, importlib.import_module(f"{package}.{operation}"))
+    return module
+
+
+def provide(operation: str, name: str, module: ModuleType) -> ModuleType:
+    """Use ``module`` as implementation ``name`` of ``operation``, for instance of one that lives outside the package."""
+    _modules[operation, name] = module
     return module

@@ -6,6 +6,8 @@
 
 #include "../common/fusion_math.h"
 #include "checks.h"
+#include "fusion_call.h"
+#include "threads.h"
 
 namespace frskd {
 namespace {
@@ -120,7 +122,7 @@ void fusion_statistics(
     elements.push_back(element);
   }
   for (std::size_t i = 0; i < calls.size(); ++i) {
-    fusion_kernels().statistics(calls[i], elements[i], run_parallel, thread_count());
+    kernels<FusionKernels>().statistics(calls[i], elements[i], run_parallel, thread_count());
   }
 }
 
@@ -141,7 +143,7 @@ void fusion_forward(
   Fusion call = fusion_of(
       inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, out, element, "out");
   if (depthwise) add_depthwise(call, element, *depthwise);
-  fusion_kernels().forward(call, element, run_parallel, thread_count());
+  kernels<FusionKernels>().forward(call, element, run_parallel, thread_count());
 }
 
 void fusion_backward_sums(
@@ -186,7 +188,7 @@ void fusion_backward_sums(
         "map_gradient has shape ", shape_text(*map_gradient), ", but that of grad ", shape_text(grad),
         ", with channels of stride 1, was wanted.");
   }
-  fusion_kernels().backward(call, element, run_parallel, thread_count());
+  kernels<FusionKernels>().backward(call, element, run_parallel, thread_count());
 }
 
 void fusion_backward(
@@ -234,7 +236,7 @@ void fusion_backward(
     input.gradient = gradient;
   }
   if (weight_gradient) call.weight_gradient = working_tensor(*weight_gradient, element, call.count, "weight_gradient");
-  fusion_kernels().backward(call, element, run_parallel, thread_count());
+  kernels<FusionKernels>().backward(call, element, run_parallel, thread_count());
 }
 
 }  // namespace

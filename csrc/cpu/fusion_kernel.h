@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/fusion_math.h"
+#include "fusion_call.h"
 #include "parallel.h"
 
 namespace frskd {

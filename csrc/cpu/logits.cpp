@@ -7,6 +7,8 @@
 #include <tuple>
 
 #include "checks.h"
+#include "logits_call.h"
+#include "threads.h"
 
 namespace frskd {
 namespace {
@@ -151,7 +153,7 @@ void logits_forward(
   kernel_call.losses = working_tensor(losses, call.element, 4 * call.rows, "losses");
   kernel_call.statistics = working_tensor(statistics, call.element, 6 * call.rows, "statistics");
   kernel_call.inverse_valid = working_tensor(inverse_valid, call.element, kernel_call.count, "inverse_valid");
-  kernels().logits_forward(kernel_call, call.element, run_parallel, thread_count());
+  kernels<LogitsKernels>().forward(kernel_call, call.element, run_parallel, thread_count());
 }
 
 // A new contiguous tensor (rows, classes), or a scalar for a rank of 0.
@@ -223,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> logits_with_gr
   kernel_call.weights[1] = ce_teacher_weight;
   kernel_call.weights[2] = kd_weight;
   kernel_call.mean = mean;
-  kernels().logits_forward(kernel_call, element, run_parallel, thread_count());
+  kernels<LogitsKernels>().forward(kernel_call, element, run_parallel, thread_count());
   return {ce_student, ce_teacher, kd, student_gradient, teacher_gradient};
 }
 
@@ -305,7 +307,7 @@ void logits_backward(
   kernel_call.grad_head_stride = grad_head_stride;
   kernel_call.grad_row_stride = grad_row_stride;
   kernel_call.kd_to_teacher = kd_to_teacher;
-  kernels().logits_backward(kernel_call, call.element, run_parallel, thread_count());
+  kernels<LogitsKernels>().backward(kernel_call, call.element, run_parallel, thread_count());
 }
 
 }  // namespace

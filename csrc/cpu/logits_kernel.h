@@ -5,9 +5,8 @@
 #pragma once
 
 #include "../common/logits_math.h"
-#include "attention_kernel.h"
-#include "simd.h"
-#include "views.h"
+#include "logits_call.h"
+#include "parallel.h"
 
 namespace frskd {
 namespace {
