@@ -36,6 +36,7 @@ default_role = "code"
 nitpick_ignore_regex = [("py:(class|data|exc|obj)", ".*")]
 
 TABLE_RULE = re.compile(r"^\s*\|[\s|:-]+\|\s*$")
+FIELD = re.compile(r":(param|ivar) ([\w*]+(?:, [\w*]+)+): (.*)")
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 
 
@@ -70,8 +71,27 @@ def escaped(line: str) -> str:
     return "".join(out)
 
 
+def one_name_each(lines: list[str]) -> list[str]:
+    """`lines`, with a field for each name where one describes several: "mean, std: of images" of `Args:`."""
+    out: list[str] = []
+    position = 0
+    while position < len(lines):
+        found = FIELD.match(lines[position])
+        end = position + 1
+        while found and end < len(lines) and lines[end].startswith(" "):
+            end += 1
+        if found:
+            for name in found[2].split(", "):
+                out += [f":{found[1]} {name}: {found[3]}", *lines[position + 1 : end]]
+        else:
+            out.append(lines[position])
+        position = end
+    return out
+
+
 def on_docstring(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Docstrings are written to be read in an editor: tables are Markdown's, formulas are plain."""
+    lines[:] = one_name_each(lines)
     lines[:] = tables_as_restructured_text([line if line.lstrip().startswith("|") else escaped(line) for line in lines])
 
 

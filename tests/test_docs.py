@@ -45,7 +45,10 @@ def test_python_block_runs_on_its_own(
 
 def test_pages_that_show_code_have_blocks_to_run() -> None:
     found = {case.id.rpartition(":")[0] for case in python_blocks()}
-    wanted = {"README.md", *(f"docs/{name}.md" for name in ("migrate", "numerics", "data", "training", "methods/frskd"))}
+    wanted = {
+        "README.md",
+        *(f"docs/{name}.md" for name in ("migrate", "numerics", "data", "training", "methods/frskd")),
+    }
     assert wanted <= found
 
 
