@@ -17,7 +17,8 @@ html_title = f"{project} {version}"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_copy_source = False
-templates_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["colon_fence"]
 # Headings down to this level can be linked to, as on the pages of a repository.

@@ -14,6 +14,8 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 # Behind the name of a file stands what the file holds; tests/test_walkthroughs.py runs these blocks.
 PYTHON_BLOCK = re.compile(r"^(`[\w/]+\.py`:\n\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# `csrc/cpu/<op>_*.h`, `tests/numerics.py`, `bench/results/`
+SOURCE_PATH = re.compile(r"`((?:frskd_fast|kernels|csrc|bench|tests|scripts|examples)/[\w/.<>*-]*)`")
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
 
 
@@ -56,6 +58,13 @@ def test_pages_that_show_code_have_blocks_to_run() -> None:
 def test_links_lead_to_files(document: Path) -> None:
     targets = LINK.findall(document.read_text(encoding="utf-8"))
     missing = [target for target in targets if not (document.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", [page for page in PAGES if "add_a" not in page.name], ids=name_of)
+def test_sources_named_in_the_documents_exist(document: Path) -> None:
+    named = {path for path in SOURCE_PATH.findall(document.read_text(encoding="utf-8")) if not path.endswith(".so")}
+    missing = [path for path in named if not any(ROOT.glob(re.sub(r"<\w+>", "*", path)))]
     assert not missing
 
 
