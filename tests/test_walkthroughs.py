@@ -71,6 +71,15 @@ def test_the_operation_of_the_walkthrough_passes_its_tests(tmp_path: Path) -> No
     assert re.search(r"\b\d{2,} passed", output), output
 
 
+@pytest.mark.slow
+def test_the_method_of_the_walkthrough_passes_its_tests(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    tree = copy_with(shown_files("add_a_method.md"), tmp_path)
+    tested = ["tests/test_mutual.py", "frskd_fast/losses/mutual.py", "frskd_fast/tasks/mutual.py"]
+    output = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tested, cwd=tree)
+    assert re.search(r"\b6 passed", output), output
+
+
 def test_the_files_of_a_walkthrough_are_in_the_house_style(tmp_path: Path) -> None:
     ruff = shutil.which("ruff") or shutil.which("ruff", path=str(Path(sys.executable).parent))
     if ruff is None:
