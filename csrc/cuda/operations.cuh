@@ -38,39 +38,4 @@ void attention_map(
     const Tensor& norm  // (N,)
 );
 
-void logits_forward(
-    const std::vector<Tensor>& students,   // heads x (N, K[, H[, W]])
-    const std::vector<Tensor>& teachers,   // the same, or empty
-    const std::vector<Tensor>& targets,    // heads x (N[, H[, W]]) int64, or probabilities like the logits, or empty
-    const std::vector<Tensor>& targets_b,  // second labels, or empty
-    double mix,
-    double label_smoothing,
-    int64_t ignore_index,
-    double temperature,
-    const Tensor& losses,        // (4, R)
-    const Tensor& statistics,    // (6, R)
-    const Tensor& inverse_valid  // (heads,)
-);
-
-void logits_backward(
-    const std::vector<Tensor>& grads,  // 3 x 1-D: ce_student, ce_teacher, kd
-    int64_t grad_head_stride,
-    int64_t grad_row_stride,
-    const std::vector<double>& scales,           // (3 * heads,)
-    const std::optional<Tensor>& inverse_valid,  // (heads,)
-    const std::vector<Tensor>& students,
-    const std::vector<Tensor>& teachers,
-    const std::vector<Tensor>& targets,
-    const std::vector<Tensor>& targets_b,
-    double mix,
-    double label_smoothing,
-    int64_t ignore_index,
-    double temperature,
-    const Tensor& statistics,  // (6, R)
-    const Tensor& losses,      // (4, R)
-    bool kd_to_teacher,
-    const std::vector<Tensor>& student_gradients,  // as students, or empty
-    const std::vector<Tensor>& teacher_gradients   // as teachers, or empty
-);
-
 }  // namespace frskd::cuda

@@ -1,4 +1,4 @@
-"""Raw calls of the compiled kernels: outputs are allocated here, arithmetic happens in C++ or CUDA (docs/architecture.md)."""
+"""Raw calls of the compiled kernels: outputs are allocated here, arithmetic happens in C++ or CUDA (docs/contracts.md)."""
 
 from torch import Tensor
 

@@ -242,6 +242,4 @@ STABLE_TORCH_LIBRARY_IMPL(frskd_fast_emulated, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&frskd::cuda::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&frskd::cuda::attention_backward));
   m.impl("attention_map", TORCH_BOX(&frskd::cuda::attention_map));
-  m.impl("logits_forward", TORCH_BOX(&frskd::cuda::logits_forward));
-  m.impl("logits_backward", TORCH_BOX(&frskd::cuda::logits_backward));
 }
