@@ -17,7 +17,7 @@ import pytest
 import torch
 from layouts import LAYOUTS
 from numerics import assert_close
-from problems import Problem
+from problems import Problem, _raw_fusion
 from torch import Tensor
 
 from frskd_fast import functional
@@ -93,6 +93,17 @@ def test_problems(operation: str, problem: Problem, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
         torch.manual_seed(0)
         problem.run(emulation.NAME, "cpu")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_statistics_of_hard_channels_keep_their_digits() -> None:
+    """They are merged in float64, so they may err by far less than plain PyTorch."""
+    for found, _, truth in _raw_fusion.statistics_of_hard_channels(emulation.raw("fusion"), "cpu"):
+        tolerance = 1e-12 if found.dtype == torch.float64 else 3e-6
+        for row, allowed in ((0, tolerance), (1, 10 * tolerance), (2, 10 * tolerance)):
+            torch.testing.assert_close(
+                found[row].double(), truth[row], rtol=allowed, atol=0 if row else allowed, equal_nan=True
+            )
 
 
 @contextmanager

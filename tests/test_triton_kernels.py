@@ -790,7 +790,7 @@ class TestFusionPlans:
 
     @pytest.mark.usefixtures("small_blocks")
     def test_statistics_of_several_chunks(self) -> None:
-        _raw_fusion.RawProblem(_raw_fusion._statistics_of_hard_channels).run("triton", DEVICE)
+        _raw_fusion.RawProblem(_raw_fusion._statistics).run("triton", DEVICE)
 
     @pytest.mark.usefixtures("wide_layouts")
     def test_64_bit_offsets(self) -> None:
