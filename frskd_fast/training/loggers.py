@@ -68,7 +68,9 @@ class Events(TensorBoardLogger):
         try:
             write(*args, **kwargs)
         except (OSError, ValueError) as error:
-            reason = error.__cause__ if isinstance(error, ValueError) else error  # Lightning wraps what its writer raises
+            reason = (
+                error.__cause__ if isinstance(error, ValueError) else error
+            )  # Lightning wraps what its writer raises
             if not isinstance(reason, OSError):
                 raise
             self.ended = True
