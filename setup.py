@@ -32,6 +32,8 @@ DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0+PTX"
+# For the second compilation of csrc/cpu/*_kernels.cpp; csrc/cpu/instruction_set.h says how one is chosen.
+AVX2_FLAGS = ["-DFRSKD_AVX2", "-mavx2", "-mfma", "-mf16c"]
 
 
 class CannotBuild(Exception):
@@ -118,7 +120,9 @@ class Step:
 
 
 def host_flags(torch: Torch) -> list[str]:
-    flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi", STABLE_ABI, f"-isystem{torch.root / 'include'}"]
+    # Nothing is called from outside, and PyTorch's stable classes are hidden, too.
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    flags += [STABLE_ABI, f"-isystem{torch.root / 'include'}"]
     flags += ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
     if os.environ.get("FRSKD_FAST_NATIVE", "0") not in ("", "0"):
         flags.append("-march=native")
@@ -130,15 +134,23 @@ def host_flags(torch: Torch) -> list[str]:
 def cpu_steps(torch: Torch, folder: Path) -> list[Step]:
     compiler = find_compiler()
     sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    flags = host_flags(torch)
-    return [Step(s, folder / f"cpu_{s.stem}.o", [*compiler, *flags, "-c", str(s)]) for s in sources]
+    command = [*compiler, *host_flags(torch), "-c"]
+    target = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    variants = {"": []} | ({"_avx2": AVX2_FLAGS} if target.startswith(("x86_64", "amd64")) else {})
+    kernels = [s for s in sources if s.stem.endswith("_kernels")]
+    steps = [
+        Step(s, folder / f"cpu_{s.stem}{name}.o", [*command, *flags, str(s)])
+        for s in kernels
+        for name, flags in variants.items()
+    ]
+    return steps + [Step(s, folder / f"cpu_{s.stem}.o", [*command, str(s)]) for s in sources if s not in kernels]
 
 
 def cuda_steps(torch: Torch, folder: Path) -> list[Step]:
     nvcc = find_nvcc()
     warnings = "-Wall,-Wextra,-Wno-psabi,-Wno-unused-parameter"
     flags = ["-std=c++17", STABLE_ABI, "-DUSE_CUDA", f"-isystem={torch.root / 'include'}", *architectures()]
-    flags += ["--expt-relaxed-constexpr", f"-Xcompiler=-fPIC,{warnings}"]
+    flags += ["--expt-relaxed-constexpr", f"-Xcompiler=-fPIC,-fvisibility=hidden,{warnings}"]
     flags += ["-O0", "-g", "-lineinfo"] if DEBUG else ["-O3", "-lineinfo"]
     if os.environ.get("FRSKD_FAST_WERROR", "0") not in ("", "0"):
         flags += ["-Werror=all-warnings", "-Xcompiler=-Werror"]

@@ -3,7 +3,9 @@
 
 #include <optional>
 
+#include "attention_call.h"
 #include "checks.h"
+#include "threads.h"
 
 namespace frskd {
 namespace {
@@ -77,7 +79,7 @@ void attention_forward(
   if (teacher_coefficients) {
     call.teacher_coefficients = coefficients_of(*teacher_coefficients, element, numel, "teacher_coefficients");
   }
-  kernels().attention_forward(call, element, run_parallel, thread_count());
+  kernels<AttentionKernels>().forward(call, element, run_parallel, thread_count());
 }
 
 void attention_backward(
@@ -125,7 +127,7 @@ void attention_backward(
       feature.batch,
       exponent,
       bytes > kStreamingBytes};
-  kernels().attention_backward(call, element, run_parallel, thread_count());
+  kernels<AttentionKernels>().backward(call, element, run_parallel, thread_count());
 }
 
 void attention_map(Tensor feature, double exponent, Tensor map, Tensor norm) {
@@ -135,7 +137,7 @@ void attention_map(Tensor feature, double exponent, Tensor map, Tensor norm) {
   const AttentionMap call{
       pyramid.maps[0], pyramid.batch, exponent, working_tensor(map, element, pyramid.batch * pyramid.pixels, "map"),
       working_tensor(norm, element, pyramid.batch, "norm")};
-  kernels().attention_map(call, element, run_parallel, thread_count());
+  kernels<AttentionKernels>().map(call, element, run_parallel, thread_count());
 }
 
 }  // namespace

@@ -2,9 +2,8 @@
 #pragma once
 
 #include "../common/attention_math.h"
+#include "attention_call.h"
 #include "parallel.h"
-#include "simd.h"
-#include "views.h"
 
 namespace frskd {
 namespace {
@@ -16,13 +15,6 @@ constexpr int64 kChannelBlock =
 // fetches one stream ahead better than four that lie close together. In shorter rows loading and storing the sums costs
 // more.
 constexpr int64 kPlaneInOrder = 512;
-
-// Whether to run along the pixels of a channel; a single pixel with contiguous channels runs along the channels
-// instead.
-inline bool pixels_are_contiguous(const Map& map) {
-  if (map.stride_c == 1 && map.channels > 1) return false;
-  return (map.stride_w == 1 || map.width == 1) && (map.stride_h == map.width || map.height == 1);
-}
 
 // Elements from the first pixel of a sample to `pixel`. Two divisions cost as much as the 64 channels of a pixel, so
 // they are left to maps whose rows do not follow each other.
@@ -325,12 +317,6 @@ inline int64 sample_elements(const Map* maps, int64 levels) {
   int64 total = 0;
   for (int64 level = 0; level < levels; ++level) total += maps[level].channels * pixels_of(maps[level]);
   return total;
-}
-
-inline int64 grain_for(int64 elements_per_step) {
-  constexpr int64 worthwhile = 32768;  // elements below which waking a thread costs more than it saves
-  const int64 grain = worthwhile / (elements_per_step > 0 ? elements_per_step : 1);
-  return grain > 0 ? grain : 1;
 }
 
 template <typename T, typename A>

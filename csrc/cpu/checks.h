@@ -89,9 +89,4 @@ inline void check_number(double value, double least, const char* name) {
       std::isfinite(value) && value >= least, name, " is ", value, ", but at least ", least, " was wanted.");
 }
 
-const Kernels& kernels();
-const FusionKernels& fusion_kernels();
-void run_parallel(std::int64_t count, std::int64_t grain, ParallelBody body, void* context);
-int thread_count();
-
 }  // namespace frskd

@@ -1,4 +1,4 @@
-// What the kernel files share: scratch memory, loops over PyTorch's threads, numbers known at compile time.
+// What the kernel files share: scratch memory, loops over PyTorch's threads, types and numbers known at compile time.
 #pragma once
 
 #include "simd.h"
@@ -30,7 +30,36 @@ void parallel(ParallelFor run, int64 count, int64 grain, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// Steps of a loop that one thread takes at least.
+inline int64 grain_for(int64 elements_per_step) {
+  constexpr int64 worthwhile = 32768;  // elements below which waking a thread costs more than it saves
+  const int64 grain = worthwhile / (elements_per_step > 0 ? elements_per_step : 1);
+  return grain > 0 ? grain : 1;
+}
+
 inline int64 pixels_of(const Map& map) { return map.height * map.width; }
+
+// Whether to run along the pixels of a channel; a single pixel with contiguous channels runs along the channels
+// instead.
+inline bool pixels_are_contiguous(const Map& map) {
+  if (map.stride_c == 1 && map.channels > 1) return false;
+  return (map.stride_w == 1 || map.width == 1) && (map.stride_h == map.width || map.height == 1);
+}
+
+// Calls body with a zero of the element's type and one of its accumulate type.
+template <typename Body>
+void with_element(Element element, const Body& body) {
+  switch (element) {
+    case Element::kFloat32:
+      return body(float{}, float{});
+    case Element::kFloat64:
+      return body(double{}, double{});
+    case Element::kBFloat16:
+      return body(BFloat16{}, float{});
+    case Element::kFloat16:
+      return body(Half{}, float{});
+  }
+}
 
 }  // namespace
 }  // namespace frskd

@@ -1,0 +1,56 @@
+// Arguments of the attention kernels, and their table.
+#pragma once
+
+#include "instruction_set.h"
+#include "views.h"
+
+namespace frskd {
+
+// Numbers of the accumulate type; or, where `packed` is not 0, that many float32 ones in three bytes each: all their
+// upper halves, then all their third bytes.
+struct Coefficients {
+  void* data;  // level blocks of (batch, H * W), or null
+  std::int64_t packed;
+};
+
+struct AttentionForward {
+  const Map* students;
+  const Map* teachers;
+  std::int64_t levels;
+  std::int64_t batch;
+  double exponent;
+  void* losses;  // (levels, batch)
+  Coefficients student_coefficients;
+  Coefficients teacher_coefficients;
+};
+
+struct AttentionBackward {
+  const void* grad;  // (levels, batch)
+  std::int64_t grad_stride_level;
+  std::int64_t grad_stride_sample;
+  double scale;
+  const Map* features;
+  const Map* gradients;
+  Coefficients coefficients;
+  std::int64_t levels;
+  std::int64_t batch;
+  double exponent;
+  bool stream;  // the gradients together do not fit the cache
+};
+
+struct AttentionMap {
+  Map feature;
+  std::int64_t batch;
+  double exponent;
+  void* map;   // (batch, H * W)
+  void* norm;  // (batch,)
+};
+
+struct AttentionKernels {
+  void (*forward)(const AttentionForward&, Element, ParallelFor, int threads);
+  void (*backward)(const AttentionBackward&, Element, ParallelFor, int threads);
+  void (*map)(const AttentionMap&, Element, ParallelFor, int threads);
+};
+FRSKD_DECLARE_KERNELS(AttentionKernels)
+
+}  // namespace frskd

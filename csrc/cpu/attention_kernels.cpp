@@ -1,0 +1,5 @@
+#include "attention_kernel.h"
+
+namespace frskd {
+FRSKD_DEFINE_KERNELS(AttentionKernels) = {attention_forward, attention_backward, attention_map};
+}  // namespace frskd

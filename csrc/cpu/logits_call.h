@@ -1,0 +1,52 @@
+// Arguments of the logits kernels, and their table.
+#pragma once
+
+#include "instruction_set.h"
+#include "views.h"
+
+namespace frskd {
+
+// One head of class logits. Absent tensors have a null data pointer.
+struct Head {
+  Map student;
+  Map teacher;
+  Map probabilities;           // accumulate dtype
+  const std::int64_t* labels;  // (N, H, W)
+  const std::int64_t* labels_b;
+  std::int64_t label_strides[3];
+  std::int64_t label_b_strides[3];
+  Map student_gradient;
+  Map teacher_gradient;
+  std::int64_t batch;
+  std::int64_t first_row;  // of this head among all rows
+  double scales[3];        // ce_student, ce_teacher, kd
+};
+
+struct Logits {
+  const Head* heads;
+  std::int64_t count;
+  std::int64_t rows;  // of all heads
+  double mix;
+  double label_smoothing;
+  std::int64_t ignore_index;
+  double temperature;
+  void* losses;         // (4, rows)
+  void* statistics;     // (6, rows)
+  void* inverse_valid;  // (count,): written forward; read backward, or null
+  const void* grads[3];
+  std::int64_t grad_strides[3];  // 0 where one number serves all
+  std::int64_t grad_head_stride;
+  std::int64_t grad_row_stride;
+  bool kd_to_teacher;
+  bool has_teacher;  // told apart from the data pointers, which are null where a head has no rows
+  bool has_targets;
+  bool has_probabilities;
+};
+
+struct LogitsKernels {
+  void (*forward)(const Logits&, Element, ParallelFor, int threads);
+  void (*backward)(const Logits&, Element, ParallelFor, int threads);
+};
+FRSKD_DECLARE_KERNELS(LogitsKernels)
+
+}  // namespace frskd
