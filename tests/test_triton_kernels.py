@@ -20,6 +20,7 @@ from typing import Any
 import problems
 import pytest
 import torch
+from numerics import assert_close
 from problems import _raw_fusion
 from torch import Tensor
 
@@ -788,9 +789,32 @@ class TestFusionPlans:
         case = _raw_fusion.Case(channels, size, (("none", *size),) * 2, normalised=normalised, batch=1)
         self.solve(case, layout)
 
-    @pytest.mark.usefixtures("small_blocks")
-    def test_statistics_of_several_chunks(self) -> None:
-        _raw_fusion.RawProblem(_raw_fusion._statistics).run("triton", DEVICE)
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    def test_statistics(self, layout: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+        from frskd_fast.kernels import _fusion, fusion
+
+        from frskd_fast.reference import fusion as reference
+
+        monkeypatch.setattr(_fusion, "_ENOUGH_PROGRAMS", 1)
+        forget_plans()
+        # Channels far from 0, constant, with an outlier in front, with a NaN; and a second, smaller image.
+        x = random(generator, 3, 5, 9, 15)
+        x[:, 0] += 3e3
+        x[:, 1] = 7.0
+        x[0, 2, 0, 0] = 1e4
+        x[1, 3, 4, 4] = float("nan")
+        images = [arrange(one.float(), layout).to(DEVICE) for one in (x, random(generator, 3, 2, 1, 2))]
+        for image, found in zip(images, fusion.batch_statistics(images, [1e-5, 1e-3]), strict=True):
+            epsilon = 1e-5 if image is images[0] else 1e-3
+            plain, truth = (
+                reference.batch_statistics(image.to(kind), epsilon) for kind in (torch.float32, torch.float64)
+            )
+            assert torch.equal(found.isnan(), truth.isnan())
+            for row, name in enumerate(("mean", "inverse deviation", "variance")):
+                for channel in range(image.shape[1]):
+                    if not truth[row, channel].isnan():
+                        assert_close(found[row, channel], plain[row, channel], truth[row, channel], f"{name} {channel}")
+        forget_plans()
 
     @pytest.mark.usefixtures("wide_layouts")
     def test_64_bit_offsets(self) -> None:

@@ -311,8 +311,8 @@ def _the_first_of_equal_maxima_gets_the_gradient(raw: ModuleType, device: str) -
 FAR = 5
 
 
-def statistics_of_hard_channels(raw: ModuleType, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Ours, those of plain PyTorch, and the truth, each (3, C), in several layouts and dtypes; of two images.
+def statistics_of_hard_channels(raw: ModuleType, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ours and the truth, each (3, C), in several layouts and dtypes; of two images.
 
     The channels are far from zero, start with an outlier, are constant, have a first column of their own, are small, have
     a NaN, or (`FAR`) lie so far from zero that float32 means of several chunks lose some of the variance's digits.
@@ -330,20 +330,20 @@ def statistics_of_hard_channels(raw: ModuleType, device: str) -> Iterator[tuple[
         for layout in ("contiguous", "channels_last", "transposed"):
             images = [LAYOUTS[layout](one.to(device, dtype)) for one in (x, torch.randn(3, 8, 1, 2))]
             for image, epsilon, found in zip(images, epsilons, raw.batch_statistics(images, epsilons), strict=True):
-                plain, truth = (reference.batch_statistics(image.to(kind), epsilon) for kind in (dtype, torch.float64))
+                truth = reference.batch_statistics(image.double(), epsilon)
                 assert found.dtype == accumulate_dtype(dtype)
                 assert torch.equal(found.isnan(), truth.isnan())
-                yield found, plain, truth
+                yield found, truth
 
 
 def _statistics(raw: ModuleType, device: str) -> None:
-    for found, plain, truth in statistics_of_hard_channels(raw, device):
-        for row, name in enumerate(("mean", "inverse deviation", "variance")):
-            for channel in (~truth[row].isnan()).nonzero().flatten().tolist():
-                at = (row, channel)
-                if channel == FAR:
-                    continue
-                assert_close(found[at], plain[at], truth[at], f"{name} of channel {channel}")
+    for found, truth in statistics_of_hard_channels(raw, device):
+        kept = [channel for channel in range(truth.shape[1]) if channel != FAR]
+        tolerance = 1e-12 if found.dtype == torch.float64 else 3e-6
+        for row, allowed in ((0, tolerance), (1, 10 * tolerance), (2, 10 * tolerance)):
+            torch.testing.assert_close(
+                found[row, kept].double(), truth[row, kept], rtol=allowed, atol=0 if row else allowed, equal_nan=True
+            )
 
 
 RAW_PROBLEMS: list[NodeProblem | RawProblem] = [
