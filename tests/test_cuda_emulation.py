@@ -20,6 +20,7 @@ import formulas
 import pytest
 import torch
 from numerics import assert_close
+from problems import Problem, problems
 from torch import Tensor
 
 from frskd_fast import functional
@@ -275,7 +276,6 @@ LOGITS: dict[str, Callable[[], Tensor]] = {
     "sequence": lambda: torch.randn(2, 6, 40),
     "wide strides": lambda: torch.randn(6, 8, 2)[..., 0],
 }
-KINDS = ["labels", "mix", "probabilities", "none"]
 
 
 def _labels(kind: str, student: Tensor) -> Any:
@@ -292,81 +292,10 @@ def _labels(kind: str, student: Tensor) -> Any:
     return torch.rand(student.shape).softmax(1) if kind == "probabilities" else None
 
 
-def _distribution(targets: Any, student: Tensor) -> Tensor:
-    def one_hot(labels: Tensor) -> Tensor:
-        return formulas.label_distribution(labels, student.shape[1], -100, student.dtype)
-
-    if isinstance(targets, tuple):
-        return targets[2] * one_hot(targets[0]) + (1 - targets[2]) * one_hot(targets[1])
-    return targets.to(student.dtype) if targets.dtype.is_floating_point else one_hot(targets)
-
-
-def _rows(inputs: list[Tensor], targets: Any, temperature: float, smoothing: float) -> Tensor:
-    """CE(student), CE(teacher) and KD of every row by the plain formulas: (3, N, ...)."""
-    student, teacher = inputs
-    kd = formulas.divergence(student, teacher, temperature)
-    if targets is None:
-        return torch.stack([kd * 0, kd * 0, kd])
-    distribution = _distribution(targets, student)
-    probabilities = isinstance(targets, Tensor) and targets.dtype.is_floating_point
-    mass = 1.0 if probabilities else distribution.sum(1, keepdim=True)
-    ces = [formulas.cross_entropy(logits, distribution, mass, smoothing) for logits in inputs]
-    return torch.stack([*ces, kd])
-
-
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize(("smoothing", "temperature"), [(0.0, 4.0), (0.1, 1.0)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("case", LOGITS)
-def test_logits(case: str, dtype: torch.dtype, kind: str, smoothing: float, temperature: float) -> None:
-    student = 3 * LOGITS[case]().to(dtype)
-    teacher = 3 * LOGITS[case]().to(dtype)
-    targets = _labels(kind, student)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        labels = targets
-        if kind == "probabilities":
-            labels = targets.double() if inputs[0].dtype == torch.float64 else targets
-        return torch.stack(
-            functional.cross_entropy_kd(
-                inputs[0], inputs[1], labels, temperature=temperature, label_smoothing=smoothing, reduction="none",
-                detach_teacher=False, impl="cpu",
-            )
-        )  # fmt: skip
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return _rows(inputs, targets, temperature, smoothing)
-
-    _three_way(ours, plain, [student, teacher], (3, student.shape[0], *student.shape[2:]))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("kind", ["labels", "probabilities", "none"])
-def test_mean_over_many_rows(kind: str) -> None:
-    """Heads of more than 4096 rows count their labels in launches of their own; a small head beside them does not."""
-    students = [torch.randn(3, 3, 40, 41), torch.randn(5, 3), torch.randn(5000, 3)]
-    teachers = [torch.randn_like(student) for student in students]
-    targets = [_labels(kind, student) for student in students]
-    labels = None if kind == "none" else targets
-    parts = functional.cross_entropy_kd(students, teachers, labels, impl="cpu")
-    for head, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        rows = _rows([student.double(), teacher.double()], targets[head], 4.0, 0.0)
-        kept = (targets[head] != -100).sum() if kind == "labels" else rows[0].numel()
-        for part, row, divisor in zip(parts, rows, (kept, kept, rows[0].numel()), strict=True):
-            torch.testing.assert_close(part[head].double(), row.sum() / divisor, rtol=1e-5, atol=1e-6)
-
-
-def test_two_label_counts(operations: Any) -> None:
-    logits = torch.randn(9001, 3)
-    first, second, mix = _labels("mix", logits)
-    losses, statistics, inverse_valid = torch.empty(4, 9001), torch.empty(6, 9001), torch.empty(1)
-    operations.logits_forward.default(
-        [logits], [], [first], [second], mix, 0.0, -100, 1.0, losses, statistics, inverse_valid
-    )
-    weight = mix * (first != -100).sum() + (1 - mix) * (second != -100).sum()
-    torch.testing.assert_close(inverse_valid[0], (1 / weight).float())
-    torch.testing.assert_close(losses[3].double().sum(), weight.double(), rtol=1e-5, atol=0)
+@pytest.mark.parametrize("problem", problems("logits"), ids=lambda problem: problem.name)
+def test_logits(problem: Problem) -> None:
+    problem.run("cpu", "cpu")
 
 
 @pytest.mark.usefixtures("emulated")
@@ -777,8 +706,8 @@ def test_nothing_is_written_beside_the_outputs(
         operations.logits_forward.default([logits], [logits + 1], [], [], 1.0, 0.0, -100, 4.0, *outputs)
         gradient, gradient_storage = _between_canaries(tuple(logits.shape), torch.float32)
         operations.logits_backward.default(
-            [torch.ones(1)] * 3, 0, 0, [0.0, 0.0, 1.0], None, [logits], [logits + 1], [], [], 1.0, 0.0, -100, 4.0,
-            outputs[1], outputs[0], False, [gradient], [],
+            [torch.ones(1)] * 3, 0, 0, [0.0, 0.0, 1.0], [logits], [logits + 1], [], [], 1.0, 0.0, -100, 4.0,
+            outputs[0], outputs[1], None, False, [gradient], [],
         )  # fmt: skip
         for storage in (*storages, gradient_storage):
             assert bool((storage[:64] == 7).all()), case
@@ -892,8 +821,8 @@ def test_logits_refuses_what_it_could_not_index(operations: Any, name: str, valu
         ("grads", [torch.ones(1)] * 2, "grads has 2 tensors, but 3"),
         ("grads", [torch.ones(3)] * 3, "has 3 elements, but its last index is"),
         ("grads", [torch.ones(4, dtype=torch.float64)] * 3, "has dtype Double, but Float"),
-        ("grad_row_stride", -1, "grad_row_stride is -1"),
-        ("grad_row_stride", 2**62, "its last index is"),
+        ("row_stride", -1, "row_stride is -1"),
+        ("row_stride", 2**62, "its last index is"),
         ("scales", [1.0, 1.0], "scales has 2 numbers, but 3"),
         ("inverse_valid", torch.ones(2), r"inverse_valid has shape \(2\), but \(1\)"),
         ("losses", torch.zeros(3, 4), r"losses has shape \(3, 4\), but \(4, 4\)"),
@@ -904,10 +833,9 @@ def test_logits_refuses_what_it_could_not_index(operations: Any, name: str, valu
 def test_logits_backward_refuses_what_it_could_not_index(operations: Any, name: str, value: Any, message: str) -> None:
     arguments = {
         "grads": [torch.ones(4)] * 3,
-        "grad_head_stride": 0,
-        "grad_row_stride": 1,
+        "head_stride": 0,
+        "row_stride": 1,
         "scales": [1.0, 1.0, 1.0],
-        "inverse_valid": torch.ones(1),
         "students": [torch.zeros(4, 6)],
         "teachers": [torch.zeros(4, 6)],
         "targets": [torch.zeros(4, dtype=torch.int64)],
@@ -916,8 +844,9 @@ def test_logits_backward_refuses_what_it_could_not_index(operations: Any, name: 
         "label_smoothing": 0.0,
         "ignore_index": -100,
         "temperature": 4.0,
-        "statistics": torch.zeros(6, 4),
         "losses": torch.zeros(4, 4),
+        "statistics": torch.zeros(6, 4),
+        "inverse_valid": torch.ones(1),
         "kd_to_teacher": True,
         "student_gradients": [torch.zeros(4, 6)],
         "teacher_gradients": [torch.zeros(4, 6)],

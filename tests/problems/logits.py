@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from numerics import assert_close
-from problems._memory import poisoned_memory
 from torch import Tensor
 
 import frskd_fast
 from frskd_fast import _dispatch, functional
+from problems._memory import poisoned_memory
 
 IGNORED = -100
 MIX = 0.3
@@ -373,6 +373,7 @@ def _special() -> Iterator[LogitsProblem]:
                        change=_masked(slice(2, 4), 1))  # fmt: skip
         yield make(f"a class that the teacher excludes, {where}", (shape,), kind="none", detach_teacher=True,
                    change=lambda given: given.teachers[0][:, 4].fill_(-math.inf))  # fmt: skip
+    yield make("NaN, several tiles", ((3, 2000),), change=_nan)
     yield make("probabilities of 0 and 1", ((7, 11),), "probabilities", change=_one_hot_probabilities)
     for count in (1000, 1024, 4096):
         yield make(f"{count} masked classes first", ((2, 5000),), temperature=3.0,
@@ -416,6 +417,7 @@ def _launch(
 ) -> None:
     """Both raw Triton functions on tensors without values."""
     from frskd_fast.kernels import logits
+
     from frskd_fast.reference.logits import Heads, Settings, Upstream, Wanted
 
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
