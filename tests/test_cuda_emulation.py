@@ -263,7 +263,6 @@ LOGITS: dict[str, Callable[[], Tensor]] = {
     "sequence": lambda: torch.randn(2, 6, 40),
     "wide strides": lambda: torch.randn(6, 8, 2)[..., 0],
 }
-KINDS = ["labels", "mix", "probabilities", "none"]
 
 
 def _labels(kind: str, student: Tensor) -> Any:
@@ -278,83 +277,6 @@ def _labels(kind: str, student: Tensor) -> Any:
         second[torch.rand(shape) < 0.2] = -100
         return first, second, 0.3
     return torch.rand(student.shape).softmax(1) if kind == "probabilities" else None
-
-
-def _distribution(targets: Any, student: Tensor) -> Tensor:
-    def one_hot(labels: Tensor) -> Tensor:
-        return formulas.label_distribution(labels, student.shape[1], -100, student.dtype)
-
-    if isinstance(targets, tuple):
-        return targets[2] * one_hot(targets[0]) + (1 - targets[2]) * one_hot(targets[1])
-    return targets.to(student.dtype) if targets.dtype.is_floating_point else one_hot(targets)
-
-
-def _rows(inputs: list[Tensor], targets: Any, temperature: float, smoothing: float) -> Tensor:
-    """CE(student), CE(teacher) and KD of every row by the plain formulas: (3, N, ...)."""
-    student, teacher = inputs
-    kd = formulas.divergence(student, teacher, temperature)
-    if targets is None:
-        return torch.stack([kd * 0, kd * 0, kd])
-    distribution = _distribution(targets, student)
-    probabilities = isinstance(targets, Tensor) and targets.dtype.is_floating_point
-    mass = 1.0 if probabilities else distribution.sum(1, keepdim=True)
-    ces = [formulas.cross_entropy(logits, distribution, mass, smoothing) for logits in inputs]
-    return torch.stack([*ces, kd])
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize(("smoothing", "temperature"), [(0.0, 4.0), (0.1, 1.0)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("case", LOGITS)
-def test_logits(case: str, dtype: torch.dtype, kind: str, smoothing: float, temperature: float) -> None:
-    student = 3 * LOGITS[case]().to(dtype)
-    teacher = 3 * LOGITS[case]().to(dtype)
-    targets = _labels(kind, student)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        labels = targets
-        if kind == "probabilities":
-            labels = targets.double() if inputs[0].dtype == torch.float64 else targets
-        return torch.stack(
-            functional.cross_entropy_kd(
-                inputs[0], inputs[1], labels, temperature=temperature, label_smoothing=smoothing, reduction="none",
-                detach_teacher=False, impl="emulation",
-            )
-        )  # fmt: skip
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return _rows(inputs, targets, temperature, smoothing)
-
-    _three_way(ours, plain, [student, teacher], (3, student.shape[0], *student.shape[2:]))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("kind", ["labels", "probabilities", "none"])
-def test_mean_over_many_rows(kind: str) -> None:
-    """Heads of more than 4096 rows count their labels in launches of their own; a small head beside them does not."""
-    students = [torch.randn(3, 3, 40, 41), torch.randn(5, 3), torch.randn(5000, 3)]
-    teachers = [torch.randn_like(student) for student in students]
-    targets = [_labels(kind, student) for student in students]
-    labels = None if kind == "none" else targets
-    parts = functional.cross_entropy_kd(students, teachers, labels, impl="emulation")
-    for head, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        rows = _rows([student.double(), teacher.double()], targets[head], 4.0, 0.0)
-        kept = (targets[head] != -100).sum() if kind == "labels" else rows[0].numel()
-        for part, row, divisor in zip(parts, rows, (kept, kept, rows[0].numel()), strict=True):
-            torch.testing.assert_close(part[head].double(), row.sum() / divisor, rtol=1e-5, atol=1e-6)
-
-
-def test_two_label_counts(operations: Any) -> None:
-    logits = torch.randn(9001, 3)
-    first, second, mix = _labels("mix", logits)
-    losses, statistics, inverse_valid = torch.empty(4, 9001), torch.empty(6, 9001), torch.empty(1)
-    operations.logits_forward.default(
-        [logits], [], [first], [second], mix, 0.0, -100, 1.0, losses, statistics, inverse_valid
-    )
-    weight = mix * (first != -100).sum() + (1 - mix) * (second != -100).sum()
-    torch.testing.assert_close(inverse_valid[0], (1 / weight).float())
-    torch.testing.assert_close(losses[3].double().sum(), weight.double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.usefixtures("emulated")

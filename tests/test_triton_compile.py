@@ -48,36 +48,6 @@ def _attention_map() -> None:
     attention.attention_map(torch.zeros(2, 64, 32, 32), 2.0)
 
 
-def _logits(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    labels: str,
-    temperature: float = 4.0,
-    smoothing: float = 0.0,
-    channels_last: bool = False,
-    kd_to_teacher: bool = False,
-    device: str = "cpu",
-) -> None:
-    from frskd_fast.kernels import logits
-
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    student = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    targets = {
-        "none": [],
-        "probabilities": [torch.empty(shape, dtype=accumulate, device=device)],
-    }.get(labels, [torch.empty((shape[0], *shape[2:]), dtype=torch.int64, device=device)])
-    targets_b = targets if labels == "two" else []
-    settings = (targets, targets_b, 0.3, smoothing, -100, temperature)
-    losses, statistics, inverse_valid = logits.forward([student], [student], *settings)
-    grads = [torch.empty((), dtype=losses.dtype, device=device).expand(losses.shape[1])] * 3
-    scales = [float(labels != "none"), float(labels != "none"), 2.0]
-    logits.backward(
-        grads, 0, 1, scales, inverse_valid, [student], [student], *settings, statistics, losses, kd_to_teacher,
-        True, True,
-    )  # fmt: skip
-
-
 def _combine(rows: int) -> None:
     from frskd_fast.kernels import combine
 
@@ -96,19 +66,6 @@ _CASES: dict[str, dict[str, Callable[[], None]]] = {
         "float64": lambda: _attention("nchw", torch.float64, 2.0),
         "64-bit offsets": lambda: _attention("nchw", torch.float32, 2.0, batch=40_000, device="meta"),
         "map": _attention_map,
-    },
-    "logits": {
-        "128x100 float32": lambda: _logits((128, 100), torch.float32, "indices"),
-        "128x100 bfloat16, two labels": lambda: _logits((128, 100), torch.bfloat16, "two", smoothing=0.1),
-        "128x100 T=10, probabilities": lambda: _logits((128, 100), torch.float32, "probabilities", 10.0, 0.1),
-        "64x1000 to both sides": lambda: _logits((64, 1000), torch.float32, "indices", 10.0, kd_to_teacher=True),
-        "16x4096, the largest single tile": lambda: _logits((16, 4096), torch.bfloat16, "none", 3.0),
-        "16x50257, tiles": lambda: _logits((16, 50257), torch.bfloat16, "indices", 3.0, kd_to_teacher=True),
-        "maps float32": lambda: _logits((2, 21, 65, 65), torch.float32, "indices", 1.0),
-        "maps bfloat16": lambda: _logits((2, 150, 64, 64), torch.bfloat16, "indices", 3.0),
-        "maps channels_last": lambda: _logits((2, 21, 65, 65), torch.float32, "indices", 4.0, channels_last=True),
-        "maps float64": lambda: _logits((2, 21, 64, 64), torch.float64, "indices", 4.0),
-        "maps, 64-bit offsets": lambda: _logits((16, 150, 1024, 1024), torch.bfloat16, "indices", device="meta"),
     },
     "combine": {
         "few rows": lambda: _combine(128),
