@@ -36,6 +36,7 @@ _FORWARD_TILE = 4096
 _BACKWARD_TILE = 2048
 _MAP_STEP = 1024
 _NUM_WARPS = 4
+_MOST_FACTORS = 8  # of a power
 
 
 def _feature_tile(channels: int, pixels: int, channels_contiguous: bool, elements: int) -> tuple[int, int]:
@@ -47,35 +48,24 @@ def _feature_tile(channels: int, pixels: int, channels_contiguous: bool, element
     return pixel_block, power_of_two(channels, 1, elements // pixel_block)
 
 
-def _power(exponent: float) -> tuple[int, float]:
-    """|f|^p is taken as |f|^whole * |f|^fraction, because only the second factor needs a logarithm."""
-    whole = min(math.floor(exponent), 8)
-    return whole, exponent - whole
+def _power(exponent: float) -> tuple[bool, int, float]:
+    """Whether p = 2, which needs no power; and |f|^p as |f|^whole * |f|^fraction: a logarithm times p would lose digits."""
+    whole = min(math.floor(exponent), _MOST_FACTORS)
+    return exponent == 2.0, whole, exponent - whole
 
 
 @triton.jit
 def _absolute_power(
     magnitude,  # |f|
-    WHOLE: tl.constexpr,
-    FRACTION: tl.constexpr,
+    whole,
+    fraction,  # >= 0
 ):
-    """magnitude^(WHOLE + FRACTION)."""
-    if FRACTION == 0.5:
-        power = tl.sqrt(magnitude)
-        for _ in tl.static_range(WHOLE):
-            power = power * magnitude
-    elif FRACTION != 0.0:
-        # log2(0) = -inf and exp2(-inf) = 0.
-        power = tl.exp2(tl.log2(magnitude) * FRACTION)
-        for _ in tl.static_range(WHOLE):
-            power = power * magnitude
-    elif WHOLE == 0:
-        # |f|^0 counts as 1, but a NaN stays a NaN.
-        power = tl.where(magnitude == magnitude, 1.0, magnitude)
-    else:
-        power = magnitude
-        for _ in tl.static_range(WHOLE - 1):
-            power = power * magnitude
+    """magnitude^(whole + fraction)."""
+    # log2(0) = -inf and exp2(-inf) = 0. |f|^0 counts as 1, but a NaN stays a NaN.
+    one = tl.where(magnitude == magnitude, 1.0, magnitude)
+    power = tl.where(fraction == 0.0, one, tl.exp2(tl.log2(magnitude) * fraction))
+    for _ in range(whole):
+        power *= magnitude
     return power
 
 
@@ -89,8 +79,9 @@ def _power_mean_tile(
     channels,
     pixels,
     width,
-    WHOLE: tl.constexpr,
-    FRACTION: tl.constexpr,
+    whole,  # factors of a power
+    fraction,  # the rest of its exponent
+    SQUARE: tl.constexpr,  # p = 2
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_CONTIGUOUS: tl.constexpr,
@@ -120,11 +111,14 @@ def _power_mean_tile(
         offset = tile_offsets(pixel_offset, here, strides, CHANNELS_CONTIGUOUS, ALIGN)
         mask = pixel_mask[:, None] & (here < channel_end)[None, :]
         value = tl.load(base + offset, mask=mask, other=0.0).to(ACCUMULATE)
-        total += _absolute_power(tl.abs(value), WHOLE, FRACTION)
+        if SQUARE:
+            total += value * value
+        else:
+            total += _absolute_power(tl.abs(value), whole, fraction)
     tl.store(activity + pixel, tl.sum(total, axis=1) / channels, mask=pixel_mask)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "whole"])
 def _power_mean_kernel(
     features,  # maps x (N, C, H, W)
     strides,  # maps x (sample, image row, pixel, channel)
@@ -133,9 +127,10 @@ def _power_mean_kernel(
     widths,  # maps x W
     activity,  # (sum over maps of N * H * W,), map by map
     batch,
+    whole,
+    fraction: tl.float64,
     MAPS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FRACTION: tl.constexpr,
+    SQUARE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_CONTIGUOUS: tl.constexpr,
@@ -159,8 +154,9 @@ def _power_mean_kernel(
                 channels[index],
                 pixels[index],
                 widths[index],
-                WHOLE,
-                FRACTION,
+                whole,
+                tl.full([], fraction, ACCUMULATE),
+                SQUARE,
                 BLOCK_PIXELS[index],
                 BLOCK_CHANNELS[index],
                 CHANNELS_CONTIGUOUS[index],
@@ -316,8 +312,9 @@ def _gradient_tile(
     channels,
     pixels,
     width,
-    WHOLE: tl.constexpr,
-    FRACTION: tl.constexpr,
+    whole,  # factors of a power
+    fraction,  # the rest of its exponent
+    SQUARE: tl.constexpr,  # p = 2
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_CONTIGUOUS: tl.constexpr,  # bit i: of tensor i of ``strides``
@@ -326,7 +323,7 @@ def _gradient_tile(
     WIDE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """gradient = upstream * coefficient * sign(f) * |f|^(WHOLE + FRACTION) for one tile."""
+    """gradient = upstream * coefficient * sign(f) * |f|^(whole + fraction) for one tile."""
     pixel = first_pixel + tl.arange(0, BLOCK_PIXELS)
     channel = first_channel + tl.arange(0, BLOCK_CHANNELS)
     if WIDE:
@@ -346,10 +343,10 @@ def _gradient_tile(
         pixel_offset, channel, strides[0], CHANNELS_CONTIGUOUS & 1, ALIGN
     )
     value = tl.load(feature + offset, mask=mask, other=0.0).to(ACCUMULATE)
-    if WHOLE == 1 and FRACTION == 0.0:
+    if SQUARE:
         slope = value
     else:
-        magnitude = _absolute_power(tl.abs(value), WHOLE, FRACTION)
+        magnitude = _absolute_power(tl.abs(value), whole, fraction)
         slope = tl.where(value < 0.0, -magnitude, tl.where(value == 0.0, 0.0, magnitude))
     pixel_offset = pixel_offsets(pixel, width, strides[1], CHANNELS_CONTIGUOUS & 2, FLAT, ALIGN)
     offset = sample * aligned(strides[1][0], ALIGN) + tile_offsets(
@@ -358,7 +355,7 @@ def _gradient_tile(
     tl.store(gradient + offset, (factor[:, None] * slope).to(gradient.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "grad_level_stride", "grad_sample_stride"])
+@triton.jit(do_not_specialize=["batch", "grad_level_stride", "grad_sample_stride", "whole"])
 def _gradient_kernel(
     grad,  # (L, N)
     grad_level_stride,  # elements
@@ -372,9 +369,10 @@ def _gradient_kernel(
     pixels,  # L x H_l * W_l
     widths,  # L x W_l
     batch,
+    whole,
+    fraction: tl.float64,
     LEVELS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FRACTION: tl.constexpr,
+    SQUARE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_CONTIGUOUS: tl.constexpr,
@@ -404,8 +402,9 @@ def _gradient_kernel(
                 channels[index],
                 pixels[index],
                 widths[index],
-                WHOLE,
-                FRACTION,
+                whole,
+                tl.full([], fraction, ACCUMULATE),
+                SQUARE,
                 BLOCK_PIXELS[index],
                 BLOCK_CHANNELS[index],
                 CHANNELS_CONTIGUOUS[index],
@@ -457,11 +456,11 @@ def _power_means(features: Sequence[Tensor], activity: Tensor, exponent: float) 
     """Write mean_c |f|^p of every map into ``activity``, one behind the other."""
     first = features[0]
     programs, arguments, constants = _plan(tuple([(key,) for key in geometries(features)]), _FORWARD_TILE)
-    whole, fraction = _power(exponent)
+    square, whole, fraction = _power(exponent)
     launch(
         _power_mean_kernel, programs, first.device,
-        tuple(features), *arguments, activity, first.shape[0],
-        MAPS=len(features), WHOLE=whole, FRACTION=fraction, ACCUMULATE=triton_accumulate_dtype(first.dtype),
+        tuple(features), *arguments, activity, first.shape[0], whole, fraction,
+        MAPS=len(features), SQUARE=square, ACCUMULATE=triton_accumulate_dtype(first.dtype),
         num_warps=_NUM_WARPS, **constants,
     )  # fmt: skip
 
@@ -523,7 +522,7 @@ def backward(
     first = features[0]
     if coefficients.numel() == 0:
         return gradients
-    whole, fraction = _power(exponent)
+    square, whole, fraction = _power(exponent)
     begin = 0
     for part in chunks(len(features)):
         pairs = tuple(zip(geometries(features[part]), geometries(gradients[part]), strict=True))
@@ -531,8 +530,8 @@ def backward(
         launch(
             _gradient_kernel, programs, first.device,
             tail(grad, part.start), grad.stride(0), grad.stride(1), scale, tail(coefficients, begin),
-            tuple(features[part]), tuple(gradients[part]), *arguments, first.shape[0],
-            LEVELS=part.stop - part.start, WHOLE=whole - 1, FRACTION=fraction,
+            tuple(features[part]), tuple(gradients[part]), *arguments, first.shape[0], whole - 1, fraction,
+            LEVELS=part.stop - part.start, SQUARE=square,
             ACCUMULATE=triton_accumulate_dtype(first.dtype), num_warps=_NUM_WARPS, **constants,
         )  # fmt: skip
         begin += sum(feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features[part])

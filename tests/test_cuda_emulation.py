@@ -29,7 +29,6 @@ from frskd_fast.native import combine as native_combine
 from frskd_fast.native import fusion as native_fusion
 from frskd_fast.native import logits as native_logits
 from frskd_fast.reference import fusion as reference_fusion
-from frskd_fast.reference.attention import accumulate_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "cuda_emulation"
@@ -110,8 +109,6 @@ def emulated(operations: Any, monkeypatch: pytest.MonkeyPatch, poisoned_empty: N
         attention_map=operations.attention_map,
     )
     monkeypatch.setattr(native_attention, "_ops", replacement)
-    # The tensors are on the CPU, but what the CUDA kernels leave for backward is not packed.
-    monkeypatch.setattr(native_attention, "coefficient_format", lambda dtype, _: (accumulate_dtype(dtype), 1))
     monkeypatch.setattr(native_logits, "_ops", operations)
     monkeypatch.setattr(native_combine, "_ops", operations)
     monkeypatch.setattr(native_fusion, "_ops", operations)

@@ -70,13 +70,6 @@ def _accumulate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _coefficients(hostile: Hostile, numel: int, dtype: torch.dtype) -> Tensor:
-    """In the accumulate dtype or, for half-precision features, packed in three bytes."""
-    if dtype.itemsize == 2 and hostile.random.random() < 0.7:
-        return torch.zeros(hostile.often(3 * numel, 3 * numel - 1 if numel else 1), dtype=torch.uint8)
-    return hostile.working(numel, _accumulate(dtype))
-
-
 def _attention_forward(hostile: Hostile) -> tuple[Any, ...]:
     levels, batch = hostile.random.choice([0, 1, 2, 3]), hostile.size()
     dtype = hostile.random.choice(FLOATING)
@@ -86,7 +79,7 @@ def _attention_forward(hostile: Hostile) -> tuple[Any, ...]:
     teachers = hostile.often(teachers, teachers[:-1])
     numel = batch * sum(h * w for _, _, h, w in sizes)
     kind = _accumulate(dtype)
-    coefficients = [hostile.often(_coefficients(hostile, numel, dtype), None) for _ in range(2)]
+    coefficients = [hostile.often(hostile.working(numel, kind), None) for _ in range(2)]
     exponent = hostile.number(hostile.random.choice([1.0, 1.5, 2.0, 3.0, 4.0]))
     return students, teachers, exponent, hostile.working(levels * batch, kind), *coefficients, None
 
@@ -100,7 +93,7 @@ def _attention_backward(hostile: Hostile) -> tuple[Any, ...]:
     gradients = hostile.often(gradients, gradients[:-1], [hostile.tensor([batch, 3, 2, 2], dtype)] * levels)
     kind = _accumulate(dtype)
     grad = hostile.tensor([levels, batch], kind)
-    coefficients = _coefficients(hostile, batch * sum(h * w for _, h, w in sizes), dtype)
+    coefficients = hostile.working(batch * sum(h * w for _, h, w in sizes), kind)
     return grad, hostile.number(0.5), features, coefficients, hostile.number(2.0), gradients
 
 

@@ -34,17 +34,6 @@ Pyramid pyramid_of(const std::vector<Tensor>& features, Element element, const c
   return pyramid;
 }
 
-// As working_tensor; half-precision features may go with packed coefficients, `numel` of them in uint8.
-Coefficients coefficients_of(const Tensor& tensor, Element element, std::int64_t numel, const char* name) {
-  const bool half = element == Element::kBFloat16 || element == Element::kFloat16;
-  if (!half || tensor.scalar_type() != ScalarType::Byte) return {working_tensor(tensor, element, numel, name), 0};
-  check_on_cpu(tensor, name);
-  STD_TORCH_CHECK(
-      tensor.numel() == 3 * numel && tensor.is_contiguous(), name, " has shape ", shape_text(tensor), ", but ",
-      3 * numel, " contiguous bytes were wanted.");
-  return {tensor.data_ptr(), numel};
-}
-
 void attention_forward(
     std::vector<Tensor> students,
     std::vector<Tensor> teachers,
@@ -71,13 +60,14 @@ void attention_forward(
   }
   const std::int64_t levels = static_cast<std::int64_t>(students.size());
   const std::int64_t numel = student.batch * student.pixels;
-  AttentionForward call{student.maps.data(), teacher.maps.data(), levels, student.batch, exponent, nullptr, {}, {}};
+  AttentionForward call{
+      student.maps.data(), teacher.maps.data(), levels, student.batch, exponent, nullptr, nullptr, nullptr};
   call.losses = working_tensor(losses, element, levels * student.batch, "losses");
   if (student_coefficients) {
-    call.student_coefficients = coefficients_of(*student_coefficients, element, numel, "student_coefficients");
+    call.student_coefficients = working_tensor(*student_coefficients, element, numel, "student_coefficients");
   }
   if (teacher_coefficients) {
-    call.teacher_coefficients = coefficients_of(*teacher_coefficients, element, numel, "teacher_coefficients");
+    call.teacher_coefficients = working_tensor(*teacher_coefficients, element, numel, "teacher_coefficients");
   }
   kernels<AttentionKernels>().forward(call, element, run_parallel, thread_count());
 }
@@ -122,7 +112,7 @@ void attention_backward(
       scale,
       feature.maps.data(),
       gradient.maps.data(),
-      coefficients_of(coefficients, element, feature.batch * feature.pixels, "coefficients"),
+      working_tensor(coefficients, element, feature.batch * feature.pixels, "coefficients"),
       levels,
       feature.batch,
       exponent,

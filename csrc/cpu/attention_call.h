@@ -6,22 +6,15 @@
 
 namespace frskd {
 
-// Numbers of the accumulate type; or, where `packed` is not 0, that many float32 ones in three bytes each: all their
-// upper halves, then all their third bytes.
-struct Coefficients {
-  void* data;  // level blocks of (batch, H * W), or null
-  std::int64_t packed;
-};
-
 struct AttentionForward {
   const Map* students;
   const Map* teachers;
   std::int64_t levels;
   std::int64_t batch;
   double exponent;
-  void* losses;  // (levels, batch)
-  Coefficients student_coefficients;
-  Coefficients teacher_coefficients;
+  void* losses;                // (levels, batch)
+  void* student_coefficients;  // level blocks of (batch, H * W), or null
+  void* teacher_coefficients;
 };
 
 struct AttentionBackward {
@@ -31,7 +24,7 @@ struct AttentionBackward {
   double scale;
   const Map* features;
   const Map* gradients;
-  Coefficients coefficients;
+  const void* coefficients;  // level blocks of (batch, H * W)
   std::int64_t levels;
   std::int64_t batch;
   double exponent;

@@ -68,12 +68,11 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     first = students[0]
     dtype = reference.accumulate_dtype(first.dtype)
-    form, size = reference.coefficient_format(first.dtype, impl)
-    numel = size * first.shape[0] * sum(student.shape[2] * student.shape[3] for student in students)
+    numel = first.shape[0] * sum(student.shape[2] * student.shape[3] for student in students)
     return (
         first.new_empty((len(students), first.shape[0]), dtype=dtype),
-        first.new_empty((numel,), dtype=form) if need_student else first.new_empty((0,), dtype=dtype),
-        first.new_empty((numel,), dtype=form) if need_teacher else first.new_empty((0,), dtype=dtype),
+        first.new_empty((numel if need_student else 0,), dtype=dtype),
+        first.new_empty((numel if need_teacher else 0,), dtype=dtype),
     )
 
 
