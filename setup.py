@@ -120,7 +120,9 @@ class Step:
 
 
 def host_flags(torch: Torch) -> list[str]:
-    flags = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi", STABLE_ABI, f"-isystem{torch.root / 'include'}"]
+    # Nothing is called from outside, and PyTorch's stable classes are hidden, too.
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    flags += [STABLE_ABI, f"-isystem{torch.root / 'include'}"]
     flags += ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
     if os.environ.get("FRSKD_FAST_NATIVE", "0") not in ("", "0"):
         flags.append("-march=native")
@@ -148,7 +150,7 @@ def cuda_steps(torch: Torch, folder: Path) -> list[Step]:
     nvcc = find_nvcc()
     warnings = "-Wall,-Wextra,-Wno-psabi,-Wno-unused-parameter"
     flags = ["-std=c++17", STABLE_ABI, "-DUSE_CUDA", f"-isystem={torch.root / 'include'}", *architectures()]
-    flags += ["--expt-relaxed-constexpr", f"-Xcompiler=-fPIC,{warnings}"]
+    flags += ["--expt-relaxed-constexpr", f"-Xcompiler=-fPIC,-fvisibility=hidden,{warnings}"]
     flags += ["-O0", "-g", "-lineinfo"] if DEBUG else ["-O3", "-lineinfo"]
     if os.environ.get("FRSKD_FAST_WERROR", "0") not in ("", "0"):
         flags += ["-Werror=all-warnings", "-Xcompiler=-Werror"]

@@ -37,7 +37,4 @@ STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
       "fusion_backward(Tensor grad, Tensor[] inputs, Tensor[] statistics, Tensor[] gammas, Tensor[] betas, "
       "Tensor weight, Tensor[] sums, int[] resamples, int pre, int act, int weighting, float epsilon, int[] positions, "
       "Tensor(a!)[] gradients, Tensor(b!)? weight_gradient, Tensor(c!)? workspace) -> ()");
-  m.def(
-      "combine(Tensor attention_losses, Tensor logits_losses, float alpha, float beta, bool has_targets, "
-      "Tensor(a!) parts, Tensor(b!)[] scalars) -> ()");
 }

@@ -7,15 +7,45 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from frskd_fast import _extension
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
+PLAIN = "reference"
 
-# The order in which "auto" tries the implementations of a device. Not yet ordered by measurement on a GPU.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+class Line(NamedTuple):
+    """One line of the table: in which order "auto" tries the implementations of calls that are so."""
+
+    implementations: tuple[str, ...]  # in order; the plain form stands behind them all
+    dtypes: tuple[torch.dtype, ...] = ()  # of the inputs; () any, as in the next two
+    layouts: tuple[str, ...] = ()  # "channels_last", "nchw" or "rows", see `layout_of`
+    forms: tuple[str, ...] = ()  # what kind of call it is, in the words of its operation
+    least_size: int = 0  # elements of the first input
+    evidence: str = "not measured on such a device"  # the file of bench/results that says so
+
+
+_CPU = Line(("cpu",), evidence="2026-11-26-cpu-amd-epyc-zen4.json")
+_GPU = Line(("cuda", "triton"))
+
+# The first line that fits decides; (operation, kind of device) -> lines. `ANY` serves the operations that are not named.
+ANY = ""
+TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
+    (ANY, "cpu"): (_CPU,),
+    (ANY, "cuda"): (_GPU,),
+    # PyTorch pools planes twice as fast as the CPU kernel, which is made for channels_last.
+    ("fusion", "cpu"): (_CPU._replace(implementations=(), layouts=("nchw",), forms=("pool",)), _CPU),
+}
+
+# The implementations of an operation that not all of them have.
+ONLY = {"fused_convolution": ("cpu",)}
+
+# The layout to which maps are brought before an operation takes many steps: one copy costs far less than planes do.
+MAPS = {("self_teacher", "cpu"): torch.channels_last}
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,7 +119,7 @@ def record(operation: str, name: str) -> None:
 
 def problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why implementation ``name`` cannot serve tensors of this device and dtype, as a clause; None when it can."""
-    if name == "reference":
+    if name == PLAIN:
         return None
     if name == "cpu":
         if device_type != "cpu":
@@ -110,8 +140,36 @@ def problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return reason
 
 
-def choose(requested: str, device_type: str, dtype: torch.dtype) -> str:
-    """The implementation for this call: the requested one, else the forced one, else the first that works.
+def layout_of(tensor: Tensor) -> str:
+    """The word of the table for a layout.
+
+    It is "channels_last" where the channels of a pixel lie together (also in slices of the channels), else "nchw"; and
+    "rows" for anything but maps.
+    """
+    if tensor.dim() != 4:
+        return "rows"
+    return "channels_last" if tensor.stride(1) == 1 and tensor.shape[1] > 1 else "nchw"
+
+
+def choose(
+    operation: str,
+    requested: str,
+    device_type: str,
+    dtype: torch.dtype,
+    *,
+    layout: str = "",
+    form: str = "",
+    size: int = 0,
+) -> str:
+    """The implementation for this call: the requested one, else the forced one, else the first of the table that works.
+
+    Args:
+        operation: its name, as in `TABLE`.
+        requested: the argument ``impl`` of the call.
+        device_type, dtype: of the inputs.
+        layout: `layout_of` the first input.
+        form: what kind of call it is, in the words of the operation.
+        size: elements of the first input.
 
     Raises:
         ValueError: for an unknown name.
@@ -125,10 +183,19 @@ def choose(requested: str, device_type: str, dtype: torch.dtype) -> str:
         if reason is not None:
             raise RuntimeError(f"impl={name!r} was asked for, but {reason}.")
         return name
-    for candidate in _PREFERENCE.get(device_type, ("reference",)):
-        if problem(candidate, device_type, dtype) is None:
-            return candidate
-    return "reference"
+    for line in TABLE.get((operation, device_type)) or TABLE.get((ANY, device_type), ()):
+        if (
+            (line.dtypes and dtype not in line.dtypes)
+            or (line.layouts and layout not in line.layouts)
+            or (line.forms and form not in line.forms)
+            or size < line.least_size
+        ):
+            continue
+        for candidate in line.implementations:
+            if problem(candidate, device_type, dtype) is None:
+                return candidate
+        break
+    return PLAIN
 
 
 # What torch.compiler.assume_constant_result sets: a traced graph takes the choice as a constant. Calling it here would
@@ -136,11 +203,40 @@ def choose(requested: str, device_type: str, dtype: torch.dtype) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def choose_for(operation: str, requested: str, tensor: Tensor, form: str = "") -> str:
+    """`choose` for a call whose first input is ``tensor``. A traced graph serves every batch, so there the size is left out."""
+    size = 0 if torch.compiler.is_compiling() else tensor.numel()
+    return choose(
+        operation, requested, tensor.device.type, tensor.dtype, layout=layout_of(tensor), form=form, size=size
+    )
+
+
+def is_plain(name: str) -> bool:
+    """Whether ``name`` is the plain PyTorch of `frskd_fast.reference`, which has no raw functions and needs none."""
+    return name == PLAIN
+
+
+def implements(operation: str, name: str) -> bool:
+    """Whether implementation ``name`` has raw functions of ``operation``."""
+    return not is_plain(name) and name in ONLY.get(operation, IMPLEMENTATIONS)
+
+
+def memory_format_of(operation: str, name: str) -> torch.memory_format | None:
+    """The layout to which implementation ``name`` of ``operation`` wants its maps brought; None leaves them as they are."""
+    return MAPS.get((operation, name))
+
+
 def raw(operation: str, name: str) -> ModuleType:
-    """The module with the raw functions of ``operation`` (docs/architecture.md) for implementation ``name``."""
+    """The module with the raw functions of ``operation`` (docs/contracts.md) for implementation ``name``."""
     key = (operation, name)
     module = _modules.get(key)
     if module is None:
         package = "frskd_fast.kernels" if name == "triton" else "frskd_fast.native"
-        module = _modules[key] = importlib.import_module(f"{package}.{operation}")
+        module = provide(operation, name, importlib.import_module(f"{package}.{operation}"))
+    return module
+
+
+def provide(operation: str, name: str, module: ModuleType) -> ModuleType:
+    """Use ``module`` as implementation ``name`` of ``operation``, for instance of one that lives outside the package."""
+    _modules[operation, name] = module
     return module

@@ -41,7 +41,7 @@ def report() -> str:
     lines += [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     for device in ["cpu", "cuda"] if cuda else ["cpu"]:
         for dtype in (torch.float32, torch.float64):
-            lines.append(f"impl='auto' on {device}, {dtype}: {_dispatch.choose('auto', device, dtype)}")
+            lines.append(f"impl='auto' on {device}, {dtype}: {_dispatch.choose(_dispatch.ANY, 'auto', device, dtype)}")
     problems = {
         "reference": None,
         "cpu": _extension.cpu_library_problem(),

@@ -29,11 +29,6 @@ _TRITON_DTYPES = {
 }
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for the other floating dtypes."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def triton_accumulate_dtype(dtype: torch.dtype) -> tl.dtype:
     """The Triton name of ``accumulate_dtype``.
 

@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from frskd_fast.reference.dtypes import accumulate_dtype
 from frskd_fast.reference.fusion import empty_output
 
 from ._common import (
     Geometry,
-    accumulate_dtype,
     aligned,
     chunks,
     geometries,

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from frskd_fast.reference.dtypes import accumulate_dtype
+
 from ._common import (
     Geometry,
-    accumulate_dtype,
     aligned,
     chunks,
     geometries,

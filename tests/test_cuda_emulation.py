@@ -44,7 +44,12 @@ def _library() -> Path:
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux to compile the emulated kernels")
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu*")), *sorted((ROOT / "csrc" / "common").glob("*.h"))]
-    sources += [ROOT / "csrc" / "bindings.cpp", *sorted(HERE.iterdir())]
+    sources += [
+        ROOT / "csrc" / "bindings.cpp",
+        ROOT / "csrc" / "operation.h",
+        *sorted((ROOT / "csrc" / "operations").iterdir()),
+        *sorted(HERE.iterdir()),
+    ]
     digest = hashlib.sha256(torch.__version__.encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -55,8 +60,22 @@ def _library() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch_root = Path(torch.__file__).parent
     # The schemas of csrc/bindings.cpp are registered again under another name.
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Dfrskd_fast_native=frskd_fast_emulated"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    flags += [
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-Dfrskd_fast_native=frskd_fast_emulated",
+        "-DFRSKD_EMULATED",
+    ]
     flags += [f"-I{HERE}", "-isystem", str(torch_root / "include")]
     objects = []
     for name in ("csrc/cuda/attention.cu", "csrc/cuda/logits.cu", "csrc/cuda/fusion.cu", "csrc/cuda/combine.cu",

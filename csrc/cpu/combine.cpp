@@ -1,5 +1,5 @@
 // The FRSKD objective from its unreduced parts on the CPU: one pass over a few thousand numbers, in order, in double.
-#include <torch/csrc/stable/library.h>
+#include "../operations/combine.h"
 
 #include "checks.h"
 
@@ -41,43 +41,37 @@ void combine_typed(
   for (int part = 0; scalar_count == 3 && part < 3; ++part) *scalars[part] = parts[part + 1];
 }
 
-void combine(
-    Tensor attention_losses,
-    Tensor logits_losses,
-    double alpha,
-    double beta,
-    bool has_targets,
-    Tensor parts,
-    std::vector<Tensor> scalars) {
+void combine(const Combine& call) {
   STD_TORCH_CHECK(
-      attention_losses.dim() == 2 && logits_losses.dim() == 2 && logits_losses.sizes()[0] == 4,
+      call.attention_losses.dim() == 2 && call.logits_losses.dim() == 2 && call.logits_losses.sizes()[0] == 4,
       "attention_losses must be (levels, batch) and logits_losses (4, rows), but they have shapes ",
-      shape_text(attention_losses), " and ", shape_text(logits_losses), ".");
-  const Element element = element_of(logits_losses, "logits_losses");
+      shape_text(call.attention_losses), " and ", shape_text(call.logits_losses), ".");
+  const Element element = element_of(call.logits_losses, "logits_losses");
   STD_TORCH_CHECK(
       element == Element::kFloat32 || element == Element::kFloat64, "logits_losses must be float32 or float64.");
-  const std::int64_t levels = attention_losses.sizes()[0], batch = attention_losses.sizes()[1];
-  const std::int64_t rows = logits_losses.sizes()[1];
-  const void* attention = working_tensor(attention_losses, element, levels * batch, "attention_losses");
-  const void* logits = working_tensor(logits_losses, element, 4 * rows, "logits_losses");
-  void* out = working_tensor(parts, element, 6, "parts");
+  const std::int64_t levels = call.attention_losses.sizes()[0], batch = call.attention_losses.sizes()[1];
+  const std::int64_t rows = call.logits_losses.sizes()[1];
+  const void* attention = working_tensor(call.attention_losses, element, levels * batch, "attention_losses");
+  const void* logits = working_tensor(call.logits_losses, element, 4 * rows, "logits_losses");
+  void* parts = working_tensor(call.parts, element, 6, "parts");
+  const std::size_t count = call.scalars.size();
   STD_TORCH_CHECK(
-      scalars.size() == 1 || scalars.size() == 3, "scalars has ", scalars.size(),
+      count == 1 || count == 3, "scalars has ", count,
       " tensors, but one for the total, or three for ce_student, ce_teacher and kd were wanted.");
   const auto run = [&](auto number) {
     using A = decltype(number);
-    A* apart[3] = {};
-    for (std::size_t index = 0; index < scalars.size(); ++index) {
-      apart[index] = static_cast<A*>(working_tensor(scalars[index], element, 1, "scalars"));
+    A* scalars[3] = {};
+    for (std::size_t index = 0; index < count; ++index) {
+      scalars[index] = static_cast<A*>(working_tensor(call.scalars[index], element, 1, "scalars"));
     }
     combine_typed(
-        static_cast<const A*>(attention), levels, batch, static_cast<const A*>(logits), rows, alpha, beta, has_targets,
-        static_cast<A*>(out), apart, scalars.size());
+        static_cast<const A*>(attention), levels, batch, static_cast<const A*>(logits), rows, call.alpha, call.beta,
+        call.has_targets, static_cast<A*>(parts), scalars, count);
   };
   element == Element::kFloat64 ? run(double{}) : run(float{});
 }
 
+FRSKD_CPU_OPERATION(combine)
+
 }  // namespace
 }  // namespace frskd
-
-STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CPU, m) { m.impl("combine", TORCH_BOX(&frskd::combine)); }

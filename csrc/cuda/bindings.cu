@@ -14,5 +14,4 @@ STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CUDA, m) {
   m.impl("fusion_forward", TORCH_BOX(&frskd::cuda::fusion_forward));
   m.impl("fusion_backward_sums", TORCH_BOX(&frskd::cuda::fusion_backward_sums));
   m.impl("fusion_backward", TORCH_BOX(&frskd::cuda::fusion_backward));
-  m.impl("combine", TORCH_BOX(&frskd::cuda::combine));
 }

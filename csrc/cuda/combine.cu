@@ -1,6 +1,6 @@
 // The FRSKD objective from its unreduced parts: one block, sums in a fixed order.
+#include "../operations/combine.h"
 #include "device.cuh"
-#include "operations.cuh"
 #include "runtime.cuh"
 
 namespace frskd::cuda {
@@ -80,20 +80,12 @@ bool is_double(const Tensor& tensor, const char* name) {
   return dtype == ScalarType::Double;
 }
 
-}  // namespace
-
-void combine(
-    const Tensor& attention_losses,
-    const Tensor& logits_losses,
-    double alpha,
-    double beta,
-    bool has_targets,
-    const Tensor& parts,
-    const std::vector<Tensor>& scalars) {
+void combine(const Combine& call) {
+  const Tensor &attention_losses = call.attention_losses, &logits_losses = call.logits_losses;
   CombineParameters parameters{};
   parameters.attention_is_double = is_double(attention_losses, "attention_losses");
   parameters.logits_are_double = is_double(logits_losses, "logits_losses");
-  parameters.parts_are_double = is_double(parts, "parts");
+  parameters.parts_are_double = is_double(call.parts, "parts");
   STD_TORCH_CHECK(
       attention_losses.dim() == 2, "attention_losses has shape ", shape_of(attention_losses),
       ", but (L, N) was wanted.");
@@ -105,26 +97,31 @@ void combine(
       {attention_losses.size(0), attention_losses.size(1)});
   check_contiguous(
       logits_losses, "logits_losses", logits_losses, logits_losses.scalar_type(), {4, logits_losses.size(1)});
-  check_contiguous(parts, "parts", logits_losses, parts.scalar_type(), {6});
+  check_contiguous(call.parts, "parts", logits_losses, call.parts.scalar_type(), {6});
   parameters.attention_losses = attention_losses.data_ptr();
   parameters.logits_losses = logits_losses.data_ptr();
-  parameters.parts = parts.data_ptr();
+  parameters.parts = call.parts.data_ptr();
+  const size_t count = call.scalars.size();
   STD_TORCH_CHECK(
-      scalars.size() == 1 || scalars.size() == 3, "scalars has ", scalars.size(),
+      count == 1 || count == 3, "scalars has ", count,
       " tensors, but one for the total, or three for ce_student, ce_teacher and kd were wanted.");
-  parameters.scalar_count = static_cast<int>(scalars.size());
-  for (int i = 0; i < parameters.scalar_count; ++i) {
-    check_contiguous(scalars[i], "scalars", logits_losses, parts.scalar_type(), {});
-    parameters.scalars[i] = scalars[i].data_ptr();
+  parameters.scalar_count = static_cast<int>(count);
+  for (size_t i = 0; i < count; ++i) {
+    check_contiguous(call.scalars[i], "scalars", logits_losses, call.parts.scalar_type(), {});
+    parameters.scalars[i] = call.scalars[i].data_ptr();
   }
   parameters.attention_count = attention_losses.numel();
   parameters.samples = attention_losses.size(1);
   parameters.rows = logits_losses.size(1);
-  parameters.alpha = alpha;
-  parameters.beta = beta;
-  parameters.has_targets = has_targets;
+  parameters.alpha = call.alpha;
+  parameters.beta = call.beta;
+  parameters.has_targets = call.has_targets;
   const DeviceGuard guard(logits_losses);
   launch(combine_parts, 1, kCombineThreads, 0, guard.stream(), parameters);
 }
+
+FRSKD_CUDA_OPERATION(combine)
+
+}  // namespace
 
 }  // namespace frskd::cuda

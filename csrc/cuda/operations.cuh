@@ -132,14 +132,4 @@ void fusion_backward(
     const std::optional<Tensor>& weight_gradient,  // (K,)
     const std::optional<Tensor>& workspace);
 
-void combine(
-    const Tensor& attention_losses,  // (L, N)
-    const Tensor& logits_losses,     // (4, R)
-    double alpha,
-    double beta,
-    bool has_targets,
-    const Tensor& parts,                // (6,)
-    const std::vector<Tensor>& scalars  // the total, or ce_student, ce_teacher and kd
-);
-
 }  // namespace frskd::cuda

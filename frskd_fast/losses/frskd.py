@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from frskd_fast import _dispatch
-from frskd_fast.ops import _checks, attention, combine, logits
+from frskd_fast.ops import _checks, attention, logits, objective
 
 
 class FRSKDLossParts(NamedTuple):
@@ -152,11 +152,11 @@ class FRSKDLoss(nn.Module):
                 f"student_feats[0] has dtype {students[0].dtype}, but student_logits has {student_logits.dtype} and "
                 "either both or neither in float64 was wanted; cast one of them."
             )
-        name = _dispatch.choose(self.impl, student_logits.device.type, student_logits.dtype)
+        name = _dispatch.choose_for("combine", self.impl, student_logits)
         labels = logits.checked_labels(
             targets, (student_logits,), False, self.ignore_index, check_range=name == "reference"
         )
-        settings = combine.Objective(
+        settings = objective.Objective(
             self.alpha,
             self.beta,
             self.exponent,
@@ -164,7 +164,7 @@ class FRSKDLoss(nn.Module):
         )
         if self.beta == 0.0:
             students = teachers = ()
-        total, parts = combine.objective(student_logits, teacher_logits, labels, students, teachers, settings, name)
+        total, parts = objective.objective(student_logits, teacher_logits, labels, students, teachers, settings, name)
         if return_parts:
             return FRSKDLossParts(total, parts[1], parts[2], parts[3], parts[4])
         return total

@@ -15,7 +15,7 @@ from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.ops import _checks, attention
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import hints as reference
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 MARGINS = ("initial", "live")
 
@@ -213,7 +213,7 @@ class HintLoss(nn.Module):
             # BatchNorm has no statistics of an empty batch; everything that trains still gets its (zero) gradient.
             zeros = [tensor.sum() * 0 for tensor in (*students, *self.linear.parameters())]
             return torch.stack([zero.to(accumulate_dtype(first.dtype)) for zero in zeros]).sum()
-        name = _dispatch.choose(self.impl, first.device.type, first.dtype)
+        name = _dispatch.choose_for("hints", self.impl, first)
         return self.distance(self._adapted(students), [teacher.detach() for teacher in teachers], name == "reference")
 
     def _adapted(self, students: Sequence[Tensor]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from frskd_fast.losses.hints import HintLoss, wide_range
 from frskd_fast.mixing import joint_labels
 from frskd_fast.models._checks import check_positive_integer
 from frskd_fast.ops import _checks, attention, logits
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 PASSES = ("two", "one")
 # The student's feature maps and the self-teacher's.

@@ -17,7 +17,7 @@ from frskd_fast import _dispatch
 from frskd_fast.ops import fusion
 from frskd_fast.reference import fusion as fusion_reference
 from frskd_fast.reference import self_teacher as reference
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 from ._checks import check_features, check_positive_integer
 
@@ -314,13 +314,13 @@ class SelfTeacher(reference.SelfTeacher):
     def refine(self, features: Sequence[Tensor], preact: bool = False) -> list[Tensor]:  # type: ignore[override]
         """The output maps, after their last ReLU or (preact) before it."""
         check_features(features, self.channels)
-        impl = _dispatch.choose("auto", features[0].device.type, features[0].dtype)
-        maps = list(features)
+        impl = _dispatch.choose_for("self_teacher", "auto", features[0])
         # Without kernels the rearranged form would only cost memory.
-        run = None if impl == "reference" else Pass(impl)
-        if impl == "cpu":
-            # Measured: one copy of the features costs far less than resampling and convolving planes.
-            maps = [feature.contiguous(memory_format=torch.channels_last) for feature in maps]
+        run = None if _dispatch.is_plain(impl) else Pass(impl)
+        maps = list(features)
+        memory_format = _dispatch.memory_format_of("self_teacher", impl)
+        if memory_format is not None:
+            maps = [feature.contiguous(memory_format=memory_format) for feature in maps]
         for position, layer in enumerate(self.layers):
             maps = layer(maps, run, preact and position == len(self.layers) - 1)
         if run is not None:

@@ -12,6 +12,7 @@ from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, _library
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import attention as reference
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 REDUCTIONS = ("mean", "sum", "levels", "none")
 
@@ -67,7 +68,7 @@ def _fake_forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     first = students[0]
-    dtype = reference.accumulate_dtype(first.dtype)
+    dtype = accumulate_dtype(first.dtype)
     numel = first.shape[0] * sum(student.shape[2] * student.shape[3] for student in students)
     return (
         first.new_empty((len(students), first.shape[0]), dtype=dtype),
@@ -89,7 +90,7 @@ def _fake_backward(
 
 
 def _fake_map(feature: Tensor, exponent: float, impl: str) -> tuple[Tensor, Tensor]:
-    dtype = reference.accumulate_dtype(feature.dtype)
+    dtype = accumulate_dtype(feature.dtype)
     batch, _, height, width = feature.shape
     return feature.new_empty((batch, height * width), dtype=dtype), feature.new_empty((batch,), dtype=dtype)
 
@@ -220,7 +221,7 @@ def attention_transfer(
     if detach_teacher:
         teachers = tuple(teacher.detach() for teacher in teachers)
     first = students[0]
-    name = _dispatch.choose(impl, first.device.type, first.dtype)
+    name = _dispatch.choose_for("attention", impl, first)
     if name != "reference":
         result: Tensor = _AttentionTransfer.apply(len(students), exponent, reduction, name, *students, *teachers)
         return result
@@ -263,7 +264,7 @@ def attention_map(feature: Any, exponent: float, impl: str) -> Tensor:
     """Checks, choice of implementation and autograd of ``functional.attention_map``."""
     feature = _checks.feature_map(feature, "feature")
     exponent = _checks.attention_exponent(exponent)
-    name = _dispatch.choose(impl, feature.device.type, feature.dtype)
+    name = _dispatch.choose_for("attention", impl, feature)
     if name != "reference":
         result: Tensor = _AttentionMap.apply(feature, exponent, name)
         return result

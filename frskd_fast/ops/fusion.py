@@ -12,7 +12,7 @@ from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, _library
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import fusion as reference
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 DEAD_NODES = ("zero", "uniform")
 MOST_INPUTS = 4
@@ -611,10 +611,8 @@ def weighted_fusion(
             f"weight is on {weight.device}, but inputs[0] is on {maps[0].device} and one device was wanted."
         )
     out_size = _checked_size(maps, resample, size)
-    name = _dispatch.choose(impl, maps[0].device.type, maps[0].dtype)
-    if name == "cpu" and impl == "auto" == _dispatch.forced() and "pool" in resample and maps[0].stride(1) != 1:
-        # Measured: PyTorch pools planes (NCHW) twice as fast as the CPU kernel, which is made for channels_last.
-        name = "reference"
+    form = next((known for known in ("pool", "up") if known in resample), "none")
+    name = _dispatch.choose_for("fusion", impl, maps[0], form)
     folded = [None] * len(maps) if batch_norms is None else list(batch_norms)
     if len(folded) != len(maps):
         raise ValueError(

@@ -12,8 +12,8 @@ from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, _library
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import logits as reference
-from frskd_fast.reference.attention import accumulate_dtype
 from frskd_fast.reference.combine import weighted_mean
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 REDUCTIONS = ("batchmean", "sum", "none")
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -355,7 +355,7 @@ def _is_small(
         and detach_teacher
         and (reduction == "batchmean" or reduction == "sum")
         and torch.is_grad_enabled()
-        and _dispatch.choose(impl, "cpu", student.dtype) == "cpu"
+        and _dispatch.choose("logits", impl, "cpu", student.dtype) == "cpu"
     ):
         return False
     for labels in (targets, targets_b):
@@ -541,7 +541,7 @@ def logit_losses(
         if head:
             _checks.same(students[0], "student_logits[0]", student, f"student_logits{suffix}")
     first = students[0]
-    name = _dispatch.choose(impl, first.device.type, first.dtype)
+    name = _dispatch.choose_for("logits", impl, first)
     labels = checked_labels(targets, students, several, ignore_index, check_range=name == "reference")
     settings = Settings(labels.mix, label_smoothing, _checks.whole_number(ignore_index, "ignore_index"), temperature)
     if name == "reference":

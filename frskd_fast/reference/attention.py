@@ -10,12 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from frskd_fast.reference.dtypes import accumulate_dtype
+
 NORM_FLOOR = 1e-12
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for every other floating dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def attention_map(feature: Tensor, exponent: float = 2.0) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 # The raw functions of all implementations take the position of a name in these tuples.
 RESAMPLES = ("none", "up", "pool")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 # Where so little of a channel lies below zero, its mean there is replaced by three deviations.
 NEGATIVE_SHARE_FLOOR = 0.001

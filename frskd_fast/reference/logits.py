@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from frskd_fast.reference.attention import accumulate_dtype
+from frskd_fast.reference.dtypes import accumulate_dtype
 
 
 def tempered_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

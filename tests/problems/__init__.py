@@ -1,0 +1,40 @@
+"""What every implementation of an operation has to get right, declared once in tests/problems/<operation>.py.
+
+Such a module has `PROBLEMS`, a list of `Problem`s, and, where there are Triton kernels, `COMPILED`, a dict from a name to a
+callable that launches the raw Triton functions with the block shapes of real calls. Whoever tests an implementation (the
+test of the operation, the CUDA emulation, the device check) asks `operations()` and runs what it finds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Protocol
+
+
+class Problem(Protocol):
+    """One call with everything that is to be seen of it: results, gradients, untouched inputs, written memory."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, implementation: str, device: str) -> None:
+        """Raises an AssertionError where `implementation` gets it wrong on `device`."""
+
+
+def operations() -> list[str]:
+    """Names of the operations that have problems."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def module_of(operation: str) -> ModuleType:
+    """The module with the problems of `operation`."""
+    return importlib.import_module(f"{__name__}.{operation}")
+
+
+def problems(operation: str) -> Sequence[Problem]:
+    """The problems of `operation`."""
+    found: Sequence[Problem] = module_of(operation).PROBLEMS
+    return found
