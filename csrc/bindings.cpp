@@ -4,13 +4,6 @@
 
 STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
   m.def(
-      "attention_forward(Tensor[] students, Tensor[] teachers, float exponent, Tensor(a!) losses, "
-      "Tensor(b!)? student_coefficients, Tensor(c!)? teacher_coefficients, Tensor(d!)? workspace) -> ()");
-  m.def(
-      "attention_backward(Tensor grad, float scale, Tensor[] features, Tensor coefficients, float exponent, "
-      "Tensor(a!)[] gradients) -> ()");
-  m.def("attention_map(Tensor feature, float exponent, Tensor(a!) map, Tensor(b!) norm) -> ()");
-  m.def(
       "logits_forward(Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
       "float label_smoothing, int ignore_index, float temperature, Tensor(a!) losses, Tensor(b!) statistics, "
       "Tensor(c!) inverse_valid) -> ()");

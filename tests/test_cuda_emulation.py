@@ -20,6 +20,9 @@ import formulas
 import pytest
 import torch
 from numerics import assert_close
+from problems import Problem
+from problems import attention as attention_problems
+from problems import combine as combine_problems
 from torch import Tensor
 
 from frskd_fast import functional
@@ -201,61 +204,17 @@ def _three_way(
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("multiprocessors", ["1", EVERY_SM_IDLE], ids=["fused", "tiled"])
-@pytest.mark.parametrize("exponent", [2.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention(
-    layout: str, dtype: torch.dtype, exponent: float, multiprocessors: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("problem", attention_problems.PROBLEMS, ids=lambda problem: problem.name)
+def test_attention(problem: Problem, multiprocessors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one multiprocessor a single launch reads, compares and differentiates; with idle ones maps are cut into tiles."""
     monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
-    students, teachers = _pyramids(layout, dtype)
-    count = len(students)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl="cpu"
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
-
-    _three_way(ours, plain, students + teachers, (count, 2))
+    problem.run("cpu", "cpu")
 
 
 @pytest.mark.usefixtures("emulated")
-def test_attention_of_more_levels_than_one_launch_holds() -> None:
-    students = [torch.randn(2, 3, size, size) for size in range(1, 18)]
-    teachers = [torch.randn(2, 2, size, size) for size in range(1, 18)]
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(inputs[:17], inputs[17:], 2.0, "none", detach_teacher=False, impl="cpu")
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:17], inputs[17:])
-
-    _three_way(ours, plain, students + teachers, (17, 2))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("size", [60, 80], ids=["more than 48 KB of shared memory", "too many pixels to fuse"])
-def test_attention_of_large_maps(size: int) -> None:
-    inputs = [torch.randn(1, 2, size, size, dtype=torch.float16), torch.randn(1, 3, size, size, dtype=torch.float16)]
-
-    def ours(pair: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(pair[0], pair[1], 2.0, "none", detach_teacher=False, impl="cpu")
-
-    _three_way(ours, lambda pair: formulas.attention_rows(pair[:1], pair[1:]), inputs, (1, 1))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_map(layout: str, dtype: torch.dtype) -> None:
-    for feature in _pyramids(layout, dtype)[0]:
-        ours = functional.attention_map(feature, impl="cpu")
-        assert_close(
-            ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), str(feature.shape)
-        )
+@pytest.mark.parametrize("problem", combine_problems.PROBLEMS, ids=lambda problem: problem.name)
+def test_combine(problem: Problem) -> None:
+    problem.run("cpu", "cpu")
 
 
 # 8 lanes a row; 32; 256, unpacked and packed; a map with classes last; a map with pixels last; a transposed matrix; (N, K, W).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -179,26 +180,6 @@ def _logits_backward(hostile: Hostile) -> tuple[Any, ...]:
     )
 
 
-def _logits_with_gradients(hostile: Hostile) -> tuple[Any, ...]:
-    rows, classes = hostile.size(), hostile.often(hostile.size(), 1024, 1025)
-    kind = hostile.random.choice(FLOATING)
-    labels = [hostile.layout(torch.randint(max(hostile.often(classes, classes + 5), 1), (rows,))) for _ in range(2)]
-    targets, targets_b = hostile.random.choice([(None, None), (labels[0], None), (labels[0], labels[1])])
-    return (
-        hostile.tensor([rows, classes], kind),
-        hostile.tensor([rows, classes], kind),
-        hostile.often(targets, None, hostile.tensor([rows, classes], kind)),
-        hostile.often(targets_b, None, labels[1]),
-        hostile.number(0.3),
-        hostile.often(0.1, 2.0, float("nan")),
-        hostile.often(-100, 0, 1 << 62, -(1 << 62)),
-        hostile.number(hostile.random.choice([1.0, 2.0, 4.0, 0.7])),
-        hostile.random.random() < 0.5,
-        *(hostile.random.choice([1.0, 0.0, -2.5, float("inf"), float("nan")]) for _ in range(3)),
-        hostile.often(targets is not None and hostile.random.random() < 0.5, True),
-    )
-
-
 def _combine(hostile: Hostile) -> tuple[Any, ...]:
     kind = hostile.random.choice([torch.float32, torch.float64])
     levels, batch, rows = hostile.size(), hostile.size(), hostile.size()
@@ -362,6 +343,17 @@ def _fusion_backward(hostile: Hostile) -> tuple[Any, ...]:
     )
 
 
+def _assert_sentence(error: RuntimeError, operator: Any) -> None:
+    """The message names an argument and says what is wrong with it."""
+    if isinstance(error, NotImplementedError):  # of PyTorch, which found a tensor on another device than the CPU
+        assert operator.name() in str(error)
+        return
+    names = "|".join(argument.name for argument in operator._schema.arguments)
+    # In front of it stand the function and the line that refused.
+    sentence = rf"\w+, \S+:\d+, ({names})(\[\d+\])?,? .*\."
+    assert re.fullmatch(sentence, str(error), re.DOTALL), str(error)
+
+
 @pytest.mark.parametrize(
     ("name", "draw"),
     [
@@ -370,7 +362,6 @@ def _fusion_backward(hostile: Hostile) -> tuple[Any, ...]:
         ("attention_map", _attention_map),
         ("logits_forward", _logits_forward),
         ("logits_backward", _logits_backward),
-        ("logits_with_gradients", _logits_with_gradients),
         ("combine", _combine),
         ("fusion_statistics", _fusion_statistics),
         ("fusion_forward", _fusion_forward),
@@ -389,8 +380,104 @@ def test_hostile_arguments_end_in_a_sentence_or_a_result(name: str, draw: Callab
             operator(*arguments)
             outcomes["result"] += 1
         except (RuntimeError, NotImplementedError) as error:
-            # NotImplementedError: PyTorch found a tensor on another device than the CPU.
-            assert str(error).strip()
+            _assert_sentence(error, operator)
             outcomes["refused"] += 1
     # Both ends of the entry point were reached, else the test would prove nothing.
     assert min(outcomes.values()) > ROUNDS // 20, outcomes
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("students", [torch.zeros(2, 0, 4, 4)], r"students has a level of shape \(2, 0, 4, 4\).* at least one channel"),
+        ("students", [torch.zeros(2, 3, 4)], r"students has shape \(2, 3, 4\), but between 4 and 4 axes"),
+        ("students", [torch.zeros(2, 3, 4, 4).long()], "students has a dtype that is not float32"),
+        ("teachers", [], "teachers has 0 levels, but students has 1"),
+        ("teachers", [torch.zeros(3, 5, 4, 4)], "teachers has another batch size than students"),
+        (
+            "teachers",
+            [torch.zeros(2, 5, 4, 5)],
+            r"teachers\[0\] has shape \(2, 5, 4, 5\), but the pixels of students\[0\]",
+        ),
+        ("teachers", [torch.zeros(2, 5, 4, 4).double()], "teachers has another dtype than the first tensor"),
+        ("exponent", 0.5, "exponent is 0.5, but at least 1 was wanted"),
+        ("exponent", float("nan"), "exponent is nan, but at least 1 was wanted"),
+        ("losses", torch.zeros(3), r"losses has shape \(3\), but 2 contiguous elements"),
+        ("losses", torch.zeros(1, 2).double(), "losses must be float64 for float64 inputs, else float32"),
+        ("student_coefficients", torch.zeros(31), r"student_coefficients has shape \(31\), but 32 contiguous elements"),
+        ("student_coefficients", torch.zeros(64)[::2], "student_coefficients has shape .*32 contiguous elements"),
+        (
+            "teacher_coefficients",
+            torch.zeros(96, dtype=torch.uint8),
+            "teacher_coefficients must be float64 for float64",
+        ),
+    ],
+)
+def test_attention_forward_names_what_is_wrong(name: str, value: Any, message: str) -> None:
+    arguments = {
+        "students": [torch.randn(2, 3, 4, 4)],
+        "teachers": [torch.randn(2, 5, 4, 4)],
+        "exponent": 2.0,
+        "losses": torch.empty(1, 2),
+        "student_coefficients": torch.empty(32),
+        "teacher_coefficients": None,
+        "workspace": None,
+    }
+    OPERATORS.attention_forward.default(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
+        OPERATORS.attention_forward.default(*(arguments | {name: value}).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grad", torch.zeros(2, 1), r"grad has shape \(2, 1\), but \(levels, batch\) = \(1, 2\)"),
+        ("grad", torch.zeros(1, 2).double(), "grad has shape .* in the accumulate dtype"),
+        ("features", [torch.zeros(2, 3, 0, 4)], "features has a level of shape"),
+        ("coefficients", torch.zeros(16), r"coefficients has shape \(16\), but 32 contiguous elements"),
+        ("exponent", float("inf"), "exponent is inf"),
+        ("gradients", [], "gradients has 0 levels, but features has 1"),
+        ("gradients", [torch.zeros(2, 3, 4, 5)], r"gradients\[0\] has shape \(2, 3, 4, 5\), but that of features\[0\]"),
+        ("gradients", [torch.zeros(2, 3, 4, 4).half()], "gradients has another dtype"),
+    ],
+)
+def test_attention_backward_names_what_is_wrong(name: str, value: Any, message: str) -> None:
+    arguments = {
+        "grad": torch.ones(1, 2),
+        "scale": 1.0,
+        "features": [torch.randn(2, 3, 4, 4)],
+        "coefficients": torch.zeros(32),
+        "exponent": 2.0,
+        "gradients": [torch.zeros(2, 3, 4, 4)],
+    }
+    OPERATORS.attention_backward.default(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
+        OPERATORS.attention_backward.default(*(arguments | {name: value}).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("attention_losses", torch.zeros(4), r"attention_losses must be \(levels, batch\).*\(4\) and \(4, 7\)"),
+        ("logits_losses", torch.zeros(3, 7), r"logits_losses \(4, rows\), but they have shapes \(2, 3\) and \(3, 7\)"),
+        ("logits_losses", torch.zeros(4, 7).half(), "logits_losses must be float32 or float64"),
+        ("attention_losses", torch.zeros(2, 3).double(), "attention_losses must be float64 for float64 inputs"),
+        ("attention_losses", torch.zeros(3, 2).t(), "attention_losses has shape .*6 contiguous elements"),
+        ("parts", torch.zeros(5), r"parts has shape \(5\), but 6 contiguous elements"),
+        ("scalars", [], "scalars has 0 tensors, but one for the total, or three"),
+        ("scalars", [torch.zeros(2)], r"scalars has shape \(2\), but 1 contiguous elements"),
+    ],
+)
+def test_combine_names_what_is_wrong(name: str, value: Any, message: str) -> None:
+    arguments = {
+        "attention_losses": torch.rand(2, 3),
+        "logits_losses": torch.rand(4, 7),
+        "alpha": 2.0,
+        "beta": 100.0,
+        "has_targets": True,
+        "parts": torch.empty(6),
+        "scalars": [torch.empty(())],
+    }
+    OPERATORS.combine.default(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
+        OPERATORS.combine.default(*(arguments | {name: value}).values())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import formulas
+import problems
 import pytest
 import torch
 from numerics import assert_close, largest_error
@@ -96,40 +97,15 @@ def _three_way(
         assert torch.equal(tensor.nan_to_num(), copy.nan_to_num()), "an input was written to"
 
 
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("batch", [2, 160], ids=["few samples", "many samples"])
-@pytest.mark.parametrize("exponent", [2.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention(layout: str, dtype: torch.dtype, exponent: float, batch: int, impl: str) -> None:
-    """Few samples take the tiled plan of the CUDA kernels, many the fused one."""
+@pytest.mark.parametrize(
+    ("operation", "problem"),
+    [(operation, problem) for operation in problems.operations() for problem in problems.problems(operation)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_problems(operation: str, problem: problems.Problem, impl: str) -> None:
+    dtype = getattr(problem, "dtype", torch.float32)
     _skip_unsupported(impl, dtype)
-    change = LAYOUTS[layout]
-    students = [change(torch.randn(batch, c, h, w, device="cuda").to(dtype)) for c, _, h, w in LEVELS]
-    teachers = [change(torch.randn(batch, d, h, w, device="cuda").to(dtype)) for _, d, h, w in LEVELS]
-    count = len(LEVELS)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl=impl
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
-
-    _three_way(ours, plain, students + teachers, (count, batch))
-    assert frskd_fast.last_impl()["attention"] == impl
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_map(layout: str, dtype: torch.dtype, impl: str) -> None:
-    _skip_unsupported(impl, dtype)
-    for c, _, h, w in LEVELS:
-        feature = LAYOUTS[layout](torch.randn(3, c, h, w, device="cuda").to(dtype))
-        ours = functional.attention_map(feature, impl=impl)
-        assert_close(ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), f"{(c, h, w)}")
+    problem.run(impl, "cuda")
 
 
 def _normal(*shape: int) -> Tensor:

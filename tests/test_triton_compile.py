@@ -17,30 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import problems
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-
-def _attention(layout: str, dtype: torch.dtype, exponent: float, batch: int = 2, device: str = "cpu") -> None:
-    """A wide level, a deep one, and one of ImageNet's whose 196 pixels are no multiple of 16."""
-    from frskd_fast.kernels import attention
-
-    sizes = ((64, 32, 32), (512, 4, 4), (256, 14, 14)) if exponent == 2.0 and device == "cpu" else ((64, 32, 32),)
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    features = [torch.empty(batch, *size, dtype=dtype, device=device, memory_format=memory_format) for size in sizes]
-    losses, coefficients, _ = attention.forward(features, features, exponent, True, True)
-    assert coefficients is not None
-    attention.backward(losses, 1.0, features, coefficients, exponent)
-
-
-def _attention_map() -> None:
-    from frskd_fast.kernels import attention
-
-    attention.attention_map(torch.zeros(2, 64, 32, 32), 2.0)
 
 
 def _logits(
@@ -104,22 +87,11 @@ def _fusion(
     fusion.backward(out, *node, sums, *settings, [True] * len(sizes), not normalised)
 
 
-def _combine(rows: int) -> None:
-    from frskd_fast.kernels import combine
-
-    for split in (False, True):
-        combine.forward(torch.zeros(4, 128), torch.zeros(4, rows), 2.0, 100.0, True, split)
-
-
 CASES: dict[str, Callable[[], None]] = {
-    "attention nchw float32": lambda: _attention("nchw", torch.float32, 2.0),
-    "attention nchw bfloat16": lambda: _attention("nchw", torch.bfloat16, 2.0),
-    "attention channels_last float32": lambda: _attention("channels_last", torch.float32, 2.0),
-    "attention channels_last bfloat16": lambda: _attention("channels_last", torch.bfloat16, 2.0),
-    "attention p=2.3": lambda: _attention("nchw", torch.float32, 2.3),
-    "attention float64": lambda: _attention("nchw", torch.float64, 2.0),
-    "attention, 64-bit offsets": lambda: _attention("nchw", torch.float32, 2.0, batch=40_000, device="meta"),
-    "attention map": _attention_map,
+    f"{operation}, {name}": launch
+    for operation in problems.operations()
+    for name, launch in getattr(problems.module_of(operation), "COMPILED", {}).items()
+} | {
     "logits 128x100 float32": lambda: _logits((128, 100), torch.float32, "indices"),
     "logits 128x100 bfloat16, two labels": lambda: _logits((128, 100), torch.bfloat16, "two", smoothing=0.1),
     "logits 128x100 T=10, probabilities": lambda: _logits((128, 100), torch.float32, "probabilities", 10.0, 0.1),
@@ -134,8 +106,6 @@ CASES: dict[str, Callable[[], None]] = {
     "fusion, normalised, bfloat16": lambda: _fusion((14, 7), torch.bfloat16, channels_last=True, normalised=True),
     "fusion, pooled, SiLU, float32": lambda: _fusion((16, 16, 32), torch.float32, act=2),
     "fusion float64, 64-bit offsets": lambda: _fusion((32, 16), torch.float64, batch=40_000, device="meta"),
-    "combine": lambda: _combine(128),
-    "combine, many rows": lambda: _combine(200_000),
 }
 
 

@@ -119,7 +119,7 @@ void scale_sample(
 }
 
 template <typename T, typename A>
-void attention_backward_typed(const AttentionBackward& call, ParallelFor run, int threads) {
+void attention_backward_typed(const AttentionBackwardCall& call, ParallelFor run, int threads) {
   const int64 largest = largest_map(call.features, call.levels);
   // Few samples: split the channels as well.
   const int64 splits =
@@ -150,7 +150,7 @@ void attention_backward_typed(const AttentionBackward& call, ParallelFor run, in
   });
 }
 
-void attention_backward(const AttentionBackward& call, Element element, ParallelFor run, int threads) {
+void attention_backward(const AttentionBackwardCall& call, Element element, ParallelFor run, int threads) {
   with_element(element, [&](auto type, auto number) {
     attention_backward_typed<decltype(type), decltype(number)>(call, run, threads);
   });

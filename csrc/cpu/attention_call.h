@@ -6,7 +6,7 @@
 
 namespace frskd {
 
-struct AttentionForward {
+struct AttentionForwardCall {
   const Map* students;
   const Map* teachers;
   std::int64_t levels;
@@ -17,7 +17,7 @@ struct AttentionForward {
   void* teacher_coefficients;
 };
 
-struct AttentionBackward {
+struct AttentionBackwardCall {
   const void* grad;  // (levels, batch)
   std::int64_t grad_stride_level;
   std::int64_t grad_stride_sample;
@@ -31,7 +31,7 @@ struct AttentionBackward {
   bool stream;  // the gradients together do not fit the cache
 };
 
-struct AttentionMap {
+struct AttentionMapCall {
   Map feature;
   std::int64_t batch;
   double exponent;
@@ -40,9 +40,9 @@ struct AttentionMap {
 };
 
 struct AttentionKernels {
-  void (*forward)(const AttentionForward&, Element, ParallelFor, int threads);
-  void (*backward)(const AttentionBackward&, Element, ParallelFor, int threads);
-  void (*map)(const AttentionMap&, Element, ParallelFor, int threads);
+  void (*forward)(const AttentionForwardCall&, Element, ParallelFor, int threads);
+  void (*backward)(const AttentionBackwardCall&, Element, ParallelFor, int threads);
+  void (*map)(const AttentionMapCall&, Element, ParallelFor, int threads);
 };
 FRSKD_DECLARE_KERNELS(AttentionKernels)
 

@@ -42,7 +42,7 @@ A normalise(A* map, int64 pixels, int64 channels) {
 // Loss and coefficients of one (level, sample) from the channel sums of both sides, which become q in place.
 template <typename A>
 void finish_sample(
-    const AttentionForward& call, int64 level, int64 sample, int64 level_offset, A* student, A* teacher) {
+    const AttentionForwardCall& call, int64 level, int64 sample, int64 level_offset, A* student, A* teacher) {
   constexpr int64 width = Lanes<A>::kWidth;
   const Map& map = call.students[level];
   const int64 pixels = map.height * map.width;
@@ -78,7 +78,7 @@ void finish_sample(
 }
 
 template <typename T, typename A>
-void attention_forward_typed(const AttentionForward& call, ParallelFor run, int threads) {
+void attention_forward_typed(const AttentionForwardCall& call, ParallelFor run, int threads) {
   if (call.batch >= threads) {
     const int64 largest = largest_map(call.students, call.levels);
     const int64 work = sample_elements(call.students, call.levels) + sample_elements(call.teachers, call.levels);
@@ -135,7 +135,7 @@ void attention_forward_typed(const AttentionForward& call, ParallelFor run, int 
 }
 
 template <typename T, typename A>
-void attention_map_typed(const AttentionMap& call, ParallelFor run, int) {
+void attention_map_typed(const AttentionMapCall& call, ParallelFor run, int) {
   const int64 pixels = pixels_of(call.feature);
   parallel(run, call.batch, grain_for(call.feature.channels * pixels), [&](int64 begin, int64 end) {
     for (int64 sample = begin; sample < end; ++sample) {
@@ -146,13 +146,13 @@ void attention_map_typed(const AttentionMap& call, ParallelFor run, int) {
   });
 }
 
-void attention_forward(const AttentionForward& call, Element element, ParallelFor run, int threads) {
+void attention_forward(const AttentionForwardCall& call, Element element, ParallelFor run, int threads) {
   with_element(element, [&](auto type, auto number) {
     attention_forward_typed<decltype(type), decltype(number)>(call, run, threads);
   });
 }
 
-void attention_map(const AttentionMap& call, Element element, ParallelFor run, int threads) {
+void attention_map(const AttentionMapCall& call, Element element, ParallelFor run, int threads) {
   with_element(element, [&](auto type, auto number) {
     attention_map_typed<decltype(type), decltype(number)>(call, run, threads);
   });

@@ -5,9 +5,6 @@
 #include "operations.cuh"
 
 STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CUDA, m) {
-  m.impl("attention_forward", TORCH_BOX(&frskd::cuda::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&frskd::cuda::attention_backward));
-  m.impl("attention_map", TORCH_BOX(&frskd::cuda::attention_map));
   m.impl("logits_forward", TORCH_BOX(&frskd::cuda::logits_forward));
   m.impl("logits_backward", TORCH_BOX(&frskd::cuda::logits_backward));
   m.impl("fusion_statistics", TORCH_BOX(&frskd::cuda::fusion_statistics));

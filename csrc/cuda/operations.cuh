@@ -12,32 +12,6 @@ namespace frskd::cuda {
 
 using torch::stable::Tensor;
 
-void attention_forward(
-    const std::vector<Tensor>& students,  // L x (N, C_l, H_l, W_l)
-    const std::vector<Tensor>& teachers,  // L x (N, D_l, H_l, W_l)
-    double exponent,
-    const Tensor& losses,                               // (L, N)
-    const std::optional<Tensor>& student_coefficients,  // (N * sum_l H_l * W_l,)
-    const std::optional<Tensor>& teacher_coefficients,  // (N * sum_l H_l * W_l,)
-    const std::optional<Tensor>& workspace              // (2 * N * sum_l H_l * W_l,)
-);
-
-void attention_backward(
-    const Tensor& grad,  // (L, N), any strides
-    double scale,
-    const std::vector<Tensor>& features,  // L x (N, C_l, H_l, W_l)
-    const Tensor& coefficients,           // (N * sum_l H_l * W_l,)
-    double exponent,
-    const std::vector<Tensor>& gradients  // as features
-);
-
-void attention_map(
-    const Tensor& feature,  // (N, C, H, W)
-    double exponent,
-    const Tensor& map,  // (N, H * W)
-    const Tensor& norm  // (N,)
-);
-
 void logits_forward(
     const std::vector<Tensor>& students,   // heads x (N, K[, H[, W]])
     const std::vector<Tensor>& teachers,   // the same, or empty
