@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from problems._maps import poisoned
+from problems._memory import poisoned_memory
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on CPU tensors, interpreted.
@@ -32,5 +32,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
     """Fresh memory holds NaN, or from the C library huge numbers, so that an output a kernel forgets to write is caught."""
-    with poisoned():
+    with poisoned_memory():
         yield

@@ -99,7 +99,7 @@ def _three_way(
 
 @pytest.mark.parametrize(
     ("operation", "problem"),
-    [(operation, problem) for operation in problems.operations() for problem in problems.problems(operation)],
+    [(operation, problem) for operation in problems.operations() for problem in problems.of_kernels(operation)],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_problems(operation: str, problem: problems.Problem, impl: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from frskd_fast import _dispatch, last_impl
 from frskd_fast.ops.combine import combine
 from frskd_fast.reference import combine as reference
-from problems._maps import poisoned
+from problems._memory import poisoned_memory
 
 ALPHA, BETA = 2.0, 100.0
 PARTS = ("total", "ce_student", "ce_teacher", "kd", "feature", "inverse_valid")
@@ -46,7 +46,7 @@ def solve(attention_losses: Tensor, logits_losses: Tensor, has_targets: bool, im
     name = _dispatch.choose_for("combine", implementation, logits_losses)
     if _dispatch.is_plain(name):
         return _by_reference(attention_losses, logits_losses, has_targets)
-    with poisoned():
+    with poisoned_memory():
         parts, (total,) = combine(attention_losses, logits_losses, ALPHA, BETA, has_targets, False, name)
         again, apart = combine(attention_losses, logits_losses, ALPHA, BETA, has_targets, True, name)
     assert last_impl()["combine"] == name
