@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import formulas
 import problems
 import pytest
 import torch
@@ -85,42 +84,6 @@ def test_problems(operation: str, problem: problems.Problem, impl: str) -> None:
     torch.manual_seed(0)
     problem.run(impl, "cuda")
     assert frskd_fast.last_impl().get(operation, impl) == impl
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("batch", [2, 160], ids=["few samples", "many samples"])
-@pytest.mark.parametrize("exponent", [2.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention(layout: str, dtype: torch.dtype, exponent: float, batch: int, impl: str) -> None:
-    """Few samples take the tiled plan of the CUDA kernels, many the fused one."""
-    _skip_unsupported(impl, dtype)
-    change = LAYOUTS[layout]
-    students = [change(torch.randn(batch, c, h, w, device="cuda").to(dtype)) for c, _, h, w in LEVELS]
-    teachers = [change(torch.randn(batch, d, h, w, device="cuda").to(dtype)) for _, d, h, w in LEVELS]
-    count = len(LEVELS)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl=impl
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
-
-    _three_way(ours, plain, students + teachers, (count, batch))
-    assert frskd_fast.last_impl()["attention"] == impl
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_map(layout: str, dtype: torch.dtype, impl: str) -> None:
-    _skip_unsupported(impl, dtype)
-    for c, _, h, w in LEVELS:
-        feature = LAYOUTS[layout](torch.randn(3, c, h, w, device="cuda").to(dtype))
-        ours = functional.attention_map(feature, impl=impl)
-        assert_close(ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), f"{(c, h, w)}")
 
 
 def _normal(*shape: int) -> Tensor:
