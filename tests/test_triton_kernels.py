@@ -178,7 +178,7 @@ def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def of_every_operation() -> list[Any]:
     """All problems as parameters; interpreted, which is slow, no more than about 32 of each operation's, spread evenly."""
     found = []
-    for operation in problems.operations():
+    for operation in filter(lambda name: _dispatch.implements(name, "triton"), problems.operations()):
         plain = problems.problems(operation)
         step = max(1, len(plain) // 32) if INTERPRETED else 1
         for problem in [*plain[::step], *problems.of_kernels(operation)[len(plain) :]]:
