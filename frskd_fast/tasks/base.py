@@ -100,13 +100,6 @@ class Task(nn.Module):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(images, targets)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimiser is built with: groups of the parameters that train, with settings of their own if need be."""
-        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
-
-    def start_epoch(self, epoch: int, epochs: int | None) -> None:
-        """Told before the first step of `epoch`, counted from 0, of `epochs` (None: not known); for weights that ramp up."""
-
     def student(self) -> Student:
         """The student alone, `student(images) -> logits`; it shares the task's modules.
 
