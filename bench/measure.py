@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bench import breakdown, memory
 from bench.call import Call, place
-from bench.case import DTYPES, Case, Operands, Selection
+from bench.case import DTYPES, Case, Selection
 from bench.cases import SUITES, cases_of
 from bench.correctness import Judge, agrees_in_float64
 from bench.names import BASELINES, DEFAULT_IMPLEMENTATIONS, is_compiled, is_ours
@@ -106,12 +107,11 @@ def run_references(case: Case, device: str) -> dict[str, str]:
     """Have every operation of the case run by the reference once, so that what "auto" picks next shows; `last_impl()` then."""
     import frskd_fast
 
-    of_operations = [
-        case,
-        *(first for suite in case.operations if suite in SUITES for first in cases_of(suite, SMALL)[:1]),
-    ]
-    for one in of_operations:
-        Call(one, one.ours("reference"), place(one.tiny(), one, torch.float32, device))()
+    for suite in (case.suite, *case.operations):
+        for one in [case] if suite == case.suite else cases_of(suite, SMALL)[:1] if suite in SUITES else []:
+            # Of two commits one may lack what the case of an operation calls; `picked` knows what was not touched.
+            with contextlib.suppress(Exception):
+                Call(one, one.ours("reference"), place(one.tiny(), one, torch.float32, device))()
     return frskd_fast.last_impl()
 
 
@@ -200,23 +200,20 @@ def host_time(case: Case, name: str, call: Call, settings: Settings) -> float | 
 
 
 def in_float32(case: Case, calls: dict[str, Call], settings: Settings) -> dict[str, Call]:
-    """Ours on the same operands in float32.
+    """Ours on the same operands in float32, where the case is one of half precision; a network has none.
 
     Memory that is fast in one minute and slow in the next would decide a ratio of two cases measured apart.
     """
-    found = {}
+    if case.dtype == "fp32" or case.chain:
+        return {}
     single = replace(case, dtype="fp32")
-    for name, call in calls.items():
-        if case.dtype == "fp32" or case.chain or not is_ours(name):
-            continue
-        try:
-            operands: Operands = place(case.operands(), single, torch.float32, settings.device)
-            twin = Call(single, call.function, operands)
-            twin()
-        except RuntimeError:
-            continue  # twice the memory may be too much
-        found[name] = twin
-    return found
+    with contextlib.suppress(RuntimeError):  # twice the memory may be too much
+        operands = place(case.operands(), single, torch.float32, settings.device)
+        ours = {name: Call(single, call.function, operands) for name, call in calls.items() if is_ours(name)}
+        for call in ours.values():
+            call()
+        return {f"{name} float32": call for name, call in ours.items()}
+    return {}
 
 
 def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> list[Row]:
@@ -224,8 +221,8 @@ def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> l
     prepared = prepare(case, settings)
     calls, rows = prepared.calls, prepared.rows
     copy_rate = copy.measure() if case.bytes_moved else None
-    singles = {f"{name} float32": twin for name, twin in in_float32(case, calls, settings).items()}
-    samples = interleave({**calls, **singles}, clock, settings.target_seconds, settings.repeats) if calls else {}
+    every = {**calls, **in_float32(case, calls, settings)}
+    samples = interleave(every, clock, settings.target_seconds, settings.repeats) if every else {}
     for name, call in calls.items():
         row = rows[name]
         times = sorted(milliseconds for milliseconds, _ in samples[name])
@@ -246,15 +243,15 @@ def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> l
             row.images_per_second = 1e3 * case.images / row.ms
             if settings.parts and " " not in name and not is_compiled(name):
                 row.parts_ms = {part: share * row.ms for part, share in breakdown.shares_of(call).items()}
-    compare(case, rows, settings)
+    fill_in_ratios(case, rows, settings)
     for name, call in calls.items():
         # last, because it compiles anew
         rows[name].host_us = None if case.images else host_time(case, name, call, settings)
     return list(rows.values())
 
 
-def compare(case: Case, rows: dict[str, Row], settings: Settings) -> None:
-    """Fill in the ratios of the timed rows."""
+def fill_in_ratios(case: Case, rows: dict[str, Row], settings: Settings) -> None:
+    """What one timed row says of another."""
     timed: dict[str, Any] = {name: row.ms for name, row in rows.items() if row.ms is not None}
     if case.chain and (case.dtype, case.layout) == ("fp32", "nchw") and "eager" in timed:
         settings.shipped_ms[case.suite, case.shape] = timed["eager"]

@@ -92,6 +92,8 @@ def one_name_each(lines: list[str]) -> list[str]:
 
 def on_docstring(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Docstrings are written to be read in an editor: tables are Markdown's, formulas are plain."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()  # what Python says of a NamedTuple's field
     lines[:] = one_name_each(lines)
     lines[:] = tables_as_restructured_text([line if line.lstrip().startswith("|") else escaped(line) for line in lines])
 

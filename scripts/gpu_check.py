@@ -12,7 +12,6 @@ the operations' problems on the CPU and prints the commands that only a GPU coul
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -249,10 +248,12 @@ def exercise(device: str) -> None:
     import torch
 
     sys.path.insert(0, str(ROOT / "tests"))
+    import problems
+
     count = 0
-    for path in sorted((ROOT / "tests" / "problems").glob("[!_]*.py")):
-        for problem in importlib.import_module(f"problems.{path.stem}").PROBLEMS:
-            print(f"{path.stem}: {problem.name}", flush=True)
+    for operation in problems.operations():
+        for problem in problems.problems(operation):
+            print(f"{operation}: {problem.name}", flush=True)
             problem.run(device, device)  # an implementation is called as its device is
             count += 1
     if device == "cuda":

@@ -28,11 +28,12 @@ def exercise(tree: Path) -> subprocess.CompletedProcess[str]:
 def test_every_file_of_problems_is_exercised(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "gpu_check.py", tmp_path / "scripts")
+    folder = tmp_path / "tests" / "problems"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "problems" / "__init__.py", folder)
     none = exercise(tmp_path)
     assert none.returncode == 0 and "declares no problem" in none.stdout
 
-    folder = tmp_path / "tests" / "problems"
-    folder.mkdir(parents=True)
     for name in ("first", "second"):
         (folder / f"{name}.py").write_text(PROBLEM.format(result=4), encoding="utf-8")
     both = exercise(tmp_path)
