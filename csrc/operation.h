@@ -112,7 +112,7 @@ struct Boxed;
 template <typename Arguments, void (*function)(const Arguments&)>
 struct Boxed<function> {
   static std::string schema(const char* name) {
-    Arguments arguments{};
+    Arguments arguments;
     SchemaWriter writer;
     arguments.visit_inputs(writer);
     writer.writes = true;
@@ -121,7 +121,7 @@ struct Boxed<function> {
   }
 
   static void call(StableIValue* stack, std::uint64_t, std::uint64_t) {
-    Arguments arguments{};
+    Arguments arguments;
     StackReader reader(stack);
     arguments.visit_inputs(reader);
     arguments.visit_outputs(reader);

@@ -194,15 +194,13 @@ def weighted_fusion(
     *,
     resample: Any = None,
     pre: str = "relu",
-    act: str = "none",
     weighting: str = "relu",
     epsilon: float = 1e-6,
-    dead_node: str = "zero",
     size: Any = None,
     batch_norms: Any = None,
     impl: str = "auto",
 ) -> Tensor:
-    """act( sum_i w^_i * pre( resample_i( batch_norm_i(x_i) ) ) ): one node of a BiFPN in one operation each way.
+    """sum_i w^_i * pre( resample_i( batch_norm_i(x_i) ) ): one node of a BiFPN in one operation each way.
 
     Args:
         inputs: list of K = 1 to 4 maps (N, C, H_i, W_i); one dtype (float32, bfloat16, float16 or float64), any strides.
@@ -210,11 +208,8 @@ def weighted_fusion(
         resample: K of ``"none"``, ``"up"`` (nearest neighbour to the output's size) and ``"pool"`` (3x3 maximum of stride 2
             over the zero-padded map, size halved and rounded up); None: nothing is resampled.
         pre: ``"none"``, ``"relu"`` or ``"silu"``, applied to each input.
-        act: the same, applied to the sum.
         weighting: w^ = ``"relu"``: relu(w) / (sum relu(w) + epsilon), ``"softmax"``: softmax(w), ``"sum"``: 1.
         epsilon: 1e-6 in FRSKD, 1e-4 in EfficientDet.
-        dead_node: what ``"relu"`` gives where no weight is positive: ``"zero"``, as the original, or ``"uniform"``, equal
-            weights with the gradient of softmax, so that the node can recover.
         size: (H, W) of the output; None: that of the first input that is not up-sampled.
         batch_norms: K of nn.BatchNorm2d or None, folded into the reading of raw convolution outputs: batch statistics and
             running updates in training mode, running statistics in eval mode. Other modules (SyncBatchNorm) run as they are.
@@ -236,6 +231,4 @@ def weighted_fusion(
 
     Source: Tan et al., CVPR 2020, section 3.3; FRSKD (arXiv 2103.08273), section 3.1, whose ReLU comes before the weight.
     """
-    return _fusion.weighted_fusion(
-        inputs, weight, resample, pre, act, weighting, epsilon, dead_node, size, batch_norms, impl
-    )
+    return _fusion.weighted_fusion(inputs, weight, resample, pre, weighting, epsilon, size, batch_norms, impl)

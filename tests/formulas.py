@@ -61,27 +61,19 @@ def frskd_loss(
     return loss
 
 
-def fusion_weights(weight: Tensor, weighting: str, epsilon: float, dead_node: str) -> Tensor:
-    """w^ (K,): ones, softmax(w), or relu(w) / (sum relu(w) + epsilon); equal shares with softmax's slope for a dead node."""
+def fusion_weights(weight: Tensor, weighting: str, epsilon: float) -> Tensor:
+    """w^ (K,): ones, softmax(w), or relu(w) / (sum relu(w) + epsilon)."""
     if weighting == "sum":
         return torch.ones_like(weight)
     if weighting == "softmax":
         return weight.exp() / weight.exp().sum()
-    if dead_node == "uniform" and not bool((weight > 0).any()):
-        step = weight - weight.detach()
-        return (1 + step - step.mean()) / weight.numel()
     return F.relu(weight) / (F.relu(weight).sum() + epsilon)
 
 
 def weighted_fusion(
-    inputs: Sequence[Tensor],
-    normalised_weight: Tensor,
-    resample: Sequence[str],
-    pre: str,
-    act: str,
-    size: Sequence[int],
+    inputs: Sequence[Tensor], normalised_weight: Tensor, resample: Sequence[str], pre: str, size: Sequence[int]
 ) -> Tensor:
-    """act( sum_i w^_i * pre( resample_i(x_i) ) ) of maps that have been through their BatchNorm."""
+    """sum_i w^_i * pre( resample_i(x_i) ) of maps that have been through their BatchNorm."""
     functions = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}
     maps = []
     for x, name in zip(inputs, resample, strict=True):
@@ -90,5 +82,4 @@ def weighted_fusion(
         elif name == "pool":
             x = F.max_pool2d(F.pad(x, (x.shape[3] % 2, 1, x.shape[2] % 2, 1)), 3, stride=2)
         maps.append(functions[pre](x))
-    weighted = [w * x for w, x in zip(normalised_weight, maps, strict=True)]
-    return functions[act](torch.stack(weighted).sum(0))
+    return torch.stack([w * x for w, x in zip(normalised_weight, maps, strict=True)]).sum(0)

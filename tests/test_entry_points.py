@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -176,33 +177,13 @@ def _logits_backward(hostile: Hostile) -> tuple[Any, ...]:
         grads,
         *strides,
         scales,
-        hostile.often(hostile.working(count, kind), None),
         *heads["inputs"],
-        hostile.working(6 * rows, kind),
         hostile.working(4 * rows, kind),
+        hostile.working(6 * rows, kind),
+        hostile.often(hostile.working(count, kind), None),
         hostile.random.random() < 0.5,
         like(heads["students"]),
         like(heads["teachers"]),
-    )
-
-
-def _logits_with_gradients(hostile: Hostile) -> tuple[Any, ...]:
-    rows, classes = hostile.size(), hostile.often(hostile.size(), 1024, 1025)
-    kind = hostile.random.choice(FLOATING)
-    labels = [hostile.layout(torch.randint(max(hostile.often(classes, classes + 5), 1), (rows,))) for _ in range(2)]
-    targets, targets_b = hostile.random.choice([(None, None), (labels[0], None), (labels[0], labels[1])])
-    return (
-        hostile.tensor([rows, classes], kind),
-        hostile.tensor([rows, classes], kind),
-        hostile.often(targets, None, hostile.tensor([rows, classes], kind)),
-        hostile.often(targets_b, None, labels[1]),
-        hostile.number(0.3),
-        hostile.often(0.1, 2.0, float("nan")),
-        hostile.often(-100, 0, 1 << 62, -(1 << 62)),
-        hostile.number(hostile.random.choice([1.0, 2.0, 4.0, 0.7])),
-        hostile.random.random() < 0.5,
-        *(hostile.random.choice([1.0, 0.0, -2.5, float("inf"), float("nan")]) for _ in range(3)),
-        hostile.often(targets is not None and hostile.random.random() < 0.5, True),
     )
 
 
@@ -255,7 +236,6 @@ class _FusionNode:
         self.settings = (
             hostile.often(self.resamples, self.resamples[:-1], [3] * self.count, [-1] * self.count),
             *(hostile.often(hostile.random.randrange(3), -1, 3, 1 << 40) for _ in range(2)),
-            hostile.often(hostile.random.randrange(4), -1, 4, 1 << 40),
             hostile.number(1e-4),
         )
 
@@ -269,6 +249,10 @@ class _FusionNode:
             for normalised in self.normalised
         ]
         return made if hostile.random.random() < 0.98 else made[:-1]
+
+    def sums(self, hostile: Hostile) -> list[Tensor]:
+        """Of each normalised input two numbers a channel, to be written."""
+        return [hostile.working(2 * self.channels if normalised else 0, self.kind) for normalised in self.normalised]
 
 
 def _fusion_statistics(hostile: Hostile) -> tuple[Any, ...]:
@@ -297,49 +281,29 @@ def _convolved_node(hostile: Hostile) -> _FusionNode:
     if hostile.random.random() < 0.9:
         *node.inputs, node.out = channels_last
         node.tensors = (node.inputs, *node.tensors[1:])
-    if hostile.random.random() < 0.9:
-        node.settings = (node.settings[0], node.settings[1], 0, *node.settings[3:])
     return node
 
 
-def _fusion_forward_depthwise(hostile: Hostile) -> tuple[Any, ...]:
-    hostile.right = 0.98
+def _fused_convolution_forward(hostile: Hostile) -> tuple[Any, ...]:
     node = _convolved_node(hostile)
-    return *node.tensors, *node.settings, node.out, hostile.working(9 * node.channels, node.kind)
+    return *node.tensors, *node.settings, hostile.working(9 * node.channels, node.kind), node.out
 
 
-def _fusion_backward_sums_depthwise(hostile: Hostile) -> tuple[Any, ...]:
-    hostile.right = 0.98
+def _fused_convolution_backward_sums(hostile: Hostile) -> tuple[Any, ...]:
     node = _convolved_node(hostile)
-    sums = [
-        hostile.working(2 * node.channels, node.kind) if normalised else torch.zeros(0, dtype=node.kind)
-        for normalised in node.normalised
-    ]
-    weight_gradient = hostile.working(node.count, node.kind)
     kernel, kernel_gradient = (hostile.working(9 * node.channels, node.kind) for _ in range(2))
     map_gradient = torch.zeros_like(node.out) if node.out.device.type == "cpu" else node.out
     map_gradient = hostile.often(map_gradient, map_gradient[..., :1], map_gradient.double(), map_gradient[:0])
-    return (
-        node.out,
-        *node.tensors,
-        *node.settings,
-        sums,
-        weight_gradient,
-        None,
-        hostile.often(kernel, None),
-        hostile.often(kernel_gradient, None),
-        hostile.often(map_gradient, None),
-    )
+    weight_gradient = hostile.working(node.count, node.kind)
+    sums = hostile.often(node.sums(hostile), node.sums(hostile)[:-1])
+    return node.out, *node.tensors, *node.settings, kernel, sums, weight_gradient, kernel_gradient, map_gradient
 
 
 def _fusion_backward_sums(hostile: Hostile) -> tuple[Any, ...]:
     node = _FusionNode(hostile)
-    sums = [
-        hostile.working(2 * node.channels, node.kind) if normalised else torch.zeros(0, dtype=node.kind)
-        for normalised in node.normalised
-    ]
     weight_gradient = hostile.working(node.count, node.kind)
-    return node.out, *node.tensors, *node.settings, hostile.often(sums, sums[:-1]), weight_gradient, None
+    sums = hostile.often(node.sums(hostile), node.sums(hostile)[:-1])
+    return node.out, *node.tensors, *node.settings, sums, weight_gradient, None
 
 
 def _fusion_backward(hostile: Hostile) -> tuple[Any, ...]:
@@ -369,6 +333,13 @@ def _fusion_backward(hostile: Hostile) -> tuple[Any, ...]:
     )
 
 
+def _assert_names_an_argument(operator: Any, message: str) -> None:
+    """ "function, file:line, argument[position] ..., but ... wanted.": the sentence of an entry point."""
+    names = "|".join(argument.name for argument in operator._schema.arguments)
+    sentence = rf"\w+, \S+:\d+, ({names})(\[\d+\])?[ ,].*(wanted|must|given|has|names).*\."
+    assert re.fullmatch(sentence, message.split("\nException raised from")[0].strip()), message
+
+
 @pytest.mark.parametrize(
     ("name", "draw"),
     [
@@ -377,14 +348,13 @@ def _fusion_backward(hostile: Hostile) -> tuple[Any, ...]:
         ("attention_map", _attention_map),
         ("logits_forward", _logits_forward),
         ("logits_backward", _logits_backward),
-        ("logits_with_gradients", _logits_with_gradients),
         ("combine", _combine),
         ("fusion_statistics", _fusion_statistics),
         ("fusion_forward", _fusion_forward),
         ("fusion_backward_sums", _fusion_backward_sums),
         ("fusion_backward", _fusion_backward),
-        ("fusion_forward", _fusion_forward_depthwise),
-        ("fusion_backward_sums", _fusion_backward_sums_depthwise),
+        ("fused_convolution_forward", _fused_convolution_forward),
+        ("fused_convolution_backward_sums", _fused_convolution_backward_sums),
     ],
 )
 def test_hostile_arguments_end_in_a_sentence_or_a_result(name: str, draw: Callable[[Hostile], tuple[Any, ...]]) -> None:
@@ -397,7 +367,89 @@ def test_hostile_arguments_end_in_a_sentence_or_a_result(name: str, draw: Callab
             outcomes["result"] += 1
         except (RuntimeError, NotImplementedError) as error:
             # NotImplementedError: PyTorch found a tensor on another device than the CPU.
+            if name.startswith(("fusion", "fused")) and not isinstance(error, NotImplementedError):
+                _assert_names_an_argument(operator, str(error))
             assert str(error).strip()
             outcomes["refused"] += 1
     # Both ends of the entry point were reached, else the test would prove nothing.
     assert min(outcomes.values()) > ROUNDS // 20, outcomes
+
+
+def _fusion_arguments(**changed: Any) -> list[Any]:
+    """Of `fusion_backward`, for a node of a map and a half-sized one that is normalised; right but for what is ``changed``."""
+    empty, numbers = torch.zeros(0), torch.ones(3)
+    arguments = {
+        "grad": torch.zeros(2, 3, 4, 5),
+        "inputs": [torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2, 3)],
+        "statistics": [empty, torch.ones(2, 3)],
+        "gammas": [empty, numbers],
+        "betas": [empty, numbers],
+        "weight": torch.ones(2),
+        "sums": [empty, torch.zeros(2, 3)],
+        "resamples": [0, 1],
+        "pre": 1,
+        "weighting": 1,
+        "epsilon": 1e-6,
+        "positions": [0, 1],
+        "gradients": [torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2, 3)],
+        "weight_gradient": torch.zeros(2),
+        "workspace": None,
+    }
+    assert changed.keys() <= arguments.keys()
+    return list((arguments | changed).values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"grad": torch.zeros(2, 3, 4)}, "grad has shape (2, 3, 4), but between 4 and 4 axes were wanted."),
+        (
+            {"grad": torch.zeros(2, 3, 4, 5).long()},
+            "grad has a dtype that is not float32, bfloat16, float16 or float64.",
+        ),
+        ({"grad": torch.zeros(2, 3, 4, 5).half()}, "grad has another dtype than the first tensor of the call."),
+        ({"inputs": [torch.zeros(2, 3, 4, 5)] * 5}, "inputs has 5 maps, but 1 to 4 were wanted."),
+        (
+            {"inputs": [torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 2, 3)]},
+            "inputs[1] has shape (2, 4, 2, 3), but the batch and channels of grad (2, 3, 4, 5) were wanted.",
+        ),
+        (
+            {"inputs": [torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2, 6)]},
+            "inputs[1] has shape (2, 3, 2, 6), which its resampling does not bring to that of grad (2, 3, 4, 5).",
+        ),
+        (
+            {"resamples": [0]},
+            "statistics, gammas, betas and resamples must have one entry for each of the 2 inputs.",
+        ),
+        ({"resamples": [0, 3]}, "resamples[1] is 3, but 0, 1 or 2 was wanted."),
+        ({"pre": -1}, "pre is -1, but 0, 1 or 2 was wanted."),
+        ({"weighting": 3}, "weighting is 3, but 0, 1 or 2 was wanted."),
+        ({"epsilon": -0.5}, "epsilon is -0.5, but at least 0 was wanted."),
+        ({"weight": torch.ones(3)}, "weight has shape (3), but 2 contiguous elements were wanted."),
+        ({"weight": torch.ones(2).double()}, "weight must be float64 for float64 inputs, else float32."),
+        (
+            {"statistics": [torch.zeros(0), torch.ones(3)]},
+            "statistics has shape (3), but 2 rows of 3 channels were wanted.",
+        ),
+        (
+            {"betas": [torch.zeros(0), torch.zeros(0)]},
+            "inputs[1] must have statistics, gamma and beta, or none of them.",
+        ),
+        ({"sums": [torch.zeros(2, 3)] * 2}, "sums[0] is given, but inputs[0] has no statistics."),
+        ({"positions": [0]}, "gradients has 2 entries, but positions has 1."),
+        ({"positions": [0, 2]}, "positions[1] is 2, but one of the 2 inputs was wanted."),
+        (
+            {"positions": [0, 0], "gradients": [torch.zeros(2, 3, 4, 5)] * 2},
+            "positions names input 0 twice.",
+        ),
+        (
+            {"gradients": [torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2, 2)]},
+            "gradients[1] has shape (2, 3, 2, 2), but that of inputs[1] (2, 3, 2, 3) was wanted.",
+        ),
+    ],
+)
+def test_fusion_says_what_came_and_what_was_wanted(changed: dict[str, Any], sentence: str) -> None:
+    OPERATORS.fusion_backward.default(*_fusion_arguments())
+    with pytest.raises(RuntimeError) as caught:
+        OPERATORS.fusion_backward.default(*_fusion_arguments(**changed))
+    assert str(caught.value).split("\nException raised from")[0].endswith(f", {sentence}")

@@ -16,7 +16,8 @@ from frskd_fast import models
 from frskd_fast.models.resnet import BasicBlock, Bottleneck, ResNet
 from frskd_fast.models.wide_resnet import WideResNet
 from frskd_fast.reference import self_teacher as plain_form
-from frskd_fast.reference.self_teacher import SameMaxPool2d, normalise_fusion_weight
+from frskd_fast.reference.fusion import normalise_weight
+from frskd_fast.reference.self_teacher import FUSION_EPSILON, SameMaxPool2d
 
 BACKBONES = ["cifarresnet18", "resnet18", "resnet34", "resnet50", "wrn16x2"]
 SELF_TEACHERS = ["BiFPNc", "BiFPN"]
@@ -485,11 +486,11 @@ def test_pool_halves_and_rounds_up(height: int, width: int) -> None:
 
 
 def test_fusion_weights_in_half_precision_keep_their_epsilon() -> None:
-    dead = normalise_fusion_weight(torch.tensor([-1.0, 0.0], dtype=torch.float16))
+    dead = normalise_weight(torch.tensor([-1.0, 0.0], dtype=torch.float16), "relu", FUSION_EPSILON)
     assert torch.equal(dead, torch.zeros(2))
-    alive = normalise_fusion_weight(torch.tensor([1.0, 3.0], dtype=torch.float16))
+    alive = normalise_weight(torch.tensor([1.0, 3.0], dtype=torch.float16), "relu", FUSION_EPSILON)
     torch.testing.assert_close(alive, torch.tensor([0.25, 0.75]))
-    assert normalise_fusion_weight(torch.ones(2, dtype=torch.float64)).dtype == torch.float64
+    assert normalise_weight(torch.ones(2, dtype=torch.float64), "relu", FUSION_EPSILON).dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", SELF_TEACHERS)

@@ -10,7 +10,7 @@ constexpr int kMostFusionInputs = 4;
 
 enum FusionResample { kResampleNone = 0, kResampleUp = 1, kResamplePool = 2 };
 enum FusionActivation { kActivationNone = 0, kActivationRelu = 1, kActivationSilu = 2 };
-enum FusionWeighting { kWeightSum = 0, kWeightRelu = 1, kWeightSoftmax = 2, kWeightReluOrUniform = 3 };
+enum FusionWeighting { kWeightSum = 0, kWeightRelu = 1, kWeightSoftmax = 2 };
 
 // Where nearest-neighbour up-sampling reads the output index `destination`; rounded as PyTorch rounds it.
 FRSKD_HOST_DEVICE int nearest_source(int destination, int source_size, int output_size) {
@@ -50,17 +50,12 @@ FRSKD_HOST_DEVICE FusionWeights<A> normalise_fusion_weights(
   if (weighting == kWeightSum) return result;
   A largest = weight[0];
   for (int i = 1; i < count; ++i) largest = weight[i] > largest ? weight[i] : largest;
-  bool dead = true;  // a NaN weight is not, so that it shows
-  for (int i = 0; i < count; ++i) dead = dead && weight[i] <= A(0);
-  const bool uniform = weighting == kWeightReluOrUniform && dead;
-  result.softmax = weighting == kWeightSoftmax || uniform;
+  result.softmax = weighting == kWeightSoftmax;
   result.relu = !result.softmax;
   A total = A(0);
   for (int i = 0; i < count; ++i) {
     A value;
-    if (uniform) {
-      value = A(1);
-    } else if (weighting == kWeightSoftmax) {
+    if (result.softmax) {
       value = exponential(weight[i] - largest);
     } else {
       // Written so that a NaN weight stays NaN.

@@ -24,18 +24,13 @@ struct Fusion {
   std::int64_t batch;
   Map out;  // backward: the upstream gradient
   int pre;
-  int act;
   int weighting;
   double epsilon;
   const void* weight;     // (count,)
   void* weight_gradient;  // (count,), or null
-  // A depthwise 3x3 convolution (C, 9) of the fused map, in which case `out` is its result; or null.
-  const void* depthwise;
-  void* depthwise_gradient;  // (C, 9), backward
-  Map map_gradient;          // of the fused map, backward
 };
 
-struct FusionStatistics {
+struct MapStatistics {
   Map input;
   std::int64_t batch;
   double epsilon;
@@ -43,7 +38,7 @@ struct FusionStatistics {
 };
 
 struct FusionKernels {
-  void (*statistics)(const FusionStatistics&, Element, ParallelFor, int threads);
+  void (*statistics)(const MapStatistics&, Element, ParallelFor, int threads);
   void (*forward)(const Fusion&, Element, ParallelFor, int threads);
   void (*backward)(const Fusion&, Element, ParallelFor, int threads);
 };

@@ -1,6 +1,6 @@
 """The self-teachers of FRSKD, computed at the cost of their arithmetic.
 
-Parameters, keys and results are those of the plain form in `frskd_fast.reference.self_teacher`; docs/architecture.md derives
+Parameters, keys and results are those of the plain form in `frskd_fast.reference.self_teacher`; docs/self_teacher.md derives
 each step that is saved. Ji et al., CVPR 2021 (arXiv 2103.08273), section 3.1; Tan et al., CVPR 2020.
 """
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import fusion
+from frskd_fast.ops.batch_norm import Folding, Normalisation, foldable, has_hooks
+from frskd_fast.ops.convolution import pointwise_backward
 from frskd_fast.reference import fusion as fusion_reference
 from frskd_fast.reference import self_teacher as reference
 from frskd_fast.reference.dtypes import accumulate_dtype
@@ -36,34 +38,28 @@ class Branch:
 
     def __init__(self, raw: Tensor, batch_norm: nn.Module | None = None, copies: int = 1) -> None:
         self.raw = raw
-        self.batch_norm = batch_norm
+        self.batch_norm = batch_norm  # None also once it is folded in, or has run
         self.copies = copies  # how often the original's BatchNorm sees each element
-        self.normalisation: fusion.Normalisation | None = None
+        self.normalisation: Normalisation | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         return self.raw.shape[2], self.raw.shape[3]
 
+    def fold(self, folding: Folding) -> None:
+        """Fold the BatchNorm into the reading of `raw`; or, where that cannot be (SyncBatchNorm, hooks), run it."""
+        if self.batch_norm is not None:
+            names = ("a normalisation of the self-teacher", "its input")
+            self.raw, self.normalisation = folding.fold(self.batch_norm, self.raw, *names, self.copies)
+            self.batch_norm = None
+
 
 class Pass:
-    """One forward pass: the implementation it uses, and the updates of running statistics that it owes at its end."""
+    """One forward pass: the implementation it uses, and what its BatchNorms owe at its end."""
 
     def __init__(self, impl: str) -> None:
         self.impl = impl
-        self.updates: list[fusion.RunningUpdate] = []
-
-    def prepare(self, branch: Branch) -> fusion.Normalisation | None:
-        """The branch's affine map. A BatchNorm that cannot be folded in (SyncBatchNorm, hooks) runs as it is, once."""
-        if branch.batch_norm is None or branch.normalisation is not None:
-            return branch.normalisation
-        if fusion.foldable(branch.batch_norm):
-            batch_norm = cast(nn.BatchNorm2d, branch.batch_norm)
-            branch.normalisation, update = fusion.normalisation_of(batch_norm, branch.raw, self.impl, branch.copies)
-            self.updates += [] if update is None else [update]
-        else:
-            # Under autocast some normalisations give float32 for half-precision maps.
-            branch.raw, branch.batch_norm = branch.batch_norm(branch.raw).to(branch.raw.dtype), None
-        return branch.normalisation
+        self.folding = Folding(impl)
 
     def fuse(
         self,
@@ -75,26 +71,22 @@ class Pass:
         convolution: Tensor | None = None,
     ) -> Tensor:
         """sum_i w^_i * relu(resample_i(branch_i)), and its depthwise 3x3 or pointwise convolution where a weight is given."""
-        normalisations = [self.prepare(branch) for branch in branches]
+        for branch in branches:
+            branch.fold(self.folding)
         inputs = [branch.raw for branch in branches]
         dtype = accumulate_dtype(inputs[0].dtype)
         weighting = NO_WEIGHTING if weight is None else NODE_WEIGHTING
         numbers = inputs[0].new_ones(len(inputs), dtype=dtype) if weight is None else weight.to(dtype)
-        settings = fusion.Settings(tuple(resamples), pre, NONE, weighting, reference.FUSION_EPSILON)
+        settings = fusion_reference.Settings(tuple(resamples), pre, weighting, reference.FUSION_EPSILON)
         return fusion.fuse(
             inputs,
-            normalisations,
+            [branch.normalisation for branch in branches],
             numbers,
             settings,
             branches[0].size if size is None else size,
             self.impl,
             convolution,
         )
-
-    def finish(self) -> None:
-        """Make the updates of running statistics."""
-        if self.updates:
-            fusion.update_running_statistics(self.updates)
 
 
 def autocast_pair(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +109,7 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        return fusion.pointwise_backward(x, weight, grad, *ctx.needs_input_grad)
+        return pointwise_backward(x, weight, grad, *ctx.needs_input_grad)
 
 
 class _Lateral(torch.autograd.Function):
@@ -135,9 +127,7 @@ class _Lateral(torch.autograd.Function):
         stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
         grad = torch.cat(grads, 1) if len(grads) > 1 else grads[0]
         need_feature, *need_weights = ctx.needs_input_grad
-        x_gradient, gradient = fusion.pointwise_backward(
-            F.relu(feature), stacked, grad, need_feature, any(need_weights)
-        )
+        x_gradient, gradient = pointwise_backward(F.relu(feature), stacked, grad, need_feature, any(need_weights))
         if x_gradient is not None:
             x_gradient = torch.ops.aten.threshold_backward(x_gradient, feature, 0)
         gradients: list[Tensor | None] = [None] * len(weights)
@@ -161,7 +151,7 @@ def block_is_as_built(block: nn.Module) -> bool:
 
     A normalisation may be replaced or hooked: it is called where it cannot be folded in.
     """
-    if type(block) is not reference.DepthConvBlock or fusion.has_hooks(block) or fusion.has_hooks(block.conv):
+    if type(block) is not reference.DepthConvBlock or has_hooks(block) or has_hooks(block.conv):
         return False
     for stage in block.conv:
         steps = list(stage.children())
@@ -169,9 +159,9 @@ def block_is_as_built(block: nn.Module) -> bool:
         normalisation = 1 if pointwise_block else len(steps) - 1
         for position, step in enumerate(steps):
             known = type(step) is nn.ReLU or (type(step) is nn.Conv2d and step.bias is None)
-            if position != normalisation and (not known or fusion.has_hooks(step)):
+            if position != normalisation and (not known or has_hooks(step)):
                 return False
-        if fusion.has_hooks(stage):
+        if has_hooks(stage):
             return False
     return True
 
@@ -235,7 +225,7 @@ class BiFPNLayer(reference.BiFPNLayer):
         for group in (self.lat_conv, self.lat_conv2, self.up_conv, self.down_conv):
             blocks.extend(group)
         for steps in (*self.up_sample, *self.down_sample):
-            if fusion.has_hooks(steps):
+            if has_hooks(steps):
                 return False
             blocks += list(cast(nn.Sequential, steps))[1:]
         return all(map(block_is_as_built, blocks))
@@ -267,12 +257,12 @@ class BiFPNLayer(reference.BiFPNLayer):
         convolution = steps_of(steps[0])
         batch_norm = convolution[1]
         whole = size[0] % coarser.size[0] == 0 and size[1] % coarser.size[1] == 0
-        if not (whole and fusion.foldable(batch_norm)):
+        if not (whole and foldable(batch_norm)):
             enlarged = run.fuse([coarser], (UP,), size=size, convolution=weight_of(convolution[0]))
             return Branch(enlarged, batch_norm)
         copies = (size[0] // coarser.size[0]) * (size[1] // coarser.size[1])
         # A map that is already written needs no fusion, which here would only copy it.
-        written = coarser.batch_norm is None
+        written = coarser.batch_norm is None and coarser.normalisation is None
         raw = (
             pointwise(coarser.raw, convolution[0])
             if written
@@ -324,7 +314,7 @@ class SelfTeacher(reference.SelfTeacher):
         for position, layer in enumerate(self.layers):
             maps = layer(maps, run, preact and position == len(self.layers) - 1)
         if run is not None:
-            run.finish()
+            run.folding.finish()
         return maps
 
     @staticmethod

@@ -7,28 +7,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from frskd_fast.native import needs_workspace
 from frskd_fast.reference.dtypes import accumulate_dtype
-from frskd_fast.reference.fusion import empty_output
+from frskd_fast.reference.fusion import Node, Settings, empty_output
 
 _ops = torch.ops.frskd_fast_native
 
+# How csrc/cuda/fusion_domain.cuh splits the sums of one map: two numbers per channel of each block, and one number per block.
+_MOST_BLOCKS = 512
+_PIXELS_OF_A_BLOCK = 16
+_LEAST_SINGLE_NUMBERS = 4096
+
 
 def workspace_size(inputs: Sequence[Tensor]) -> int:
-    """Elements that the partial sums of a device need: for each input at most 512 blocks' two sums per channel, and one number
-    per block (csrc/cuda/fusion.cu has the plan)."""
+    """Elements that the partial sums of a device need."""
     size = 0
     for x in inputs:
         batch, channels, height, width = x.shape
-        size += 2 * channels * min(512, batch * height * width // 16 + 1) + max(4096, channels)
+        blocks = min(_MOST_BLOCKS, batch * height * width // _PIXELS_OF_A_BLOCK + 1)
+        size += 2 * channels * blocks + max(_LEAST_SINGLE_NUMBERS, channels)
     return size
 
 
 def _workspace(inputs: Sequence[Tensor]) -> Tensor | None:
     """Room for the partial sums of a device; the CPU kernels have their own."""
     first = inputs[0]
-    if first.device.type != "cuda":
+    if not needs_workspace(first):
         return None
     return torch.empty(workspace_size(inputs), dtype=accumulate_dtype(first.dtype), device=first.device)
+
+
+def empty_sums(node: Node) -> list[Tensor]:
+    """(2, C) for each normalised input, else empty."""
+    return [
+        torch.empty((2, x.shape[1]) if normalised else 0, dtype=node.weight.dtype, device=x.device)
+        for x, normalised in zip(node.inputs, node.is_normalised(), strict=True)
+    ]
 
 
 def batch_statistics(
@@ -42,76 +56,39 @@ def batch_statistics(
 
 
 def forward(
-    inputs: Sequence[Tensor],  # K x (N, C, H_i, W_i)
-    statistics: Sequence[Tensor],  # K x (>= 2, C), or empty where the input is not normalised
-    gammas: Sequence[Tensor],  # K x (C,), or empty
-    betas: Sequence[Tensor],  # K x (C,), or empty
-    weight: Tensor,  # (K,)
-    resamples: Sequence[int],  # K positions in RESAMPLES
-    pre: int,  # position in ACTIVATIONS
-    act: int,  # position in ACTIVATIONS
-    weighting: int,  # position in WEIGHTINGS
-    epsilon: float,  # added to the sum of the weights
+    node: Node,
+    settings: Settings,
     size: Sequence[int],  # (H, W) of the output
-    depthwise: Tensor | None = None,  # (C, 1, 3, 3), of accumulate dtype; on a CPU, between maps in channels_last
 ) -> Tensor:
-    """The fused map (N, C, H, W) in the inputs' dtype, or its depthwise convolution."""
-    out = empty_output(inputs[0], size)
-    _ops.fusion_forward.default(
-        inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, out, depthwise
-    )
+    """The fused map (N, C, H, W) in the inputs' dtype."""
+    out = empty_output(node.inputs[0], size)
+    _ops.fusion_forward.default(*node, *settings, out)
     return out
 
 
 def backward_sums(
     grad: Tensor,  # (N, C, H, W)
-    inputs: Sequence[Tensor],  # K x (N, C, H_i, W_i)
-    statistics: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    weight: Tensor,  # (K,)
-    resamples: Sequence[int],
-    pre: int,
-    act: int,
-    weighting: int,
-    epsilon: float,
-    depthwise: Tensor | None = None,  # (C, 1, 3, 3), of accumulate dtype; then `grad` is that of the convolution
-    depthwise_gradient: Tensor | None = None,  # (C, 1, 3, 3), of accumulate dtype; written
-    map_gradient: Tensor | None = None,  # (N, C, H, W) of the fused map, in channels_last; written
+    node: Node,
+    settings: Settings,
 ) -> tuple[list[Tensor], Tensor]:
     """For each normalised input (2, C): sum of dy and of dy * xhat; and the weights' gradient (K,)."""
-    sums = [torch.empty((2, x.shape[1]) if s.numel() else 0, dtype=weight.dtype, device=weight.device)
-            for x, s in zip(inputs, statistics, strict=True)]  # fmt: skip
-    weight_gradient = torch.empty_like(weight)
-    _ops.fusion_backward_sums.default(
-        grad, inputs, statistics, gammas, betas, weight, resamples, pre, act, weighting, epsilon, sums,
-        weight_gradient, _workspace(inputs), depthwise, depthwise_gradient, map_gradient,
-    )  # fmt: skip
+    sums, weight_gradient = empty_sums(node), torch.empty_like(node.weight)
+    _ops.fusion_backward_sums.default(grad, *node, *settings, sums, weight_gradient, _workspace(node.inputs))
     return sums, weight_gradient
 
 
 def backward(
     grad: Tensor,  # (N, C, H, W)
-    inputs: Sequence[Tensor],  # K x (N, C, H_i, W_i)
-    statistics: Sequence[Tensor],
-    gammas: Sequence[Tensor],
-    betas: Sequence[Tensor],
-    weight: Tensor,  # (K,)
+    node: Node,
     sums: Sequence[Tensor],  # K x (2, C), or empty: not normalised, or by running statistics
-    resamples: Sequence[int],
-    pre: int,
-    act: int,
-    weighting: int,
-    epsilon: float,
+    settings: Settings,
     need_inputs: Sequence[bool],  # K
     need_weight: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients of the needed inputs, in their order, dtype and memory format; the weights' gradient (K,) or empty."""
     positions = [position for position, needed in enumerate(need_inputs) if needed]
-    gradients = [torch.empty_like(inputs[position]) for position in positions]
-    weight_gradient = torch.empty_like(weight) if need_weight else None
-    _ops.fusion_backward.default(
-        grad, inputs, statistics, gammas, betas, weight, sums, resamples, pre, act, weighting, epsilon, positions,
-        gradients, weight_gradient, _workspace(inputs) if need_weight else None,
-    )  # fmt: skip
-    return gradients, weight.new_empty(0) if weight_gradient is None else weight_gradient
+    gradients = [torch.empty_like(node.inputs[position]) for position in positions]
+    weight_gradient = torch.empty_like(node.weight) if need_weight else None
+    workspace = _workspace(node.inputs) if need_weight else None
+    _ops.fusion_backward.default(grad, *node, sums, *settings, positions, gradients, weight_gradient, workspace)
+    return gradients, node.weight.new_empty(0) if weight_gradient is None else weight_gradient

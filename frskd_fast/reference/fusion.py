@@ -1,6 +1,6 @@
 """Weighted fusion of feature maps (one node of a BiFPN), as a formula, with each input's BatchNorm folded in.
 
-out = act( sum_i w^_i * pre( resample_i( normalise_i(x_i) ) ) )
+out = sum_i w^_i * pre( resample_i( normalise_i(x_i) ) )
 
 Ji et al., CVPR 2021 (arXiv 2103.08273), section 3.1; Tan et al., "EfficientDet", CVPR 2020, section 3.3.
 """
@@ -8,6 +8,7 @@ Ji et al., CVPR 2021 (arXiv 2103.08273), section 3.1; Tan et al., "EfficientDet"
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,30 @@ from frskd_fast.reference.dtypes import accumulate_dtype
 # The raw functions of all implementations take the position of a name in these tuples.
 RESAMPLES = ("none", "up", "pool")
 ACTIVATIONS = ("none", "relu", "silu")
-# "relu_or_uniform" is "relu" with equal weights where none is positive.
-WEIGHTINGS = ("sum", "relu", "softmax", "relu_or_uniform")
+WEIGHTINGS = ("sum", "relu", "softmax")
+
+
+class Node(NamedTuple):
+    """The tensors of one node. An input that is not normalised has empty statistics, gammas and betas (numel 0)."""
+
+    inputs: Sequence[Tensor]  # K x (N, C, H_i, W_i)
+    statistics: Sequence[Tensor]  # K x (>= 2, C): mean, 1 / sqrt(variance + epsilon)
+    gammas: Sequence[Tensor]  # K x (C,)
+    betas: Sequence[Tensor]  # K x (C,)
+    weight: Tensor  # (K,), raw
+
+    def is_normalised(self) -> list[bool]:
+        """For each input, whether it has statistics."""
+        return [statistics.numel() > 0 for statistics in self.statistics]
+
+
+class Settings(NamedTuple):
+    """The numbers of one node; all plain Python, so that a traced graph holds them as constants."""
+
+    resamples: Sequence[int]  # K positions in RESAMPLES
+    pre: int  # position in ACTIVATIONS
+    weighting: int  # position in WEIGHTINGS
+    epsilon: float  # added to the sum of the weights
 
 
 def empty_output(first: Tensor, size: Sequence[int]) -> Tensor:
@@ -31,18 +54,17 @@ def empty_output(first: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def normalise_weight(weight: Tensor, weighting: str, epsilon: float) -> Tensor:
-    """w^ (K,) from w (K,): relu(w) / (sum relu(w) + epsilon), softmax(w), or ones for "sum"."""
+    """w^ (K,) from w (K,): relu(w) / (sum relu(w) + epsilon), softmax(w), or ones for "sum"; in the accumulate dtype.
+
+    In half precision an epsilon of 1e-6 would vanish beside the sum.
+    """
+    weight = weight.to(accumulate_dtype(weight.dtype))
     if weighting == "sum":
         return torch.ones_like(weight)
     if weighting == "softmax":
         return torch.softmax(weight, 0)
     positive = F.relu(weight)
-    normalised = positive / (positive.sum() + epsilon)
-    if weighting == "relu":
-        return normalised
-    # The gradient of softmax at equal weights, so that a dead node can come back to life.
-    uniform = torch.softmax(weight - weight.detach(), 0)
-    return torch.where((weight > 0).any(), normalised, uniform)
+    return positive / (positive.sum() + epsilon)
 
 
 def pooled_size(size: Sequence[int]) -> tuple[int, ...]:
@@ -80,29 +102,18 @@ def normalised(x: Tensor, statistics: Tensor, gamma: Tensor, beta: Tensor) -> Te
     return (x - mean) * (inverse_deviation * gamma.view(1, -1, 1, 1)) + beta.view(1, -1, 1, 1)
 
 
-def fuse(
-    inputs: Sequence[Tensor],  # K x (N, C, H_i, W_i)
-    statistics: Sequence[Tensor | None],  # K x (>= 2, C): mean, 1 / sqrt(variance + epsilon); None: not normalised
-    gammas: Sequence[Tensor | None],  # K x (C,)
-    betas: Sequence[Tensor | None],  # K x (C,)
-    weight: Tensor,  # (K,)
-    resamples: Sequence[str],
-    pre: str,
-    act: str,
-    weighting: str,
-    epsilon: float,
-    size: Sequence[int],  # (H, W) of the output
-) -> Tensor:
-    """act( sum_i w^_i * pre( resample_i( normalise_i(x_i) ) ) ) in the accumulate dtype, rounded once: (N, C, H, W)."""
-    dtype = accumulate_dtype(inputs[0].dtype)
-    normalised_weight = normalise_weight(weight.to(dtype), weighting, epsilon)
+def fuse(node: Node, settings: Settings, size: Sequence[int]) -> Tensor:
+    """sum_i w^_i * pre( resample_i( normalise_i(x_i) ) ) in the accumulate dtype, rounded once: (N, C, *size)."""
+    dtype = accumulate_dtype(node.inputs[0].dtype)
+    weighting, pre = WEIGHTINGS[settings.weighting], ACTIVATIONS[settings.pre]
+    weight = normalise_weight(node.weight, weighting, settings.epsilon)
     total: Tensor | None = None
-    for position, (x, resample) in enumerate(zip(inputs, resamples, strict=True)):
+    for position, (x, is_normalised) in enumerate(zip(node.inputs, node.is_normalised(), strict=True)):
         value = x.to(dtype)
-        stats, gamma, beta = statistics[position], gammas[position], betas[position]
-        if stats is not None and gamma is not None and beta is not None:
-            value = normalised(value, stats, gamma, beta)
-        term = normalised_weight[position] * activate(resampled(value, resample, size), pre)
+        if is_normalised:
+            value = normalised(value, node.statistics[position], node.gammas[position], node.betas[position])
+        resample = RESAMPLES[settings.resamples[position]]
+        term = weight[position] * activate(resampled(value, resample, size), pre)
         total = term if total is None else total + term
     assert total is not None
-    return activate(total, act).to(inputs[0].dtype)
+    return total.to(node.inputs[0].dtype)

@@ -14,21 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frskd_fast.reference.fusion import same_max_pool
+from frskd_fast.reference.fusion import normalise_weight, same_max_pool
 
 # Keeps the normalised fusion weights finite when none of them is positive.
 FUSION_EPSILON = 1e-6
 
 
-def normalise_fusion_weight(weight: Tensor) -> Tensor:
-    """relu(w) / (sum relu(w) + 1e-6), in at least float32, where the 1e-6 does not vanish next to the sum."""
-    weight = F.relu(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-    return weight / (weight.sum() + FUSION_EPSILON)
-
-
 def weighted_sum(weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     """sum_i w_i * x_i over normalised weights w, added from the left."""
-    normalised = normalise_fusion_weight(weight)
+    normalised = normalise_weight(weight, "relu", FUSION_EPSILON)
     # A weight has no axes, so it does not change the dtype of the map it scales.
     fused = normalised[0] * inputs[0]
     for position in range(1, len(inputs)):
