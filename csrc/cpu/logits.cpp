@@ -117,7 +117,7 @@ Logits kernel_call_of(
   kernel_call.has_targets = !heads.targets.empty();
   kernel_call.has_probabilities = call.has_probabilities;
   kernel_call.losses = working_tensor(losses, call.element, 4 * call.rows, "losses");
-  kernel_call.statistics = working_tensor(statistics, call.element, 6 * call.rows, "statistics");
+  kernel_call.statistics = working_tensor(statistics, call.element, kStatistics * call.rows, "statistics");
   return kernel_call;
 }
 
