@@ -15,7 +15,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
 
 .DELETE_ON_ERROR:
-.PHONY: bench test demo train lint build sanitize cuda-build gpu-check clean
+.PHONY: bench test demo train docs lint build sanitize cuda-build gpu-check clean
 
 bench: build
 	$(RUN) bench/run.py $(BENCH_ARGS)
@@ -33,12 +33,18 @@ demo: build
 train: build
 	$(RUN) -m frskd_fast.training fit --config $(RECIPE) $(TRAIN_ARGS)
 
+# The site, in build/docs/index.html. A warning is an error, and so is a reference that leads nowhere. The package is read,
+# not compiled.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -d build/docs/.doctrees docs build/docs
+	@echo "The site is in build/docs/index.html"
+
 lint: build
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-	$(RUN) bench/report.py --readme README.md --check
+	$(RUN) bench/report.py --readme README.md --docs docs/benchmarks.md --check
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed hostile arguments and odd sizes.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -80,6 +86,11 @@ $(VENV)/.packages: $(VENV)/.torch pyproject.toml
 ifneq ($(TORCH),system)
 	-$(PIP) --constraint $(VENV)/constraints.txt --no-deps "triton>=3.6,<3.7"
 endif
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.packages
+	$(RUN) scripts/requirements.py docs > $(VENV)/requirements-docs.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --requirement $(VENV)/requirements-docs.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages setup.py $(shell find csrc -type f)

@@ -298,7 +298,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     packages=[*find_packages(include=["frskd_fast", "frskd_fast.*"]), "frskd_fast.kernels"],
     package_dir={"frskd_fast": "frskd_fast", "frskd_fast.kernels": "kernels"},
-    package_data={"frskd_fast": ["py.typed"], "frskd_fast.training": ["recipes/*.yaml"]},
+    package_data={"frskd_fast": ["py.typed"], "frskd_fast.training": ["recipes/*/*.yaml"]},
     ext_modules=[Extension("frskd_fast._C", sources=[])],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

@@ -29,7 +29,7 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 import frskd_fast  # noqa: E402
-from bench.harness import cpu_name  # noqa: E402
+from bench.machine import cpu_name  # noqa: E402
 from frskd_fast.training.data import CIFARData, DigitsData, ImageData, ImageFolderData  # noqa: E402
 
 CLASSES = 10

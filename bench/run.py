@@ -6,15 +6,14 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
-import platform
 import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +22,11 @@ if __name__ == "__main__":
     # Last, so that an installed frskd_fast with its compiled libraries comes before the checkout.
     sys.path.append(str(ROOT))
 
-from bench.cases import STEP, SUITES, cases_of  # noqa: E402
+from bench import machine, results  # noqa: E402
+from bench.cases import SUITES, cases_of, in_order  # noqa: E402
+from bench.names import DEFAULT_IMPLEMENTATIONS, DEVICES, FLOAT_BYTES, FORCED, IMPLEMENTATIONS, LAYOUTS, is_ours  # noqa: E402
 
-ALL_SUITES = (*SUITES, STEP)
-
-# glibc gives a freed block of this size class back to the system and asks for fresh pages at the next call; a training
-# process keeps them. One arena, no mmap, no trimming; no small-block caches, which split freed aligned blocks.
-WARM_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "67108864",
-    "MALLOC_ARENA_MAX": "1",
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
-}
-MARKER = "FRSKD_FAST_BENCH_ALLOCATOR"
-CHOICES = {
-    "device": ("cpu", "cuda"),
-    "dtype": ("fp32", "bf16", "fp16"),
-    "layout": ("nchw", "channels_last"),
-    "impl": ("eager", "compile", "reference", "cpu", "triton", "cuda"),
-}
+CHOICES = {"device": DEVICES, "dtype": tuple(FLOAT_BYTES), "layout": LAYOUTS, "impl": IMPLEMENTATIONS}
 
 
 def several(option: str) -> Any:
@@ -75,7 +59,7 @@ def positive(kind: type) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    known = ", ".join(ALL_SUITES)
+    known = ", ".join(SUITES)
     result = argparse.ArgumentParser(
         prog="bench/run.py",
         description="Time distillation losses, the self-teacher and whole training steps: eager PyTorch (the "
@@ -110,7 +94,16 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--impl",
         type=several("impl"),
-        help=f"comma-separated, of: {', '.join(CHOICES['impl'])} (default: eager, compile and those of the device)",
+        help=f"comma-separated, of: {', '.join(CHOICES['impl'])} (default: eager, compile, auto and those of the device; with "
+        "--base: auto and those of the device)",
+    )
+    result.add_argument(
+        "--base",
+        metavar="COMMIT",
+        help="build that commit beside this one and time both in turns, without baselines; 1 where this one is slower",
+    )
+    result.add_argument(
+        "--check-auto", action="store_true", help="1 if auto is more than 5 %% slower than eager in a row"
     )
     result.add_argument("--json", type=Path, metavar="PATH", help="write the results to PATH")
     result.add_argument("--save", action="store_true", help="write them to bench/results/<date>-<device>.json")
@@ -139,31 +132,6 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def restart_with_warm_allocator() -> None:
-    """Replace this process by itself with glibc's malloc told to keep freed memory (read only at process start)."""
-    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), WARM_ALLOCATOR["GLIBC_TUNABLES"])))
-    settings = {**WARM_ALLOCATOR, "GLIBC_TUNABLES": tunables, MARKER: "warm"}
-    sys.stdout.flush()
-    os.execve(
-        sys.executable, [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]], {**os.environ, **settings}
-    )
-
-
-def allocator(cold: bool) -> dict[str, Any]:
-    """How the host's memory is handed out in this process; restarts the process once to make it warm."""
-    if os.environ.get(MARKER) == "warm":
-        # The compiler that torch.compile starts has no use for them.
-        for name in (*WARM_ALLOCATOR, MARKER):
-            os.environ.pop(name, None)
-        return {"mode": "warm: freed memory is kept", "settings": WARM_ALLOCATOR}
-    if cold:
-        return {"mode": "cold: malloc as it is", "settings": {}}
-    if platform.libc_ver()[0] != "glibc":
-        return {"mode": "cold: only glibc's malloc can be told to keep freed memory", "settings": {}}
-    restart_with_warm_allocator()
-    raise AssertionError("unreachable: the process was replaced")
-
-
 def slug(text: str) -> str:
     """Letters and digits of a device's name, for a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -176,125 +144,124 @@ def default_dtypes(arguments: argparse.Namespace, device: str) -> tuple[str, ...
     return CHOICES["dtype"] if arguments.full or device == "cuda" else ("fp32", "bf16")
 
 
-def measure_steps(
-    arguments: argparse.Namespace, selection: Any, implementations: Sequence[str], target_seconds: float, clock: Any
-) -> list[dict[str, Any]]:
-    """Run the suite `step`."""
-    from bench import harness, report
-    from bench.cases import step
+def selection_of(arguments: argparse.Namespace, device: str) -> Any:
+    """What the command line leaves of every suite."""
+    from bench.case import Selection
 
-    forced = [name for name in implementations if name in harness.OURS]
-    measurement = step.Measurement(
-        selection.device,
-        clock,
-        # the only one of ours that was asked for
-        impl=forced[0] if len(forced) == 1 else "auto",
-        target_seconds=target_seconds,
-        repeats=arguments.repeats,
-        plot=arguments.plot is not None,
-    )
-    settings = step.settings(selection, implementations, dtypes_named=arguments.dtype is not None)
-    batch = selection.batch or step.BATCH
-    if not settings:
-        return []  # nothing but float16 was asked for
-    given = step.problem(batch)
-    rows = []
-    for number, setting in enumerate(settings, 1):
-        print(f"[{number}/{len(settings)}] {setting.name(batch)} ... ", end="", flush=True)
-        begin = time.perf_counter()
-        found = step.run_setting(setting, given, measurement)
-        rows += [dataclasses.asdict(row) for row in found]
-        print(f"{', '.join(map(report.brief, found))}  ({time.perf_counter() - begin:.0f} s)", flush=True)
-    return rows
-
-
-def measure(
-    arguments: argparse.Namespace, suites: list[str], device: str, host_allocator: dict[str, Any]
-) -> dict[str, Any]:
-    """Run the suites and return the document that --json writes."""
-    import torch
-
-    from bench import harness, inputs, report
-
-    begin = time.perf_counter()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    selection = harness.Selection(
+    return Selection(
         device=device,
         dtypes=arguments.dtype or default_dtypes(arguments, device),
-        layouts=arguments.layout or (("nchw",) if arguments.quick else CHOICES["layout"]),
+        layouts=arguments.layout or (("nchw",) if arguments.quick else LAYOUTS),
         batch=arguments.batch,
         input_kind=arguments.input,
         quick=arguments.quick,
         full=arguments.full,
         named=bool(arguments.suites or arguments.suite),
+        dtypes_named=arguments.dtype is not None,
     )
-    settings = harness.Settings(
-        device=device,
-        implementations=arguments.impl or harness.DEFAULT_IMPLEMENTATIONS[device],
-        target_seconds=arguments.target_seconds or (0.5 if arguments.quick else 1.0),
-        repeats=arguments.repeats,
-        host_time_of_compile=not arguments.quick,
-    )
-    cases = [case for suite in suites if suite in SUITES for case in cases_of(suite, selection)]
-    document: dict[str, Any] = {
-        "schema": report.SCHEMA,
+
+
+def start_of_document(suites: list[str], device: str, host_allocator: dict[str, Any]) -> results.Document:
+    """What every result file begins with."""
+    return {
+        "schema": results.SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "suites": suites,
         "command": ["bench/run.py", *sys.argv[1:]],
-        "environment": harness.environment(device, ROOT),
+        "environment": machine.environment(device, ROOT),
         "allocator": host_allocator,
     }
-    for line in report.header(document):
-        print(line)
+
+
+def measure(
+    arguments: argparse.Namespace, suites: list[str], device: str, host_allocator: dict[str, Any]
+) -> results.Document:
+    """Run the suites and return the document that --json writes."""
+    from bench import inputs, tables, timing
+    from bench.measure import Settings, run_case
+
+    begin = time.perf_counter()
+    selection = selection_of(arguments, device)
+    settings = Settings(
+        device=device,
+        implementations=arguments.impl or DEFAULT_IMPLEMENTATIONS[device],
+        target_seconds=arguments.target_seconds or (0.5 if arguments.quick else 1.0),
+        repeats=arguments.repeats,
+        host_time_of_compile=not arguments.quick,
+        parts=arguments.plot is not None,
+    )
+    cases = [case for suite in suites for case in cases_of(suite, selection)]
+    document = start_of_document(suites, device, host_allocator)
+    print("\n".join(tables.header(document)))
     if any("features" in name for case in cases for name in case.tiny()):
         print("Preparing the features ...", flush=True)
         document["inputs"] = inputs.distillation_inputs(2, selection.input_kind).source
         print(f"Inputs: {document['inputs']}.")
-    if cases:
-        print(f"{len(cases)} cases, each with {', '.join(settings.implementations)}:", flush=True)
+    print(f"{len(cases)} cases, each with {', '.join(settings.implementations)}:", flush=True)
 
-    clock = harness.Clock(device)
-    copy = harness.CopyMeter(device, clock)
-    rows: list[dict[str, Any]] = []
+    clock = timing.Clock(device)
+    copy = timing.CopyMeter(device, clock)
+    rows: list[results.Row] = []
     others: list[float | None] = []
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.name} ... ", end="", flush=True)
         case_begin = time.perf_counter()
-        others.append(harness.busy_cores())
-        case_rows = harness.run_case(case, settings, clock, copy)
+        others.append(machine.busy_cores())
+        case_rows = run_case(case, settings, clock, copy)
         rows += [dataclasses.asdict(row) for row in case_rows]
-        print(f"{', '.join(map(report.brief, case_rows))}  ({time.perf_counter() - case_begin:.0f} s)", flush=True)
-    steps: list[dict[str, Any]] = []
-    if STEP in suites:
-        print("Whole training steps:", flush=True)
-        others.append(harness.busy_cores())
-        steps = measure_steps(arguments, selection, settings.implementations, settings.target_seconds, clock)
+        print(f"{', '.join(map(tables.brief, case_rows))}  ({time.perf_counter() - case_begin:.0f} s)", flush=True)
     document["copy_gigabytes_per_second"] = statistics.median(copy.samples) if copy.samples else None
     known = [busy for busy in others if busy is not None]
     document["others_busy_cores"] = statistics.median(known) if known else None
     document["seconds"] = time.perf_counter() - begin
     # A round trip, so that what is printed now and what is read from the file later cannot differ.
-    document["rows"] = json.loads(json.dumps(report.jsonable(rows)))
-    document["steps"] = json.loads(json.dumps(report.jsonable(steps)))
+    document["rows"] = json.loads(json.dumps(results.jsonable(rows)))
     return document
 
 
+def compare(
+    arguments: argparse.Namespace, suites: list[str], device: str, host_allocator: dict[str, Any]
+) -> results.Document:
+    """Measure this commit beside --base and return the document that --json writes."""
+    from bench import commits, compare
+
+    base = commits.resolve(arguments.base)
+    found = importlib.util.find_spec("frskd_fast")
+    assert found is not None and found.origin is not None
+    this = Path(found.origin).resolve().parents[1]
+    print(f"Building commit {base[:12]} beside this one, unless that was done before ...", flush=True)
+    libraries = {"base": commits.built(base, commits.kernels_of(this)), "this": this}
+    document = start_of_document(suites, device, host_allocator) | {"schema": results.COMPARISON, "base": base}
+    rows = compare.compare(
+        libraries,
+        selection_of(arguments, device),
+        suites,
+        [name for name in arguments.impl or ("auto", *FORCED[device]) if is_ours(name)],
+        warm=bool(host_allocator["settings"]),
+        threads=arguments.threads or 0,
+        target_seconds=arguments.target_seconds or (0.5 if arguments.quick else 1.0),
+        repeats=arguments.repeats,
+    )
+    return document | {"rows": json.loads(json.dumps(results.jsonable(rows)))}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the suites asked for; 1 if an implementation of ours is wrong or fails."""
+    """Run the suites asked for; 1 if an implementation of ours is wrong or fails, or is slower than --base."""
     command_line = parser()
     arguments = command_line.parse_args(argv)
-    suites = list(dict.fromkeys([*arguments.suites, *arguments.suite])) or list(ALL_SUITES)
+    suites = list(dict.fromkeys([*arguments.suites, *arguments.suite]))
     for suite in suites:
-        if suite not in ALL_SUITES:
-            command_line.error(f"suite {suite!r} is not one of {', '.join(ALL_SUITES)}")
+        if suite not in SUITES:
+            command_line.error(f"suite {suite!r} is not one of {', '.join(SUITES)}")
     if arguments.quick and arguments.full:
         command_line.error("--quick and --full exclude each other")
+    if arguments.base and (arguments.plot or arguments.check_auto):
+        command_line.error("--base compares two commits; --plot and --check-auto look at one")
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.absolute().parent.is_dir():
             command_line.error(f"the folder of {path} does not exist; create it or name another path")
 
-    host_allocator = allocator(arguments.cold_allocator)
+    host_allocator = machine.allocator(arguments.cold_allocator)
     with contextlib.ExitStack() as stack:
         if not arguments.keep_compile_cache and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
             cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_", ignore_cleanup_errors=True))
@@ -306,24 +273,42 @@ def main(argv: list[str] | None = None) -> int:
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device == "cuda" and not torch.cuda.is_available():
             command_line.error("--device cuda was asked for, but torch sees no GPU; use --device cpu")
-        document = measure(arguments, suites, device, host_allocator)
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        try:
+            document = (compare if arguments.base else measure)(arguments, suites or in_order(), device, host_allocator)
+        except ValueError as problem:
+            if not arguments.base:
+                raise
+            print(f"bench/run.py: {problem}", file=sys.stderr)
+            return 2
 
-    from bench import report
+    return finish(arguments, document)
 
-    print()
-    print(report.text(document))
+
+def finish(arguments: argparse.Namespace, document: results.Document) -> int:
+    """Print, write and plot what was measured; the exit code."""
+    from bench import compare, plots, tables
+
+    show = compare if arguments.base else tables
+    print(f"\n{show.text(document)}")
     path = arguments.json
     if path is None and arguments.save:
-        name = f"{document['date']}-{device}-{slug(document['environment']['device_name'])}.json"
+        against = f"-against-{document['base'][:7]}" if arguments.base else ""
+        device_name = slug(document["environment"]["device_name"])
+        name = f"{document['date']}-{document['environment']['device']}-{device_name}{against}.json"
         path = ROOT / "bench" / "results" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
     if path is not None:
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        print(f"Wrote {path}; `python bench/report.py {path} --markdown` makes tables of it.")
+        results.save(document, path)
+        tell = "" if arguments.base else f"; `python bench/report.py {path} --markdown` makes tables of it"
+        print(f"Wrote {path}{tell}.")
     if arguments.plot is not None:
-        for written in report.plots(document, arguments.plot):
+        for written in plots.plots(document, arguments.plot):
             print(f"Wrote {written}.")
-    return 1 if report.failures(document) else 0
+    if arguments.base:
+        return 1 if compare.failures(document) else 0
+    losses = results.auto_losses(document) if arguments.check_auto else []
+    return 1 if results.failures(document) or losses else 0
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from bench import harness
+from bench import measure
+from bench.call import Call, place
+from bench.case import DTYPES, Case, Selection
 from bench.cases import cases_of
+from bench.correctness import Judge
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed: pip install pytest-benchmark")
 
@@ -15,9 +18,9 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 IMPLEMENTATIONS = ("eager", "auto")
 
 
-def chosen(suite: str, shape: str) -> harness.Case:
+def chosen(suite: str, shape: str) -> Case:
     """The float32 NCHW case of one shape."""
-    selection = harness.Selection(dtypes=("fp32",), layouts=("nchw",), quick=True)
+    selection = Selection(dtypes=("fp32",), layouts=("nchw",), quick=True)
     return next(case for case in cases_of(suite, selection) if case.shape == shape)
 
 
@@ -26,11 +29,9 @@ def chosen(suite: str, shape: str) -> harness.Case:
 def test_speed(benchmark: Any, suite: str, shape: str, implementation: str) -> None:
     """Forward and backward; the gradients of the last round are dropped before the next one starts."""
     case = chosen(suite, shape)
-    operands = harness.place(case.operands(), case, harness.DTYPES[case.dtype], "cpu")
-    exact_loss, exact_gradients = harness.truth(case, operands)
-    eager_errors = harness.errors_of(harness.Call(case, case.original, operands), exact_loss, exact_gradients)
-    call = harness.Call(case, harness.build(case, implementation), operands)
-    floors = [harness.gradient_floor(case.dtype, gradient) for gradient in exact_gradients]
-    assert harness.within(harness.errors_of(call, exact_loss, exact_gradients), eager_errors, floors)
+    operands = place(case.operands(), case, DTYPES[case.dtype], "cpu")
+    judge = Judge(case, operands)
+    call = Call(case, measure.build(case, implementation), operands)
+    assert judge.right(judge.errors(call))
     benchmark.extra_info["bytes_moved"] = case.bytes_moved
     benchmark.pedantic(call, setup=call.drop_gradients, rounds=20, warmup_rounds=3)

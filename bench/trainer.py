@@ -39,9 +39,9 @@ if __name__ == "__main__":
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 
-from frskd_fast.training.callbacks import ProgressBar, Records  # noqa: E402
+from frskd_fast.training import DistillationModule, ProgressBar, Records  # noqa: E402
 from frskd_fast.training.data import ArrayReader, ImageData  # noqa: E402
-from frskd_fast.training.module import DistillationModule  # noqa: E402
+from frskd_fast.training.module import SGD  # noqa: E402
 
 CLASSES = 100
 WARM_UP = 1
@@ -86,11 +86,10 @@ class Noise(ImageData):
 class Turns(pl.Callback):
     """After each of the trainer's steps, one bare step; both are timed."""
 
-    def __init__(self, task: torch.nn.Module, learning_rate: float) -> None:
+    def __init__(self, task: torch.nn.Module) -> None:
         self.task = task
-        self.optimizer = torch.optim.SGD(
-            [p for p in task.parameters() if p.requires_grad], lr=learning_rate, momentum=0.9, weight_decay=1e-4
-        )
+        parameters = [p for p in task.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(parameters, **SGD["init_args"])
         self.since = 0.0
         self.trainer_seconds: list[float] = []
         self.bare_seconds: list[float] = []
@@ -118,14 +117,14 @@ def _synchronise(device: torch.device) -> None:
 
 def turns_of(backbone: str, images: int, steps: int, compiled: bool) -> dict[str, Any]:
     """Median seconds of both steps, median of their differences, and their ratios."""
-    module = DistillationModule(CLASSES, backbone)
+    module = DistillationModule(CLASSES, "frskd_fast.tasks.build_frskd", backbone)
     bare = copy.deepcopy(module.task).train()
     if compiled:
         module.task.compile()
         bare.compile()
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     bare.to("cuda" if accelerator == "gpu" else "cpu")
-    turns = Turns(bare, module.hparams.learning_rate)
+    turns = Turns(bare)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             max_epochs=1,

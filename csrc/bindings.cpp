@@ -1,5 +1,4 @@
-// Schemas of the compiled operations. Outputs are allocated by the caller, so no operation needs a shape function. Only
-// logits_with_gradients allocates its own, because for five small tensors Python takes a fifth as long as the kernel.
+// Schemas of the compiled operations. Outputs are allocated by the caller, so no operation needs a shape function.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
@@ -10,17 +9,4 @@ STABLE_TORCH_LIBRARY(frskd_fast_native, m) {
       "attention_backward(Tensor grad, float scale, Tensor[] features, Tensor coefficients, float exponent, "
       "Tensor(a!)[] gradients) -> ()");
   m.def("attention_map(Tensor feature, float exponent, Tensor(a!) map, Tensor(b!) norm) -> ()");
-  m.def(
-      "logits_forward(Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
-      "float label_smoothing, int ignore_index, float temperature, Tensor(a!) losses, Tensor(b!) statistics, "
-      "Tensor(c!) inverse_valid) -> ()");
-  m.def(
-      "logits_with_gradients(Tensor student, Tensor teacher, Tensor? targets, Tensor? targets_b, float mix, "
-      "float label_smoothing, int ignore_index, float temperature, bool mean, float ce_student_weight, "
-      "float ce_teacher_weight, float kd_weight, bool need_teacher) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)");
-  m.def(
-      "logits_backward(Tensor[] grads, int grad_head_stride, int grad_row_stride, float[] scales, "
-      "Tensor? inverse_valid, Tensor[] students, Tensor[] teachers, Tensor[] targets, Tensor[] targets_b, float mix, "
-      "float label_smoothing, int ignore_index, float temperature, Tensor statistics, Tensor losses, "
-      "bool kd_to_teacher, Tensor(a!)[] student_gradients, Tensor(b!)[] teacher_gradients) -> ()");
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frskd_fast.ops import _checks
+from frskd_fast.ops.labels import is_mix
 
 __all__ = ["cutmix", "joint_labels", "mixup", "rotate4"]
 
@@ -168,7 +169,7 @@ def joint_labels(targets: Any, ignore_index: int = -100) -> Any:
 
     Source: Lee et al., ICML 2020 (arXiv 1910.05872), section 3.
     """
-    if isinstance(targets, tuple | list) and len(targets) == 3:
+    if is_mix(targets):
         return joint_labels(targets[0], ignore_index), joint_labels(targets[1], ignore_index), targets[2]
     if not isinstance(targets, Tensor):
         raise TypeError(

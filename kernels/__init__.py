@@ -1,4 +1,4 @@
-"""Triton kernels, one file per operation, with the raw functions of docs/architecture.md.
+"""Triton kernels, one file per operation, with the raw functions of docs/contracts.md.
 
 Installed as ``frskd_fast.kernels``. Importing this package loads nothing; its modules import Triton.
 """

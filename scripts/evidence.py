@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
 BASELINE = "ce"
+PLAIN = "ClassificationTask"
 
 
 class Variant(NamedTuple):
@@ -38,13 +39,13 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "ce": Variant("cross-entropy", ("--model.method", "plain")),
-    "ls": Variant("label smoothing 0.1", ("--model.method", "plain", "--model.label_smoothing", "0.1")),
-    "ce_mixup": Variant("cross-entropy, mixup 0.2", ("--model.method", "plain", "--data.mixup", "0.2")),
+    "ce": Variant("cross-entropy", ("--task", PLAIN)),
+    "ls": Variant("label smoothing 0.1", ("--task", PLAIN, "--task.label_smoothing", "0.1")),
+    "ce_mixup": Variant("cross-entropy, mixup 0.2", ("--task", PLAIN, "--data.mixup", "0.2")),
     "att": Variant("FRSKD (att)", ()),
-    "fit": Variant("FRSKD (fit)", ("--model.distill", "fit", "--model.beta", "1")),
-    "od": Variant("FRSKD (od)", ("--model.distill", "od", "--model.beta", "1e-4")),
-    "sla": Variant("FRSKD (att) + SLA", ("--model.auxiliary", "sla")),
+    "fit": Variant("FRSKD (fit)", ("--task.distill", "fit", "--task.beta", "1")),
+    "od": Variant("FRSKD (od)", ("--task.distill", "od", "--task.beta", "1e-4")),
+    "sla": Variant("FRSKD (att) + SLA", ("--task.auxiliary", "sla")),
     "mixup": Variant("FRSKD (att), mixup 0.2", ("--data.mixup", "0.2")),
 }
 

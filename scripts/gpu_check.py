@@ -5,8 +5,8 @@ writes goes to one folder ($OUT, else build/gpu-check): log.txt, summary.json an
 build of this checkout puts them. A step that fails or runs out of time does not stop the following ones; the exit code
 says whether all passed.
 
-On a machine without a GPU, --dry-run compiles the CUDA sources where nvcc is found, collects the device tests, exercises
-the public functions on the CPU and prints the commands that only a GPU could run.
+On a machine without a GPU, --dry-run compiles the CUDA sources where nvcc is found, collects the device tests, runs
+the operations' problems on the CPU and prints the commands that only a GPU could run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -245,65 +244,21 @@ def check_ready() -> None:
 
 
 def exercise(device: str) -> None:
-    """Every kernel and every way through it once, small: what the sanitizer watches."""
+    """Every problem that an operation declares (tests/problems/<operation>.py): what the sanitizer watches."""
     import torch
 
-    from frskd_fast import functional
-    from frskd_fast.losses import FRSKDLoss
+    sys.path.insert(0, str(ROOT / "tests"))
+    import problems
 
-    impl = "cuda" if device == "cuda" else "auto"
-    torch.manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(*shape).to(device, dtype)
-
-    layouts: list[Callable[[torch.Tensor], torch.Tensor]] = [
-        lambda feature: feature,
-        lambda feature: feature.contiguous(memory_format=torch.channels_last),
-        lambda feature: feature[:, :, :, 1:],
-        lambda feature: feature.transpose(2, 3),
-    ]
-    # Two samples take the tiled plan, the batch of 96 the fused one.
-    sizes = {2: [(32, 16, 24, 24), (5, 3, 7, 9), (3, 2, 80, 80)], 96: [(4, 8, 12, 12), (33, 6, 6, 7), (2, 2, 4, 1)]}
-    for batch, levels in sizes.items():
-        for dtype in (torch.float32, torch.float16, torch.float64):
-            for change in layouts:
-                for exponent in (2.0, 3.0):
-                    students = [
-                        change(normal(batch, c, h, w + 1, dtype=dtype)).requires_grad_() for c, _, h, w in levels
-                    ]
-                    teachers = [
-                        change(normal(batch, d, h, w + 1, dtype=dtype)).requires_grad_() for _, d, h, w in levels
-                    ]
-                    functional.attention_transfer(
-                        students, teachers, exponent, detach_teacher=False, impl=impl
-                    ).backward()
-                    functional.attention_map(students[1], exponent, impl=impl)
-    shapes = [(17, 10), (9, 100), (3, 1003), (3, 2064), (2, 21, 9, 17), (2, 6, 40), (5003, 3)]
-    for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            rows = (shape[0], *shape[2:])
-            first = torch.randint(shape[1], rows).to(device)
-            first.view(-1)[0] = -100
-            second = torch.randint(shape[1], rows).to(device)
-            soft = torch.full(shape, 1.0 / shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-            for targets in (None, first, (first, second, 0.25), soft.to(device)):
-                student, teacher = (normal(*shape, dtype=dtype).requires_grad_() for _ in range(2))
-                parts = functional.cross_entropy_kd(
-                    student, teacher, targets, label_smoothing=0.1, detach_teacher=False, impl=impl
-                )
-                (parts.ce_student + parts.ce_teacher + parts.kd).backward()
-            functional.cross_entropy_kd(student, None, first, reduction="none", impl=impl)
-    if device == "cuda":
-        # A label that is no class must not be used as an index.
-        wrong = torch.full((9,), 2**40, device=device)
-        functional.cross_entropy_kd(normal(9, 100), normal(9, 100), wrong, impl=impl)
-    features = [normal(4, 16, 8, 8).requires_grad_()]
-    loss = FRSKDLoss(impl=impl)(normal(4, 10), normal(4, 10), features, [normal(4, 32, 8, 8)], first[:4] % 10)
-    loss.backward()
+    count = 0
+    for operation in problems.operations():
+        for problem in problems.problems(operation):
+            print(f"{operation}: {problem.name}", flush=True)
+            problem.run(device, device)  # an implementation is called as its device is
+            count += 1
     if device == "cuda":
         torch.cuda.synchronize()
-    print("exercised every kernel" if device == "cuda" else "exercised the public functions")
+    print(f"exercised {count} problems" if count else "tests/problems declares no problem")
 
 
 def main() -> int:

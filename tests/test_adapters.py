@@ -24,7 +24,8 @@ from frskd_fast.models import (
     adapt_backbone,
     wrn16x2,
 )
-from frskd_fast.models.adapters import AdaptedBackbone, pyramid_levels
+from frskd_fast.models.adapters import AdaptedBackbone
+from frskd_fast.models.pyramid import pyramid_levels
 from frskd_fast.tasks import FRSKDTask
 
 CHANNELS = [4, 6, 8]

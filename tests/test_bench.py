@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +18,17 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench import harness, report, run, traffic  # noqa: E402
-from bench.cases import SUITES, attention, cases_of, fusion, logits, loss, self_teacher, step  # noqa: E402
+from bench import (  # noqa: E402
+    correctness,
+    measure,
+    memory,
+    run,
+    timing,
+    traffic,
+)
+from bench.call import Call, map_tensors, place, tensors_in  # noqa: E402
+from bench.case import DTYPES, Case, Operands, Selection  # noqa: E402
+from bench.cases import SUITES, attention, cases_of, fusion, in_order, logits, loss, self_teacher, step  # noqa: E402
 
 LOSS_SUITES = ("attention", "logits", "loss")
 
@@ -33,31 +42,31 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def small_cases(**changes: Any) -> list[harness.Case]:
+def small_cases(**changes: Any) -> list[Case]:
     """Every case of every suite, with a batch of two so that building its tensors is cheap."""
-    selection = harness.Selection(batch=2, input_kind="random", **changes)
+    selection = Selection(batch=2, input_kind="random", **changes)
     return [case for suite in SUITES for case in cases_of(suite, selection)]
 
 
-def tensors(operands: harness.Operands) -> list[Tensor]:
-    return [tensor for value in operands.values() for tensor in harness.tensors_in(value)]
+def tensors(operands: Operands) -> list[Tensor]:
+    return [tensor for value in operands.values() for tensor in tensors_in(value)]
 
 
-def one_case(**changes: Any) -> harness.Case:
+def one_case(**changes: Any) -> Case:
     """The float32 loss on tiny tensors, so that a test can run it in milliseconds."""
-    case = cases_of("loss", harness.Selection(dtypes=("fp32",), layouts=("nchw",), batch=2, input_kind="random"))[0]
+    case = cases_of("loss", Selection(dtypes=("fp32",), layouts=("nchw",), batch=2, input_kind="random"))[0]
     return dataclasses.replace(case, operands=case.tiny, **changes)
 
 
-def run_tiny(case: harness.Case, *implementations: str) -> dict[str, harness.Row]:
-    clock = harness.Clock("cpu")
-    copy = harness.CopyMeter("cpu", clock, megabytes=1)
-    settings = harness.Settings(implementations=implementations, repeats=3)
-    return {row.implementation: row for row in harness.run_case(case, settings, clock, copy)}
+def run_tiny(case: Case, *implementations: str, settings: measure.Settings | None = None) -> dict[str, measure.Row]:
+    clock = timing.Clock("cpu")
+    copy = timing.CopyMeter("cpu", clock, megabytes=1)
+    settings = settings or measure.Settings(implementations=implementations, repeats=3)
+    return {row.implementation: row for row in measure.run_case(case, settings, clock, copy)}
 
 
 def test_case_names_are_unique_over_all_suites() -> None:
-    for selection in (harness.Selection(), harness.Selection(quick=True)):
+    for selection in (Selection(), Selection(quick=True)):
         names = [case.name for suite in SUITES for case in cases_of(suite, selection)]
         assert len(names) == len(set(names)) > 0
 
@@ -75,27 +84,27 @@ def test_full_run_covers_the_documented_shapes_dtypes_and_layouts() -> None:
 
 
 @pytest.mark.parametrize("suite", LOSS_SUITES)
-@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_byte_counts_are_those_of_the_tensors(suite: str, dtype: str) -> None:
-    for case in cases_of(suite, harness.Selection(dtypes=(dtype,), batch=2, input_kind="random")):
-        operands = harness.place(case.operands(), case, harness.DTYPES[dtype], "cpu")
+    for case in cases_of(suite, Selection(dtypes=(dtype,), batch=2, input_kind="random")):
+        operands = place(case.operands(), case, DTYPES[dtype], "cpu")
         moved = sum(tensor.nbytes for tensor in tensors(operands))
         if case.backward:
-            harness.Call(case, case.original, operands)()
+            Call(case, case.original, operands)()
             # Of the student's features, which the attention term needs once more, not all stay in the cache. Logits can be
             # done with in one pass.
             moved += sum(feature.nbytes for feature in operands.get("student_features", []))
             gradients = [tensor.grad for tensor in tensors(operands) if tensor.grad is not None]
-            assert len(gradients) == sum(len(harness.tensors_in(operands[name])) for name in case.differentiated)
+            assert len(gradients) == sum(len(tensors_in(operands[name])) for name in case.differentiated)
             moved += sum(gradient.nbytes for gradient in gradients)
         assert case.bytes_moved == moved, case.name
 
 
-@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_byte_counts_of_fusion_are_those_of_the_maps(dtype: str) -> None:
-    for case in cases_of("fusion", harness.Selection(dtypes=(dtype,), batch=2, full=True)):
-        operands = harness.place(case.operands(), case, harness.DTYPES[dtype], "cpu")
-        call = harness.Call(case, case.original, operands)
+    for case in cases_of("fusion", Selection(dtypes=(dtype,), batch=2, full=True)):
+        operands = place(case.operands(), case, DTYPES[dtype], "cpu")
+        call = Call(case, case.original, operands)
         output = call()
         maps = sum(tensor.nbytes for tensor in operands["inputs"])
         passes = 2 if "batch_norms" in operands else 1
@@ -103,16 +112,16 @@ def test_byte_counts_of_fusion_are_those_of_the_maps(dtype: str) -> None:
         if case.backward:
             moved += passes * (maps + output.nbytes) + sum(tensor.grad.nbytes for tensor in operands["inputs"])
         assert case.bytes_moved == moved, case.name
-        assert output.dtype == harness.DTYPES[dtype] and operands["weight"].dtype == torch.float32
+        assert output.dtype == DTYPES[dtype] and operands["weight"].dtype == torch.float32
 
 
 def test_operands_get_the_dtype_layout_and_gradients_of_the_case() -> None:
     case = next(
         case for case in small_cases() if case.dtype == "bf16" and case.layout == "channels_last" and case.backward
     )
-    operands = harness.place(case.operands(), case, torch.bfloat16, "cpu")
+    operands = place(case.operands(), case, torch.bfloat16, "cpu")
     for name, value in operands.items():
-        for tensor in harness.tensors_in(value):
+        for tensor in tensors_in(value):
             assert tensor.dtype == torch.bfloat16
             assert tensor.is_contiguous(memory_format=torch.channels_last)
             assert tensor.requires_grad == (name in case.differentiated)
@@ -123,7 +132,7 @@ def test_original_is_the_objective_of_the_library() -> None:
     for module in (attention, logits, loss):
         case = next(case for case in small_cases() if case.suite == module.__name__.rsplit(".", 1)[1])
         exact = {
-            name: harness.map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
+            name: map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
             for name, value in case.tiny().items()
         }
         torch.testing.assert_close(case.original(**exact), case.ours("reference")(**exact), rtol=1e-12, atol=1e-14)
@@ -143,33 +152,49 @@ def test_full_run_covers_the_settings_of_the_networks() -> None:
     assert len(nodes) == len(fusion.NODES) * 2 * 2
 
     # A network takes a minute or more to compile, so it is compiled where it was asked for by name.
-    implementations = ("eager", "compile", "cpu")
-    for named_on_the_command_line in (False, True):
-        selected = {"named": named_on_the_command_line}
-        networks = small_cases(dtypes=("fp32",), **selected)
-        compiles = [case.compiles for case in networks if case.suite == "self_teacher"]
-        assert compiles == [False, named_on_the_command_line]
-        few = step.settings(harness.Selection(dtypes=("fp32", "bf16"), **selected), implementations, dtypes_named=False)
-        assert [(setting.dtype, setting.layout) for setting in few] == [("fp32", layout) for layout in layouts]
-        compiles = [any(variant.compiled for variant in setting.variants) for setting in few]
-        assert compiles == [False, named_on_the_command_line]
-    named = step.settings(harness.Selection(dtypes=("bf16",)), ("eager", "cpu"), dtypes_named=True)
-    assert {setting.dtype for setting in named} == {"bf16"}
-    every = step.settings(harness.Selection(full=True), implementations, dtypes_named=False)
-    assert len(every) == 4 and all(setting.variants == step.VARIANTS for setting in every)
+    for suite in ("self_teacher", "step"):
+        for asked_for_by_name in (False, True):
+            networks = [case for case in small_cases(named=asked_for_by_name) if case.suite == suite]
+            assert [(case.dtype, case.layout, case.compiles) for case in networks] == [
+                ("fp32", "nchw", False),
+                ("fp32", "channels_last", asked_for_by_name),
+            ]
+        every = [case for case in small_cases(full=True) if case.suite == suite]
+        assert len(every) == 4 and all(case.compiles for case in every)
+        assert found(suite, dtypes=("bf16",), dtypes_named=True) == {("bf16", layout, True) for layout in layouts}
+
+
+def test_every_file_of_cases_is_a_suite() -> None:
+    files = {path.stem for path in (ROOT / "bench" / "cases").glob("*.py")} - {"__init__"}
+    assert set(SUITES) == files >= {"attention", "fusion", "logits"}
+    assert in_order()[-3:] == ["loss", "self_teacher", "step"] and sorted(in_order()) == sorted(SUITES)
+
+
+def test_a_dropped_in_file_is_a_suite(tmp_path: Path) -> None:
+    """Nothing but the file is needed: a copy of the tree with one more runs it by name."""
+    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    added = (ROOT / "bench" / "cases" / "attention.py").read_text("utf-8").replace('suite="attention"', 'suite="toy"')
+    (tmp_path / "bench" / "cases" / "toy.py").write_text(added, "utf-8")
+    command = "from bench.cases import cases_of, in_order; from bench.case import Selection; "
+    command += "print(in_order()); print({case.suite for case in cases_of('toy', Selection())})"
+    answer = subprocess.run(
+        [sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    order, suites = answer.stdout.splitlines()
+    assert "'toy', 'loss'" in order and suites == "{'toy'}"
 
 
 @pytest.mark.parametrize("node", fusion.NODES, ids=lambda node: node.name)
 def test_original_node_is_that_of_the_library(node: fusion.Node) -> None:
     case = fusion.case(node, 2, "fp32", "nchw", True)
-    assert harness.agrees_in_float64(case, case.ours("reference"), "cpu")
+    assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
 
 
 def test_a_map_starts_backward_from_the_same_noise_in_every_dtype() -> None:
     case = fusion.case(fusion.NODES[0], 2, "bf16", "channels_last", True)
-    half = harness.Call(case, case.original, case.tiny()).upstream(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16))
+    half = Call(case, case.original, case.tiny()).upstream(torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16))
     assert half.is_contiguous(memory_format=torch.channels_last) and half.std() > 0.5
-    exact = harness.Call(case, case.original, case.tiny()).upstream(torch.zeros(2, 3, 4, 4, dtype=torch.float64))
+    exact = Call(case, case.original, case.tiny()).upstream(torch.zeros(2, 3, 4, 4, dtype=torch.float64))
     assert torch.equal(half.double(), exact)
 
 
@@ -221,15 +246,15 @@ def test_documented_traffic_is_the_counted_one() -> None:
 
 def test_a_chain_is_judged_in_float64_too() -> None:
     """A gradient that is wrong by less than the luck of roundings allows."""
-    case = cases_of("self_teacher", harness.Selection(dtypes=("fp32",), layouts=("nchw",)))[0]
+    case = cases_of("self_teacher", Selection(dtypes=("fp32",), layouts=("nchw",)))[0]
     case = dataclasses.replace(case, operands=case.tiny)
 
     def wrong(features: Any, self_teacher: Any, targets: Tensor) -> Tensor:
         features = [feature * (1 + 1e-6) - feature.detach() * 1e-6 for feature in features]
         return case.original(features, self_teacher, targets)
 
-    assert harness.agrees_in_float64(case, case.original, "cpu")
-    assert not harness.agrees_in_float64(case, wrong, "cpu")
+    assert correctness.agrees_in_float64(case, case.original, "cpu")
+    assert not correctness.agrees_in_float64(case, wrong, "cpu")
     rows = run_tiny(dataclasses.replace(case, ours=lambda name: wrong), "eager", "cpu")
     assert rows["eager"].ms is not None and rows["cpu"].status == "WRONG" and rows["cpu"].ms is None
     rows = run_tiny(dataclasses.replace(case, ours=lambda name: case.original), "eager", "cpu")
@@ -257,39 +282,45 @@ class SmallBackbone(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def small_problem() -> step.Problem:
+def small_network() -> SmallBackbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return step.problem(2, SmallBackbone())
+        return SmallBackbone()
 
 
-def run_steps(given: step.Problem, layout: str) -> dict[str, step.StepRow]:
-    eager = tuple(variant for variant in step.VARIANTS if not variant.compiled)
-    measurement = step.Measurement("cpu", harness.Clock("cpu"), impl="reference", repeats=2, plot=True, shipped_ms=5.0)
-    rows = step.run_setting(step.Setting("fp32", layout, eager), given, measurement)
-    return {row.implementation: row for row in rows}
+def small_step(backbone: SmallBackbone, dtype: str, layout: str) -> Case:
+    """A training step of a small network on two images."""
+    case = step.cases(Selection(dtypes=(dtype,), layouts=(layout,), batch=2, dtypes_named=True))[0]
+    operands = step.digits(2, backbone)
+    return dataclasses.replace(case, operands=lambda: operands, tiny=lambda: step.tiny(backbone))
 
 
-def test_steps_are_measured_side_by_side(small_problem: step.Problem) -> None:
-    rows = run_steps(small_problem, "channels_last")
-    assert list(rows) == ["plain", "original", "ours", "ours memory=low"]
+def test_steps_are_measured_side_by_side(small_network: SmallBackbone) -> None:
+    settings = measure.Settings(implementations=("eager", "auto", "reference"), repeats=2, parts=True)
+    settings.shipped_ms["step", "N=2"] = 5.0
+    rows = run_tiny(small_step(small_network, "fp32", "channels_last"), settings=settings)
+    assert list(rows) == ["eager", "auto", "reference", "plain", "auto memory=low"]
     for row in rows.values():
         assert row.status == "ok" and row.ms is not None and row.ms > 0 and row.runs == 2, row
         assert row.images_per_second == pytest.approx(2e3 / row.ms)
         assert row.times_shipped == pytest.approx(5.0 / row.ms)
-        assert row.saved_bytes is not None and row.peak_bytes is not None and row.peak_bytes > 0
-    plain, original, ours, low = rows.values()
-    assert plain.times_plain == 1.0 and plain.times_eager is None and plain.loss_error is None
-    assert ours.times_eager == pytest.approx(original.ms / ours.ms)
-    assert plain.saved_bytes <= low.saved_bytes < ours.saved_bytes <= original.saved_bytes
-    for row in (plain, original, ours):
+        assert row.saved_bytes is not None and row.extra_bytes is not None and row.extra_bytes > 0
+    eager, auto, reference, plain, low = rows.values()
+    assert plain.of_plain == 1.0 and plain.times_eager is None and plain.loss_error is None
+    assert auto.times_eager == pytest.approx(eager.ms / auto.ms)
+    assert plain.saved_bytes <= low.saved_bytes < auto.saved_bytes <= eager.saved_bytes
+    for row in (eager, auto, reference, plain):
         assert row.parts_ms is not None and sum(row.parts_ms.values()) == pytest.approx(row.ms)
         of_self_teacher = [time for part, time in row.parts_ms.items() if part.startswith("self-teacher")]
         assert all((time > 0) == (row is not plain) for time in of_self_teacher)
         assert row.parts_ms["student"] > 0 and row.parts_ms["loss"] > 0
+    # As the authors ship it: eager, float32, NCHW.
+    settings = measure.Settings(implementations=("eager",), repeats=1)
+    shipped = run_tiny(small_step(small_network, "fp32", "nchw"), settings=settings)["eager"]
+    assert settings.shipped_ms == {("step", "N=2"): shipped.ms} and shipped.times_shipped == 1.0
 
 
-def test_a_wrong_step_gets_no_speed(small_problem: step.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_step_gets_no_speed(small_network: SmallBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     from frskd_fast import tasks
 
     class Wrong(tasks.FRSKDTask):
@@ -299,38 +330,30 @@ def test_a_wrong_step_gets_no_speed(small_problem: step.Problem, monkeypatch: py
             return {"loss": parts["loss"] * (1 + 1e-6) - parts["loss"].detach() * 1e-6}
 
     monkeypatch.setattr(tasks, "FRSKDTask", Wrong)
-    rows = run_steps(small_problem, "nchw")
-    assert rows["original"].ms is not None
-    for name in ("ours", "ours memory=low"):
+    rows = run_tiny(small_step(small_network, "fp32", "nchw"), "eager", "auto")
+    assert rows["eager"].ms is not None
+    for name in ("auto", "auto memory=low"):
         assert rows[name].status == "WRONG" and rows[name].ms is None and rows[name].saved_bytes is None
 
 
-def test_a_step_in_half_precision_runs_under_autocast(small_problem: step.Problem) -> None:
-    exact = step.truth(small_problem, "cpu")
-    setting = step.Setting("bf16", "channels_last", ())
-    eager, ours = (
-        step.errors(step.Step(variant, setting, small_problem, "cpu", "reference"), exact)
-        for variant in step.VARIANTS[1:3]
-    )
-    assert step.right(ours, eager, "bf16")
-    assert 1e-5 < ours.loss < 0.05, "the networks did not run in bfloat16"
+def test_a_step_in_half_precision_runs_under_autocast(small_network: SmallBackbone) -> None:
+    case = small_step(small_network, "bf16", "channels_last")
+    operands = place(case.operands(), case, torch.bfloat16, "cpu")
+    judge = correctness.Judge(case, operands)
+    errors = judge.errors(Call(case, case.ours("reference"), operands))
+    assert judge.right(errors)
+    assert 1e-5 < errors.loss < 0.05, "the networks did not run in bfloat16"
 
 
 def test_saved_for_backward_counts_each_storage_once() -> None:
-    class Stub:
-        backbone, self_teacher = nn.Linear(4, 3), nn.Identity()
-        images, targets = torch.ones(2, 4), torch.zeros(2)
+    def function(network: nn.Module, images: Tensor) -> Tensor:
+        # The linear layer keeps batch and weight, exp its result, and the product that same result twice.
+        result = network(images).exp()
+        return (result * result).sum()
 
-        def drop_gradients(self) -> None:
-            pass
-
-        def forward(self) -> Tensor:
-            # The linear layer keeps batch and weight, exp its result, and the product that same result twice.
-            result = self.backbone(self.images).exp()
-            return (result * result).sum()
-
-    stub: Any = Stub()
-    assert step.saved_for_backward(stub) == 2 * 3 * 4
+    operands = {"network": nn.Linear(4, 3), "images": torch.ones(2, 4)}
+    call = Call(one_case(differentiated=("network",)), function, operands)
+    assert memory.saved_for_backward(call) == 2 * 3 * 4
 
 
 def test_a_right_implementation_is_timed() -> None:
@@ -415,12 +438,12 @@ def test_a_case_that_must_not_compile_has_no_such_row() -> None:
 
 
 def test_nan_of_eager_does_not_excuse_an_error() -> None:
-    broken = harness.Errors(math.nan, (math.nan,))
+    broken = correctness.Errors(math.nan, (math.nan,))
     floors = [1e-3]
-    assert harness.within(harness.Errors(1e-7, (1e-4,)), broken, floors)
-    assert not harness.within(harness.Errors(1e-4, (1e-4,)), broken, floors)
-    assert not harness.within(harness.Errors(1e-7, (1e-2,)), broken, floors)
-    assert harness.within(harness.Errors(1e-2, (1e-2,)), harness.Errors(1e-2, (1e-2,)), floors)
+    assert correctness.within(correctness.Errors(1e-7, (1e-4,)), broken, floors)
+    assert not correctness.within(correctness.Errors(1e-4, (1e-4,)), broken, floors)
+    assert not correctness.within(correctness.Errors(1e-7, (1e-2,)), broken, floors)
+    assert correctness.within(correctness.Errors(1e-2, (1e-2,)), correctness.Errors(1e-2, (1e-2,)), floors)
 
 
 def test_extra_memory_counts_what_one_call_allocates() -> None:
@@ -428,8 +451,8 @@ def test_extra_memory_counts_what_one_call_allocates() -> None:
     case = one_case(differentiated=("tensor",))
 
     # two temporaries of 4 MiB alive at once, then the gradient while one of them may still live
-    call = harness.Call(case, lambda tensor: (tensor.detach() + 1).mul(2).sum() * 0 + tensor.sum(), {"tensor": tensor})
-    peak = harness.extra_memory(call, "cpu")
+    call = Call(case, lambda tensor: (tensor.detach() + 1).mul(2).sum() * 0 + tensor.sum(), {"tensor": tensor})
+    peak = memory.extra_memory(call, "cpu")
     assert 2 * tensor.nbytes <= peak < 2 * tensor.nbytes + 4096
     assert tensor.grad is None
 
@@ -442,7 +465,7 @@ def test_peak_is_the_highest_running_sum() -> None:
     ]
     events.append({"name": "[memory]", "ts": 0.5, "args": {"Device Type": 1, "Bytes": 10_000}})
     events.append({"name": "aten::add", "ts": 0.5})
-    assert harness.peak_of_trace(reversed(events)) == 150
+    assert memory.peak_of_trace(reversed(events)) == 150
 
 
 def test_every_round_runs_every_implementation_in_turn() -> None:
@@ -459,7 +482,7 @@ def test_every_round_runs_every_implementation_in_turn() -> None:
             order.append(self.name)
 
     calls: Any = {name: Recorded(name) for name in "abc"}
-    samples = harness.interleave(calls, harness.Clock("cpu"), target_seconds=1.0, repeats=3)
+    samples = timing.interleave(calls, timing.Clock("cpu"), target_seconds=1.0, repeats=3)
     warm_up, timed = order[:6], order[6:]
     assert warm_up == ["a", "b", "c"] * 2
     assert "".join(timed) == "abc" + "bca" + "cab"
@@ -481,142 +504,16 @@ def test_drawn_digits_and_features_have_the_pyramid_of_the_network() -> None:
     assert given.student_logits.shape == random.student_logits.shape == (2, inputs.CLASSES)
 
 
-@pytest.fixture
-def document() -> dict[str, Any]:
-    """A result of two cases: one win, one loss, one WRONG and a NaN baseline."""
+def test_what_auto_picked_is_what_ran() -> None:
+    """Whatever ran before: a forced run of another case must not show."""
+    one_case().ours("reference")(**one_case().tiny())
+    case = one_case(ours=lambda name: loss.ours("reference" if name == "auto" else name))
+    assert measure.prepare(case, measure.Settings(implementations=("auto",))).rows["auto"].picked == "reference"
+    rows = measure.prepare(one_case(), measure.Settings(implementations=("auto", "reference"))).rows
+    import frskd_fast
 
-    def row(case: str, implementation: str, **figures: Any) -> dict[str, Any]:
-        if "ms" in figures:
-            figures["ms_quartiles"] = (0.9 * figures["ms"], 1.1 * figures["ms"])
-        made = harness.Row("loss", f"loss {case}", case, "fp32", "nchw", "forward+backward", implementation, 1_000_000)
-        return dataclasses.asdict(dataclasses.replace(made, **figures))
-
-    timed = {"gigabytes_per_second": 1.0, "percent_of_copy": 12.5, "extra_bytes": 5_000_000}
-    rows = [
-        row("first", "eager", ms=8.0, times_eager=1.0, times_compile=0.5, **timed),
-        row("first", "compile", ms=4.0, times_eager=2.0, times_compile=1.0, compile_seconds=9.0, **timed),
-        row("first", "cpu", ms=5.0, times_eager=1.6, times_compile=0.8, **timed),
-        row("second", "eager", status="NaN", ms=9.0, loss_error=math.nan, times_eager=1.0, **timed),
-        row("second", "cpu", status="WRONG", loss_error=0.25, note="the result is wrong, so it is not timed"),
-    ]
-    environment = {
-        "device": "cpu", "device_name": "A processor", "cpu": "A processor", "cores": 2, "threads": 2,
-        "system": "Linux", "python": "3.11", "torch": "2.13", "triton": "3.6", "frskd_fast": "0.1.0",
-        "commit": "0123456789abcdef",
-    }  # fmt: skip
-    return {
-        "schema": report.SCHEMA,
-        "date": "2026-01-02",
-        "suites": ["loss"],
-        "environment": environment,
-        "allocator": {"mode": "warm", "settings": {"A": "1"}},
-        "copy_gigabytes_per_second": 8.0,
-        "rows": json.loads(json.dumps(report.jsonable(rows), allow_nan=False)),
-    }
-
-
-def test_tables_show_losses_and_wrong_results_plainly(document: dict[str, Any]) -> None:
-    for shown in (report.text(document), report.markdown(document), report.block([("x.json", document)])):
-        assert "0.80x" in shown and "1.60x" in shown
-        assert "Slower than torch.compile in 1 of 1: loss first (cpu) 0.80x." in shown
-        assert "Slower than eager PyTorch in none of 1." in shown
-        assert "Wrong or failed: loss second (cpu): WRONG" in shown
-        assert "NaN" in shown and "0123456789ab" in shown and "warm (A=1)" in shown
-    assert [row["case"] for row in report.failures(document)] == ["loss second"]
-
-
-def test_markdown_tables_are_rectangular(document: dict[str, Any]) -> None:
-    for shown in (report.markdown(document), report.block([("x.json", document)])):
-        for table in shown.split("\n\n"):
-            widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
-            assert len(widths) <= 1
-
-
-def test_readme_round_trip(document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result, readme = tmp_path / "bench" / "results" / "x.json", tmp_path / "README.md"
-    result.parent.mkdir(parents=True)
-    result.write_text(json.dumps(document), encoding="utf-8")
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
-    named, by_block = [str(result), "--readme", str(readme)], ["--readme", str(readme)]
-
-    assert report.main([*named, "--check"]) == 1
-    assert "old" in readme.read_text(encoding="utf-8"), "--check must not write"
-    assert report.main(named) == 0
-    written = readme.read_text(encoding="utf-8")
-    assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
-    assert "<!-- bench:source bench/results/x.json -->" in written
-    # The second time nothing changes, whether the file is named or taken from the block.
-    assert report.main([*named, "--check"]) == report.main([*by_block, "--check"]) == 0
-    assert report.main(by_block) == 0 and readme.read_text(encoding="utf-8") == written
-
-    document["rows"][2]["ms"] = 5.5
-    result.write_text(json.dumps(document), encoding="utf-8")
-    assert report.main([*by_block, "--check"]) == 1
-    assert "out of date" in capsys.readouterr().out
-
-
-def test_report_refuses_what_it_cannot_use(
-    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result, readme = tmp_path / "x.json", tmp_path / "README.md"
-    result.write_text(json.dumps({**document, "schema": -1}), encoding="utf-8")
-    assert report.main([str(result)]) == 2
-    assert "schema -1" in capsys.readouterr().err
-    result.write_text(json.dumps(document), encoding="utf-8")
-    readme.write_text("no markers\n", encoding="utf-8")
-    assert report.main([str(result), "--readme", str(readme)]) == 2
-    assert report.BEGIN in capsys.readouterr().err
-    assert readme.read_text(encoding="utf-8") == "no markers\n"
-
-
-def test_plot_is_written(document: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    path = tmp_path / "plot.png"
-    report.plot(document, path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="nothing to plot"):
-        report.plot({**document, "rows": []}, path)
-
-
-@pytest.fixture
-def steps_document(document: dict[str, Any]) -> dict[str, Any]:
-    """The same with three rows of a training step: ours loses to the compiled original, and its saving form is wrong."""
-
-    def row(implementation: str, **figures: Any) -> dict[str, Any]:
-        made = step.StepRow("step N=32 fp32 nchw", "fp32", "nchw", implementation, 32)
-        return dataclasses.asdict(dataclasses.replace(made, **figures))
-
-    parts = dict.fromkeys(step.PARTS, 400.0)
-    document["steps"] = [
-        row("plain", ms=1000.0, times_plain=1.0, saved_bytes=90_000_000),
-        row("ours", ms=2000.0, times_plain=2.0, times_eager=1.25, times_compile=0.9, parts_ms=parts),
-        row("ours memory=low", status="WRONG", note="the result is wrong, so it is not timed"),
-    ]
-    return document
-
-
-def test_tables_show_steps(steps_document: dict[str, Any]) -> None:
-    block = report.block([("x.json", steps_document)])
-    for shown in (report.text(steps_document), report.markdown(steps_document), block):
-        assert "Slower than torch.compile in 2 of 2" in shown and "step N=32 fp32 nchw (ours) 0.90x" in shown
-        assert "step N=32 fp32 nchw (ours memory=low): WRONG; the result is wrong" in shown
-        assert "2,000" in shown and "2.00x" in shown and report.STEP_LEGEND in shown
-    assert "| N=32 fp32 nchw | plain | 1,000 |" in block and "compile s" not in block
-    for table in block.split("\n\n"):
-        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
-    only = {**steps_document, "rows": [], "suites": ["step"]}
-    assert report.LEGEND not in report.text(only) and "plain" in report.markdown(only)
-
-
-def test_plot_of_steps_is_written(steps_document: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    both = report.plots(steps_document, tmp_path / "plot.png")
-    assert [path.name for path in both] == ["plot.png", "plot-step.png"]
-    assert report.plots({**steps_document, "rows": []}, tmp_path / "only.png") == [tmp_path / "only.png"]
-    for path in (*both, tmp_path / "only.png"):
-        assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no step"):
-        report.plot_steps({**steps_document, "steps": []}, tmp_path / "none.png")
+    loss.ours("auto")(**one_case().tiny())
+    assert rows["auto"].picked == frskd_fast.last_impl()["attention"] and rows["reference"].picked == ""
 
 
 @pytest.mark.parametrize("script", ["run.py", "report.py"])
@@ -632,7 +529,10 @@ def test_help_runs_from_another_folder(script: str, tmp_path: Path) -> None:
     assert f"bench/{script}" in answer.stdout
 
 
-@pytest.mark.parametrize("wrong", [["--dtype", "fp8"], ["nothing"], ["--batch", "0"], ["--suite", "nothing"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--dtype", "fp8"], ["nothing"], ["--batch", "0"], ["--suite", "nothing"], ["--base", "HEAD", "--check-auto"]],
+)
 def test_command_line_refuses_unknown_names(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refusal:
         run.main(wrong)

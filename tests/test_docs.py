@@ -10,21 +10,29 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXECUTED = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("migrate", "numerics", "data", "training"))]
-PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+# Behind the name of a file stands what the file holds; tests/test_walkthroughs.py runs these blocks.
+PYTHON_BLOCK = re.compile(r"^(`[\w/]+\.py`:\n\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# `csrc/cpu/<op>_*.h`, `tests/numerics.py`, `bench/results/`
+SOURCE_PATH = re.compile(r"`((?:frskd_fast|kernels|csrc|bench|tests|scripts|examples)/[\w/.<>*-]*)`")
 LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)")
+
+
+def name_of(document: Path) -> str:
+    """The path from the root of the repository."""
+    return document.relative_to(ROOT).as_posix()
 
 
 def python_blocks() -> list[Any]:
     """Every Python block, with the newlines before it so that an error shows the document's own line number."""
     cases = []
-    for document in EXECUTED:
+    for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         for match in PYTHON_BLOCK.finditer(text):
-            line = text.count("\n", 0, match.start(1))
-            name = f"{document.relative_to(ROOT).as_posix()}:{line + 1}"
-            cases.append(pytest.param(str(document), "\n" * line + match.group(1), id=name))
+            if match[1] is None:
+                line = text.count("\n", 0, match.start(2))
+                cases.append(pytest.param(str(document), "\n" * line + match[2], id=f"{name_of(document)}:{line + 1}"))
     return cases
 
 
@@ -37,16 +45,46 @@ def test_python_block_runs_on_its_own(
         exec(compile(code, document, "exec"), {"__name__": "document"})
 
 
-@pytest.mark.parametrize("document", EXECUTED, ids=lambda document: document.name)
-def test_document_has_blocks_to_run(document: Path) -> None:
-    assert PYTHON_BLOCK.search(document.read_text(encoding="utf-8"))
+def test_pages_that_show_code_have_blocks_to_run() -> None:
+    found = {case.id.rpartition(":")[0] for case in python_blocks()}
+    wanted = {
+        "README.md",
+        *(f"docs/{name}.md" for name in ("migrate", "numerics", "data", "training", "methods/frskd")),
+    }
+    assert wanted <= found
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda document: document.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_to_files(document: Path) -> None:
     targets = LINK.findall(document.read_text(encoding="utf-8"))
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("document", [page for page in PAGES if "add_a" not in page.name], ids=name_of)
+def test_sources_named_in_the_documents_exist(document: Path) -> None:
+    named = {path for path in SOURCE_PATH.findall(document.read_text(encoding="utf-8")) if not path.endswith(".so")}
+    missing = [path for path in named if not any(ROOT.glob(re.sub(r"<\w+>", "*", path)))]
+    assert not missing
+
+
+def test_readme_is_read_in_three_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_readme_leads_to_every_guide() -> None:
+    targets = {Path(target).name for target in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert {"migrate.md", "training.md", "data.md", "scaling.md", "benchmarks.md", "architecture.md"} <= targets
+
+
+def test_recipes_named_in_the_documents_exist() -> None:
+    recipes = {path.stem for path in (ROOT / "frskd_fast" / "training" / "recipes").rglob("*.yaml")}
+    named = set()
+    for document in DOCUMENTS:
+        named.update(re.findall(r"--config ([\w/]+)(?![\w.])", document.read_text(encoding="utf-8")))
+    named -= {"RECIPE"}
+    assert "digits" in named
+    assert named <= recipes, f"no such recipes: {sorted(named - recipes)}"
 
 
 def test_every_environment_variable_is_documented() -> None:
@@ -74,14 +112,16 @@ def test_documented_default_architectures_are_those_of_the_build() -> None:
 
 def test_make_targets_named_in_the_documents_exist() -> None:
     defined = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+    for document in DOCUMENTS:
         named = set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", document.read_text(encoding="utf-8"), re.MULTILINE))
-        assert named and named <= defined, document.name
+        assert named <= defined, name_of(document)
+        assert named or document not in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"), name_of(document)
 
 
-def test_readme_has_one_place_for_each_generated_table() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("bench", "demo"):
+def test_each_generated_table_has_one_place() -> None:
+    places = {"README.md": "bench", "docs/benchmarks.md": "bench", "docs/evidence.md": "evidence"}
+    for document, name in [*places.items(), ("docs/evidence.md", "demo")]:
+        text = (ROOT / document).read_text(encoding="utf-8")
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        assert text.count(begin) == text.count(end) == 1
-        assert text.index(begin) < text.index(end)
+        assert text.count(begin) == text.count(end) == 1, document
+        assert text.index(begin) < text.index(end), document

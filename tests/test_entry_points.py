@@ -177,33 +177,13 @@ def _logits_backward(hostile: Hostile) -> tuple[Any, ...]:
         grads,
         *strides,
         scales,
-        hostile.often(hostile.working(count, kind), None),
         *heads["inputs"],
-        hostile.working(6 * rows, kind),
         hostile.working(4 * rows, kind),
+        hostile.working(6 * rows, kind),
+        hostile.often(hostile.working(count, kind), None),
         hostile.random.random() < 0.5,
         like(heads["students"]),
         like(heads["teachers"]),
-    )
-
-
-def _logits_with_gradients(hostile: Hostile) -> tuple[Any, ...]:
-    rows, classes = hostile.size(), hostile.often(hostile.size(), 1024, 1025)
-    kind = hostile.random.choice(FLOATING)
-    labels = [hostile.layout(torch.randint(max(hostile.often(classes, classes + 5), 1), (rows,))) for _ in range(2)]
-    targets, targets_b = hostile.random.choice([(None, None), (labels[0], None), (labels[0], labels[1])])
-    return (
-        hostile.tensor([rows, classes], kind),
-        hostile.tensor([rows, classes], kind),
-        hostile.often(targets, None, hostile.tensor([rows, classes], kind)),
-        hostile.often(targets_b, None, labels[1]),
-        hostile.number(0.3),
-        hostile.often(0.1, 2.0, float("nan")),
-        hostile.often(-100, 0, 1 << 62, -(1 << 62)),
-        hostile.number(hostile.random.choice([1.0, 2.0, 4.0, 0.7])),
-        hostile.random.random() < 0.5,
-        *(hostile.random.choice([1.0, 0.0, -2.5, float("inf"), float("nan")]) for _ in range(3)),
-        hostile.often(targets is not None and hostile.random.random() < 0.5, True),
     )
 
 
@@ -368,7 +348,6 @@ def _assert_names_an_argument(operator: Any, message: str) -> None:
         ("attention_map", _attention_map),
         ("logits_forward", _logits_forward),
         ("logits_backward", _logits_backward),
-        ("logits_with_gradients", _logits_with_gradients),
         ("combine", _combine),
         ("fusion_statistics", _fusion_statistics),
         ("fusion_forward", _fusion_forward),

@@ -18,19 +18,20 @@ pytest.importorskip("safetensors")
 import safetensors
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save, save_file
-from training_utils import same_weights
+from training_utils import DISTILLING, PLAIN, same_weights
 
 from frskd_fast.models import cifarresnet18, resnet34, wrn16x2
 from frskd_fast.training import export
-from frskd_fast.training.export import ExportError, backbone_weights, bound, load_student, write_student
+from frskd_fast.training.export import bound, load_student, write_student
 from frskd_fast.training.module import DistillationModule
+from frskd_fast.training.weights import ExportError, backbone_weights
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `frskd-fast fit` writes it, of a module whose statistics are not those of a fresh one."""
     torch.manual_seed(1)
-    module = DistillationModule(num_classes=7, backbone="wrn16x2")
+    module = DistillationModule(7, DISTILLING, "wrn16x2")
     module.task(torch.randn(8, 3, 16, 16), torch.arange(8) % 7)["loss"].backward()
     path = tmp_path_factory.mktemp("export") / "last.ckpt"
     images = {"size": [16, 16], "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
@@ -38,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "state_dict": module.state_dict(),
             "hyper_parameters": dict(module.hparams),
-            "frskd_fast": {"seed": 1, "images": images},
+            "frskd_fast": {"seed": 1, "images": images, "channels_last": True},
             "epoch": 3,
         },
         path,
@@ -175,9 +176,7 @@ def test_the_backbone_is_found_among_the_self_teacher_and_other_prefixes() -> No
 def test_weights_to_start_from_leave_out_another_classifier(tmp_path: Path) -> None:
     source = cifarresnet18(num_classes=5)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    module = DistillationModule(
-        num_classes=3, backbone="cifarresnet18", method="plain", weights=str(tmp_path / "weights.pth")
-    )
+    module = DistillationModule(3, PLAIN, "cifarresnet18", weights=str(tmp_path / "weights.pth"))
     assert torch.equal(module.backbone.conv1.weight, source.conv1.weight)
     assert module.backbone.fc.weight.shape[0] == 3
     assert not torch.equal(module.backbone.fc.weight, source.fc.weight[:3])
@@ -188,14 +187,14 @@ def test_weights_to_start_from_leave_out_nothing_but_the_classifier(tmp_path: Pa
     weights = {**wrn16x2(5).state_dict(), "conv1.weight": torch.zeros(8, 3, 3, 3)}
     torch.save(weights, tmp_path / "weights.pth")
     with pytest.raises(ExportError, match=r"conv1\.weight .* has shape \(8, 3, 3, 3\)"):
-        DistillationModule(num_classes=3, backbone="wrn16x2", method="plain", weights=str(tmp_path / "weights.pth"))
+        DistillationModule(3, PLAIN, "wrn16x2", weights=str(tmp_path / "weights.pth"))
 
 
 def test_a_module_comes_back_without_the_file_it_started_from(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save(wrn16x2(3).state_dict(), file)
     trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    trainer.strategy.connect(DistillationModule(num_classes=3, backbone="wrn16x2", method="plain", weights=str(file)))
+    trainer.strategy.connect(DistillationModule(3, PLAIN, "wrn16x2", weights=str(file)))
     trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     file.unlink()
     again = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu")
@@ -205,19 +204,21 @@ def test_a_module_comes_back_without_the_file_it_started_from(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        {"distill": "fit"},
-        {"distill": "od"},
-        {"auxiliary": "sla"},
-        {"self_teacher": "BiFPN", "num_channels": 16},
-        {"method": "plain"},
+        {"task": {"class_path": DISTILLING, "init_args": {"distill": "fit"}}},
+        {"task": {"class_path": DISTILLING, "init_args": {"distill": "od"}}},
+        {"task": {"class_path": DISTILLING, "init_args": {"auxiliary": "sla"}}},
+        {"task": {"class_path": DISTILLING, "init_args": {"self_teacher": "BiFPN", "num_channels": 16}}},
+        {"task": PLAIN},
+        {"task": {"class_path": PLAIN, "init_args": {"channels_last": False}}},
         {"backbone": "training_utils.Adapted"},
     ],
 )
 def test_students_of_every_variant(tmp_path: Path, settings: dict[str, Any]) -> None:
     """The loss's adapters and heads and the self-teacher stay behind; an adapted network goes under its own names."""
-    module = DistillationModule(**{"num_classes": 7, "backbone": "wrn16x2", **settings})
+    module = DistillationModule(**{"num_classes": 7, "task": DISTILLING, "backbone": "wrn16x2", **settings})
     path = tmp_path / "last.ckpt"
     content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    module.on_save_checkpoint(content)
     torch.save(content, path)
     loaded = load_student(path, size=16)
     images = torch.randn(2, 3, 16, 16)

@@ -94,6 +94,27 @@ def test_three_way(dtype: torch.dtype, channels_last: bool, impl: str) -> None:
         )
 
 
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "triton"])
+def test_without_targets_logits_and_features_may_be_of_other_batches(impl: str) -> None:
+    """With `--aux sla` the original's criterion gets 2N rows of logits and 5N feature maps."""
+    _skip_without_triton(impl)
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if impl == "triton" else {"rtol": 1e-10, "atol": 1e-14}
+    student, teacher, *_ = (x.to(device) for x in _inputs(dtype, batch=4)[:2])
+    _, _, students, teachers, _ = _inputs(dtype, batch=10)
+    students, teachers = [x.to(device).requires_grad_() for x in students], [x.to(device) for x in teachers]
+    student.requires_grad_()
+    loss = FRSKDLoss(1.5, 70.0, 3.0, impl=impl)
+    wanted = formulas.frskd_loss(student, teacher, students, teachers, None, 1.5, 70.0, 3.0)
+    parts = loss(student, teacher, students, teachers, return_parts=True)
+    torch.testing.assert_close(parts.loss, wanted, **tolerance)
+    torch.testing.assert_close(1.5 * parts.kd + 70.0 * parts.feature, wanted.detach(), **tolerance)
+    got, gradients = (torch.autograd.grad(value, [student, *students]) for value in (parts.loss, wanted))
+    torch.testing.assert_close(got, gradients, **tolerance)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["none", "labels", "mix", "probabilities"])
 def test_gradcheck_and_parts(kind: str, impl: str) -> None:
@@ -341,9 +362,15 @@ def test_bad_input_is_refused_in_a_sentence(impl: str) -> None:
         ((student, teacher, students[:2], teachers), "teacher_feats has 3 levels, but student_feats has 2"),
         ((student, None, students, teachers), "teacher_logits is None"),
         (
-            (student[:2], teacher[:2], students, teachers),
+            (student[:2], teacher[:2], students, teachers, targets[:2]),
             r"student_feats\[0\] has batch size 4, but student_logits has 2",
         ),
+        (
+            (student, teacher, students, teachers, targets[:2]),
+            r"targets has shape \(2,\), but one class index for each",
+        ),
+        ((student, teacher, students, [t[:2] for t in teachers]), r"teacher_feats\[0\] has batch size 2"),
+        ((student[:2], teacher, students, teachers), "the same batch"),
         ((student, teacher, students, teachers, targets + 100), "holds the label"),
         ((student, teacher, students, teachers, targets.float()), "targets has dtype torch.float32"),
         ((student, teacher[:, :5], students, teachers), "same classes"),

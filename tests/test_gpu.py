@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import formulas
+import problems
 import pytest
 import torch
+from layouts import LAYOUTS, channels_last
 from numerics import assert_close, largest_error
 from torch import Tensor, nn
 
@@ -42,32 +44,6 @@ def _skip_unsupported(impl: str, dtype: torch.dtype) -> None:
         pytest.skip(f"impl={impl!r}: {problem}")
 
 
-def _channels_last(feature: Tensor) -> Tensor:
-    return feature.contiguous(memory_format=torch.channels_last)
-
-
-def _sliced(feature: Tensor) -> Tensor:
-    n, c, h, w = feature.shape
-    storage = feature.new_full((n + 1, c + 2, h + 1, w + 4), float("nan"))
-    view = storage[1:, 1:-1, 1:, 4:]
-    view.copy_(feature)
-    return view
-
-
-def _transposed(feature: Tensor) -> Tensor:
-    return feature.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda feature: feature,
-    "channels_last": _channels_last,
-    "sliced": _sliced,
-    "sliced_channels_last": lambda feature: _sliced(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-    "transposed": _transposed,
-    "expanded": lambda feature: feature[:1].expand(feature.shape),
-}
-
-
 def _with_gradients(
     function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -94,6 +70,21 @@ def _three_way(
         assert_close(result, plain_result, truth, "losses" if index == 0 else f"gradient {index - 1}")
     for tensor, copy in zip(inputs, before, strict=True):
         assert torch.equal(tensor.nan_to_num(), copy.nan_to_num()), "an input was written to"
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    ("operation", "problem"),
+    [
+        pytest.param(operation, problem, id=f"{operation}: {problem.name}")
+        for operation in problems.operations()
+        for problem in problems.of_kernels(operation)
+    ],
+)
+def test_problems(operation: str, problem: problems.Problem, impl: str) -> None:
+    torch.manual_seed(0)
+    problem.run(impl, "cuda")
+    assert frskd_fast.last_impl().get(operation, impl) == impl
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -144,7 +135,7 @@ LOGITS: dict[str, Callable[[], Tensor]] = {
     "odd": lambda: _normal(5, 1003),
     "vocabulary": lambda: _normal(3, 50257),
     "map": lambda: _normal(2, 21, 65, 65),
-    "channels_last map": lambda: _channels_last(_normal(2, 24, 33, 47)),
+    "channels_last map": lambda: channels_last(_normal(2, 24, 33, 47)),
     "sliced map": lambda: _normal(3, 23, 19, 20)[1:, 2:, :, 3:],
     "transposed": lambda: _normal(100, 70).t(),
     "sequence": lambda: _normal(2, 6, 400),
@@ -248,7 +239,7 @@ def test_a_label_that_is_no_class_spoils_its_row_alone(impl: str) -> None:
 def _objective_inputs(
     dtype: torch.dtype = torch.float32, batch: int = 16, channels_last: bool = False
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:
-    change = _channels_last if channels_last else LAYOUTS["contiguous"]
+    change = channels_last if channels_last else LAYOUTS["contiguous"]
     students = [change(_normal(batch, c, s, s).to(dtype)).requires_grad_() for c, _, s in PYRAMID]
     teachers = [change(_normal(batch, d, s, s).to(dtype)) for _, d, s in PYRAMID]
     logits = [(2 * _normal(batch, 100)).to(dtype).requires_grad_() for _ in range(2)]
@@ -427,95 +418,21 @@ def test_the_tensors_device_is_used(impl: str) -> None:
         assert largest_error(leaf.grad.cpu(), gradient.cpu()) <= 1e-6 * float(gradient.abs().max())
 
 
-# (sizes, resamples): K maps, and how each comes to the output's size
-NODES: dict[str, tuple[list[tuple[int, int]], list[str]]] = {
-    "same size": ([(14, 14), (14, 14)], ["none", "none"]),
-    "up": ([(32, 32), (16, 16)], ["none", "up"]),
-    "pool": ([(8, 8), (8, 8), (16, 16)], ["none", "none", "pool"]),
-    "odd": ([(9, 7), (5, 4), (17, 14), (9, 7)], ["none", "up", "pool", "none"]),
-    "one pixel": ([(1, 1), (2, 1)], ["none", "pool"]),
-}
-SETTINGS: list[dict[str, str]] = [
-    {"pre": "relu", "act": "none", "weighting": "relu"},
-    {"pre": "none", "act": "silu", "weighting": "softmax"},
-    {"pre": "silu", "act": "relu", "weighting": "sum"},
-]
-
-
-def _maps(case: str, channels: int = 24, batch: int = 5) -> list[Tensor]:
-    return [_normal(batch, channels, *size) for size in NODES[case][0]]
-
-
-def _norms(count: int, channels: int, dtype: torch.dtype) -> list[nn.BatchNorm2d]:
-    """The same parameters for the same arguments; half precision keeps them in float32."""
-    generator = torch.Generator().manual_seed(3)
-    norms = []
-    for _ in range(count):
-        norm = nn.BatchNorm2d(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        with torch.no_grad():
-            norm.weight.copy_(torch.randn(channels, generator=generator))
-            norm.bias.copy_(torch.randn(channels, generator=generator))
-        norms.append(norm.cuda())
-    return norms
-
-
-def _fuse(
-    inputs: list[Tensor], case: str, impl: str, norms: list[nn.BatchNorm2d] | None = None, **settings: str
-) -> Tensor:
-    """The node of all inputs but the last, which is the weight where the weighting has one."""
-    weight = None if settings.get("weighting") == "sum" else inputs[-1]
-    return functional.weighted_fusion(
-        inputs[:-1], weight, resample=NODES[case][1], batch_norms=norms, impl=impl, **settings
-    )
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "BatchNorm"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings.values()))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_fusion(layout: str, dtype: torch.dtype, settings: dict[str, str], normalised: bool, impl: str) -> None:
-    _skip_unsupported(impl, dtype)
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    for case in NODES:
-        maps = [LAYOUTS[layout](x.to(dtype)) for x in _maps(case)]
-        weight = torch.rand(len(maps), device="cuda", dtype=accumulate) + 0.1
-        results = []
-        grad = _normal(5, 24, *NODES[case][0][0])
-        for name, kind in ((impl, dtype), ("reference", dtype), ("reference", torch.float64)):
-            leaves = [x.detach().to(kind).requires_grad_() for x in maps]
-            leaves.append(weight.detach().to(torch.float64 if kind == torch.float64 else accumulate).requires_grad_())
-            norms = _norms(len(maps), 24, kind) if normalised else None
-            out = _fuse(leaves, case, name, norms, **settings)
-            out.backward(grad.to(kind))
-            if name == impl:
-                assert frskd_fast.last_impl()["fusion"] == impl
-            if settings["weighting"] == "sum":
-                leaves.pop()
-            parameters = [parameter for norm in norms or [] for parameter in norm.parameters()]
-            buffers = [buffer for norm in norms or [] for buffer in (norm.running_mean, norm.running_var)]
-            gradients = [leaf.grad for leaf in [*leaves, *parameters]]
-            results.append([value for value in [out.detach(), *gradients, *buffers] if value is not None])
-        sizes = len(maps) * (1 + 4 * normalised) + 1 + (settings["weighting"] != "sum")
-        assert len(results[0]) == sizes
-        # The weights' gradient is a difference of (D_i - sum_j D_j w^_j) / divisor; the sum is about <grad, out>.
-        divisor = float(weight.sum()) if settings["weighting"] == "relu" else 1.0
-        scale = float((grad.double() * results[2][0]).sum().abs()) / divisor
-        for index, (ours, plain, truth) in enumerate(zip(*results, strict=True)):
-            is_weight = index == len(maps) + 1 and settings["weighting"] != "sum"
-            assert_close(ours, plain, truth, f"{case} {index}", scale if is_weight else 0.0)
-
-
 @pytest.mark.parametrize("normalised", [False, True], ids=["plain", "BatchNorm"])
 def test_fusion_is_deterministic_and_capturable(normalised: bool, impl: str) -> None:
     """The same bits a hundred times, without a synchronisation, and from a CUDA graph on new inputs."""
-    case = "odd"
-    static = [leaf.requires_grad_() for leaf in [*map(_channels_last, _maps(case)), torch.rand(4, device="cuda")]]
-    norms = _norms(4, 24, torch.float32) if normalised else None
-    leaves = [*static, *(parameter for norm in norms or [] for parameter in norm.parameters())]
+    sizes, resample = [(9, 7), (5, 4), (17, 14), (9, 7)], ["none", "up", "pool", "none"]
+    static = [channels_last(_normal(5, 24, *size)).requires_grad_() for size in sizes]
+    static.append(torch.rand(4, device="cuda").requires_grad_())
+    norms: list[nn.BatchNorm2d] = [nn.BatchNorm2d(24).cuda() for _ in sizes if normalised]
+    for parameter in (parameter for norm in norms for parameter in norm.parameters()):
+        nn.init.normal_(parameter)
+    leaves = [*static, *(parameter for norm in norms for parameter in norm.parameters())]
 
     def step() -> list[Tensor]:
-        out = _fuse(static, case, impl, norms, pre="relu", act="silu", weighting="relu")
+        out = functional.weighted_fusion(
+            static[:-1], static[-1], resample=resample, batch_norms=norms or None, pre="silu", impl=impl
+        )
         return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
     first = step()

@@ -366,6 +366,22 @@ def test_limits(kind: type[HintLoss], impl: str) -> None:
     assert loss(student, teacher, students, teachers) == 3.0 * parts.kd
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_without_targets_logits_and_features_may_be_of_other_batches(kind: type[HintLoss], impl: str) -> None:
+    """With `--aux sla` the original's criterion gets 2N rows of logits and 5N feature maps."""
+    loss = built(kind, 1.5, 0.7, 3.0, impl=impl).double()
+    (student, teacher, _, _), (_, _, students, teachers) = arguments_for(4), arguments_for(10)
+    feature = plain_feature_term(loss, students, teachers)
+    wanted = 1.5 * plain_kd(student, teacher, 3.0) + 0.7 * feature
+    parts = loss(student, teacher, students, teachers, return_parts=True)
+    torch.testing.assert_close(parts.loss, wanted)
+    torch.testing.assert_close(parts.feature, feature.detach())
+    leaves = [student, *students, *loss.parameters()]
+    got, gradients = (torch.autograd.grad(value, leaves) for value in (parts.loss, wanted))
+    torch.testing.assert_close(got, gradients, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_inputs_that_do_not_fit_are_refused(kind: type[HintLoss]) -> None:
     loss = built(kind)
@@ -383,7 +399,16 @@ def test_inputs_that_do_not_fit_are_refused(kind: type[HintLoss]) -> None:
         ((student, teacher, students, teachers[:1]), ValueError, "teacher_feats has 1 levels, but student_feats has 2"),
         ((student, teacher, students, [x[..., :1] for x in teachers]), ValueError, "equal sizes were wanted"),
         ((student, teacher[:1], students, teachers), ValueError, "the same batch"),
-        ((student[:1], teacher[:1], students, teachers), ValueError, "has batch size 2, but student_logits has 1"),
+        (
+            (student[:1], teacher[:1], students, teachers, torch.tensor([0])),
+            ValueError,
+            "has batch size 2, but student_logits has 1",
+        ),
+        (
+            (student[:1], teacher[:1], students, [x[:1] for x in teachers]),
+            ValueError,
+            r"teacher_feats\[0\] has batch size 1",
+        ),
         ((student, teacher, students, None), TypeError, "teacher_feats is a NoneType"),
         ((student, None, students, teachers), TypeError, "teacher_logits is None"),
         ((*double[0], *double[1:]), TypeError, f"dtype torch.float64, but the parameters of {name} have torch.float32"),

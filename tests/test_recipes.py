@@ -82,12 +82,11 @@ def test_recipe_trains_one_batch(name: str, roots: dict[str, Path]) -> None:
     """The whole settings with a batch of 2, from the reader to the optimiser's step and a validation batch."""
     command_line = dry_run(name, roots)
     assert command_line.trainer.state.finished and command_line.trainer.global_step == 1
-    settings = recipe(name)["model"]
+    task = recipe(name)["task"]["class_path"].rsplit(".", 1)[-1]
     module = command_line.model
-    assert module.hparams.method == settings["method"]
     if not name.startswith("digits"):
         assert module.hparams.num_classes == CLASSES[name.split("_")[0]]
-    assert type(module.task).__name__ == ("ClassificationTask" if settings["method"] == "plain" else "FRSKDTask")
+    assert type(module.task).__name__ == {"build_frskd": "FRSKDTask"}.get(task, task)
     assert 0 <= command_line.trainer.callback_metrics["validation/accuracy"] <= 1
 
 
@@ -101,8 +100,10 @@ def test_recipe_prints_its_settings(name: str, capsys: pytest.CaptureFixture[str
     for part in ("model", "trainer"):
         for key, value in wanted[part].items():
             assert printed[part][key] == value, f"{part}.{key}"
-    for key, value in wanted["data"]["init_args"].items():
-        assert printed["data"]["init_args"][key] == value, f"data.{key}"
+    for part in ("task", "optimizer", "lr_scheduler", "data"):
+        assert printed[part]["class_path"] == wanted[part]["class_path"]
+        for key, value in wanted[part].get("init_args", {}).items():
+            assert printed[part]["init_args"][key] == value, f"{part}.{key}"
 
 
 def test_every_experiment_of_the_paper_has_its_recipe() -> None:
@@ -120,25 +121,33 @@ def test_header_names_source_and_target(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "part", "expected"),
     [
-        ("cifar100_resnet18_frskd", {"alpha": 2.0, "beta": 100.0, "temperature": 4.0, "distill": "att"}),
-        ("cifar100_resnet18_frskd_sla", {"auxiliary": "sla", "auxiliary_weight": 1.0, "alpha": 2.0, "beta": 100.0}),
-        ("cifar100_wrn16x2_frskd", {"backbone": "wrn16x2", "milestones": [100, 150], "learning_rate": 0.1}),
-        ("cifar100_resnet18_plain", {"momentum": 0.9, "weight_decay": 1e-4, "schedule": "multistep", "gamma": 0.1}),
+        ("cifar100_resnet18_frskd", "task", {"alpha": 2.0, "beta": 100.0, "temperature": 4.0, "distill": "att"}),
+        (
+            "cifar100_resnet18_frskd_sla",
+            "task",
+            {"auxiliary": "sla", "auxiliary_weight": 1.0, "alpha": 2.0, "beta": 100.0},
+        ),
+        ("cifar100_wrn16x2_frskd", "lr_scheduler", {"milestones": [100, 150], "gamma": 0.1}),
+        ("cifar100_resnet18_plain", "optimizer", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}),
     ],
 )
-def test_constants_of_the_paper(name: str, expected: dict[str, object]) -> None:
+def test_constants_of_the_paper(name: str, part: str, expected: dict[str, object]) -> None:
     settings = recipe(name)
-    assert {key: settings["model"][key] for key in expected} == expected
+    assert {key: settings[part]["init_args"][key] for key in expected} == expected
+    assert settings["optimizer"]["class_path"] == "torch.optim.SGD"
+    assert settings["lr_scheduler"]["class_path"].endswith(".multistep")
     assert settings["trainer"]["max_epochs"] == 200 and settings["data"]["init_args"]["batch_size"] == 128
 
 
 def test_a_recipe_of_the_user_builds_on_one_of_the_package(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("base: cifar100_resnet18_frskd\nmodel:\n  beta: 50.0\n", encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(
+        "base: cifar100_resnet18_frskd\ntask:\n  init_args:\n    beta: 50.0\n", encoding="utf-8"
+    )
     (tmp_path / "more.yaml").write_text("base: mine.yaml\ntrainer:\n  max_epochs: 3\n", encoding="utf-8")
     settings = recipe(str(tmp_path / "more.yaml"))
-    assert settings["model"]["beta"] == 50.0 and settings["model"]["alpha"] == 2.0
+    assert settings["task"]["init_args"]["beta"] == 50.0 and settings["task"]["init_args"]["alpha"] == 2.0
     assert settings["trainer"]["max_epochs"] == 3 and "base" not in settings
 
 
@@ -168,7 +177,15 @@ def test_mistakes_in_recipes_are_sentences(tmp_path: Path, capsys: pytest.Captur
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(recipe_names()) and all(len(line.split("  ", 1)[1].strip()) > 10 for line in lines)
+    found, method = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  "):
+            name, summary = line.split(maxsplit=1)
+            assert len(summary) > 10
+            found[name] = method
+        else:
+            method = line.removesuffix(":")
+    assert found == recipe_names() and list(dict.fromkeys(found.values())) == ["frskd", "plain"]
+    assert all(("plain" in name) == (method == "plain") for name, method in found.items())
     assert main(["recipes", "cifar100_wrn16x2_frskd_sla"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == recipe_files.recipe("cifar100_wrn16x2_frskd_sla")

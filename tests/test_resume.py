@@ -18,13 +18,13 @@ pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
-from training_utils import epochs, process, same_weights, small_run, steps, weights
+from training_utils import PLAIN, SCHEDULES, epochs, process, same_weights, small_run, steps, weights
 
 from frskd_fast.training import checkpoints
-from frskd_fast.training.callbacks import Records
 from frskd_fast.training.checkpoints import find_checkpoint, problem_with, write_atomically
 from frskd_fast.training.cli import main
 from frskd_fast.training.module import DistillationModule
+from frskd_fast.training.records import Records
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_every_checkpoint_within_and_between_epochs_leads_to_the_same_end(refere
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "rotate", keep)
         first = tmp_path / "first"
-        assert main(small_run(first, trainer__max_epochs=2, model__schedule="constant")) == 0
+        assert main(small_run(first, trainer__max_epochs=2, lr_scheduler="null")) == 0
     states = sorted(saved.iterdir())
     reached = [torch.load(state, weights_only=True)["global_step"] for state in states]
     assert reached == [3, 4, 7, 8], "one within each epoch, one at its end"
@@ -178,7 +178,7 @@ def test_every_checkpoint_within_and_between_epochs_leads_to_the_same_end(refere
         shutil.copytree(first, folder)
         (folder / "previous.ckpt").unlink()
         shutil.copyfile(state, folder / "last.ckpt")
-        words = small_run(folder, trainer__max_epochs=2, model__schedule="constant")
+        words = small_run(folder, trainer__max_epochs=2, lr_scheduler="null")
         assert main(words) == 0
         assert steps(folder) == steps(first), step
         assert epochs(folder) == epochs(first), step
@@ -223,8 +223,8 @@ def test_a_finished_run_says_so_and_stays_as_it_is(begun: Path, capsys: pytest.C
 
 
 def test_other_settings_in_the_same_folder_are_refused(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(small_run(begun, model__beta=3.0)) == 1
-    assert "model.beta was 100.0 and is 3.0" in capsys.readouterr().err
+    assert main(small_run(begun, task__beta=3.0)) == 1
+    assert "task.init_args.beta was 100.0 and is 3.0" in capsys.readouterr().err
     assert main(small_run(begun, seed_everything=11)) == 1
     assert "seed_everything was 10 and is 11" in capsys.readouterr().err
 
@@ -232,11 +232,11 @@ def test_other_settings_in_the_same_folder_are_refused(begun: Path, capsys: pyte
 def test_a_cosine_is_not_prolonged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PyTorch's schedule, taken up after its end, would rise again."""
     folder = tmp_path / "run"
-    settings = {"model__schedule": "cosine", "model__method": "plain"}
+    settings = {"lr_scheduler": f"{SCHEDULES}.cosine", "task": PLAIN}
     assert main(small_run(folder, **settings, trainer__max_epochs=1)) == 0
     assert main(small_run(folder, **settings, trainer__max_epochs=2)) == 1
     error = capsys.readouterr().err
-    assert "by a cosine over 1 epochs, but trainer.max_epochs is 2" in error and "--fresh to begin anew" in error
+    assert "schedules.cosine over 1 epochs, but trainer.max_epochs is 2" in error and "--fresh to begin anew" in error
     assert len(epochs(folder)) == 1
     assert main(small_run(folder, **settings, trainer__max_epochs=1)) == 0
     out = capsys.readouterr().out
@@ -245,14 +245,14 @@ def test_a_cosine_is_not_prolonged(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_cosine_is_not_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    settings = {"model__schedule": "cosine", "model__method": "plain", "trainer__max_steps": 8}
+    settings = {"lr_scheduler": f"{SCHEDULES}.cosine", "task": PLAIN, "trainer__max_steps": 8}
     assert main(small_run(folder, **settings, trainer__max_epochs=3)) == 0
     assert main(small_run(folder, **settings, trainer__max_epochs=1)) == 1
-    assert "by a cosine over 3 epochs, but trainer.max_epochs is 1" in capsys.readouterr().err
+    assert "schedules.cosine over 3 epochs, but trainer.max_epochs is 1" in capsys.readouterr().err
 
 
 def test_fresh_moves_the_old_run_aside(begun: Path, reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*small_run(begun, model__beta=3.0, trainer__max_epochs=1), "--fresh"]
+    words = [*small_run(begun, task__beta=3.0, trainer__max_epochs=1), "--fresh"]
     assert main(words) == 0
     old = begun.with_name("run.old-1")
     assert f"is now in {old}" in capsys.readouterr().out
@@ -301,7 +301,7 @@ def test_a_limit_on_file_sizes_as_a_full_disk(begun: Path) -> None:
 
 def test_a_full_disk_ends_the_events_and_not_the_training(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = process(small_run(folder, tensorboard="true", model__method="plain"), limit=3000)
+    done = process(small_run(folder, tensorboard="true", task=PLAIN), limit=3000)
     out, error = done.communicate(timeout=120)
     assert done.returncode == 0, out + error
     assert error.count("TensorBoard's events could not be written ([Errno") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
 import subprocess
@@ -21,15 +22,18 @@ pytest.importorskip("sklearn")
 import lightning.pytorch as pl
 from data_files import write_image_folder
 from torchmetrics.classification import MulticlassAccuracy
-from training_utils import SmallNet, epochs, small_run, steps, weights
+from training_utils import DISTILLING, PLAIN, SCHEDULES, SmallNet, epochs, small_run, steps, weights
 
-from frskd_fast.training import checkpoints, panels
+from frskd_fast.training import checkpoints, panels, schedules
 from frskd_fast.training.backbones import build_backbone
-from frskd_fast.training.callbacks import Predictions, ProgressBar, Records, Table, Throughput, read_table
-from frskd_fast.training.cli import main, run, sentence_of
+from frskd_fast.training.cli import main, run
 from frskd_fast.training.data import DigitsData, ImageFolderData, ImageLoader
+from frskd_fast.training.errors import sentence_of
 from frskd_fast.training.metrics import MeanOfParts
-from frskd_fast.training.module import DistillationModule, epoch_schedule, fraction_correct, step_seed
+from frskd_fast.training.module import DistillationModule, fraction_correct, step_seed
+from frskd_fast.training.progress import ProgressBar
+from frskd_fast.training.records import Predictions, Records, Throughput
+from frskd_fast.training.tables import Table, read_table
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         trainer__enable_progress_bar="true",
         trainer__max_epochs=2,
         checkpoint__keep_best="true",
-        model__warmup_epochs=1,
+        lr_scheduler__warmup_epochs=1,
     )
     assert main(words) == 0
     return folder
@@ -76,7 +80,7 @@ def test_records_hold_each_part_of_the_loss(trained: Path) -> None:
 
 
 def test_validate_test_and_predict_use_the_runs_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = small_run(trained, model__warmup_epochs=1)[1:]
+    words = small_run(trained, lr_scheduler__warmup_epochs=1)[1:]
     validated = run("validate", words).trainer.callback_metrics["validation/accuracy"]
     assert float(validated) == pytest.approx(float(read_table(trained / "epochs.csv")[1][-1]["validation/accuracy"]))
     tested = run("test", words).trainer.callback_metrics["test/accuracy"]
@@ -124,7 +128,7 @@ def test_best_checkpoint_holds_the_weights_that_were_validated(tmp_path: Path, m
     settings = {"checkpoint__every_n_epochs": 3, "checkpoint__every_n_steps": 1, "checkpoint__keep_best": "true"}
     settings["trainer__num_sanity_val_steps"] = 0
     with pytest.warns(UserWarning, match="No space left"):
-        assert main(small_run(folder, model__method="plain", **settings)) == 0
+        assert main(small_run(folder, task=PLAIN, **settings)) == 0
     best = torch.load(folder / "best.ckpt", weights_only=True)
     assert (best["epoch"], best["global_step"]) == (1, 8)
     assert best["callbacks"]["RunCheckpoint"]["best"] == pytest.approx(0.6)
@@ -171,7 +175,7 @@ def test_progress_bar_shows_rate_and_parts(trained: Path, tmp_path: Path, capsys
 
 def test_plain_method_with_label_smoothing_and_bfloat16(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = small_run(folder, model__method="plain", model__label_smoothing=0.1, trainer__precision="bf16-mixed")
+    words = small_run(folder, task=PLAIN, task__label_smoothing=0.1, trainer__precision="bf16-mixed")
     assert main([*words, "--trainer.max_epochs", "1"]) == 0
     rows = steps(folder)
     assert set(rows[0]) == {"step", "epoch", "loss", "ce_student"}
@@ -183,7 +187,7 @@ def test_plain_method_with_label_smoothing_and_bfloat16(tmp_path: Path) -> None:
 )
 def test_variants_train_from_the_command_line(tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = tmp_path / "run"
-    words = small_run(folder, data__mixup=0.0, **{f"model__{name}": value for name, value in settings.items()})
+    words = small_run(folder, data__mixup=0.0, **{f"task__{name}": value for name, value in settings.items()})
     assert main([*words, "--trainer.max_epochs", "1"]) == 0
     assert all(math.isfinite(float(value)) for row in steps(folder) for value in row.values())
     names = set(weights(folder))
@@ -272,7 +276,10 @@ def test_a_run_without_a_validation_says_so(tmp_path: Path, capsys: pytest.Captu
         (["--model.backbone", "timm:no_such_network"], "timm"),
         (["--data.batch_size", "0"], "batch_size is 0, but it must be at least 1."),
         (["--trainer.strategy", "no_such"], "You selected an invalid strategy name: `strategy='no_such'`"),
-        (["--model.schedule", "cosine", "--trainer.max_epochs", "0"], "schedule is 'cosine', but the number of epochs"),
+        (
+            ["--lr_scheduler", f"{SCHEDULES}.cosine", "--trainer.max_epochs", "0"],
+            "max_epochs is 0, but a cosine ends with",
+        ),
         (["--model.weights", "no.pth"], "The checkpoint no.pth does not exist."),
         (["--data.mixup", "0.2", "--data.cutmix", "1"], "mixup is 0.2 and cutmix is 1.0"),
         (["--checkpoint.every_n_epochs", "0"], "every_n_epochs 0, but 0 or more and 1 or more"),
@@ -408,7 +415,7 @@ def test_a_step_reads_nothing_from_the_device_but_every_n_steps(tmp_path: Path) 
         callbacks=[records, ProgressBar(every_n_steps=100)], enable_checkpointing=False, enable_model_summary=False,
     )  # fmt: skip
     # Hooks of the CPU optimiser aside, what the task, the module and the callbacks do in a step.
-    module = DistillationModule(10, "training_utils.SmallNet", method="plain", schedule="constant", momentum=0.0)
+    module = DistillationModule(10, PLAIN, "training_utils.SmallNet", optimizer="torch.optim.SGD")
     module.optimizer_step = lambda epoch, index, optimizer, closure: closure()  # type: ignore[method-assign]
     trainer.fit(module, DigitsData(as_rgb=True, batch_size=20, evaluate_on="test"))
     assert records.reads == 3  # of 10 steps: the first, the fifth, the ninth
@@ -420,7 +427,7 @@ def test_compile_reaches_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
     called = []
     monkeypatch.setattr(FRSKDTask, "compile", lambda self, *args, **kwargs: called.append(self))
-    module = DistillationModule(10, "wrn16x2", compile=True)
+    module = DistillationModule(10, DISTILLING, "wrn16x2", compile=True)
     assert called == [module.task]
 
 
@@ -436,9 +443,10 @@ def test_random_numbers_of_a_step_depend_on_seed_epoch_batch_and_process() -> No
 def test_schedules_follow_their_formulas(schedule: str, warmup: int) -> None:
     total, milestones = 12, [5, 9]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
-    scheduler = epoch_schedule(
-        optimizer, schedule, epochs=total, milestones=milestones, gamma=0.1, warmup_epochs=warmup
+    arguments: dict[str, Any] = {"multistep": {"milestones": milestones}, "cosine": {"max_epochs": total}}.get(
+        schedule, {}
     )
+    scheduler = getattr(schedules, schedule)(optimizer, **arguments, warmup_epochs=warmup)
     for epoch in range(total):
         if epoch < warmup:
             expected = 0.2 * (epoch + 1) / (warmup + 1)
@@ -450,26 +458,29 @@ def test_schedules_follow_their_formulas(schedule: str, warmup: int) -> None:
             expected = 0.2
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12), epoch
         optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-            torch.save(scheduler.state_dict(), buffer := __import__("io").BytesIO())
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
+        scheduler.step()
+        torch.save(scheduler.state_dict(), buffer := io.BytesIO())
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "kd"}, "method is 'kd', but 'frskd' or 'plain' was wanted"),
-        ({"schedule": "linear"}, "schedule is 'linear'"),
-        ({"label_smoothing": 0.1}, "smooths the labels of method 'plain' alone"),
-        ({"warmup_epochs": -1}, "warmup_epochs is -1"),
+        ({"task": "no_such_package.Task"}, r"'no_such_package\.Task' cannot be imported"),
+        ({"task": {"class_path": DISTILLING, "init_args": {"distill": "kd"}}}, "distill is 'kd', but 'att'"),
         ({"backbone": "vgg"}, "backbone is 'vgg', but one of cifarresnet18"),
     ],
 )
 def test_wrong_settings_are_sentences(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DistillationModule(**{"num_classes": 10, "backbone": "wrn16x2", **arguments})
+    with pytest.raises((ImportError, ValueError), match=message):
+        DistillationModule(**{"num_classes": 10, "task": PLAIN, "backbone": "wrn16x2", **arguments})
+
+
+def test_a_warm_up_of_less_than_nothing_is_a_sentence() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+    with pytest.raises(ValueError, match="warmup_epochs is -1, but 0 or more was wanted"):
+        schedules.constant(optimizer, warmup_epochs=-1)
 
 
 def test_backbones_by_import_path() -> None:

@@ -6,8 +6,10 @@ would have launched is compiled for each target in a process of its own (this fi
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -17,8 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import problems
 import pytest
 import torch
+
+from frskd_fast import kernels
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -73,37 +78,6 @@ def _logits(
     )  # fmt: skip
 
 
-def _fusion(
-    sizes: tuple[int, ...],  # of square maps, the first of which has the output's size
-    dtype: torch.dtype,
-    channels_last: bool = False,
-    normalised: bool = False,
-    act: int = 0,
-    batch: int = 2,
-    device: str = "cpu",
-) -> None:
-    from frskd_fast.kernels import fusion
-
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    inputs = [
-        torch.empty(batch, 64, size, size, dtype=dtype, device=device, memory_format=memory_format) for size in sizes
-    ]
-    resamples = [0 if size == sizes[0] else 1 if size < sizes[0] else 2 for size in sizes]
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = torch.empty(len(sizes), dtype=accumulate, device=device)
-    absent = [torch.empty(0, dtype=accumulate, device=device)] * len(sizes)
-    settings = (resamples, 1, act, 1, 1e-4)
-    statistics, affine, sums = absent, absent, absent
-    if normalised:
-        statistics = fusion.batch_statistics(inputs, [1e-5] * len(sizes))
-        affine = [torch.empty(64, dtype=accumulate, device=device)] * len(sizes)
-    node = (inputs, statistics, affine, affine, weight)
-    out = fusion.forward(*node, *settings, (sizes[0], sizes[0]))
-    if normalised:
-        sums, _ = fusion.backward_sums(out, *node, *settings)
-    fusion.backward(out, *node, sums, *settings, [True] * len(sizes), not normalised)
-
-
 def _combine(rows: int) -> None:
     from frskd_fast.kernels import combine
 
@@ -111,39 +85,53 @@ def _combine(rows: int) -> None:
         combine.forward(torch.zeros(4, 128), torch.zeros(4, rows), 2.0, 100.0, True, split)
 
 
-CASES: dict[str, Callable[[], None]] = {
-    "attention nchw float32": lambda: _attention("nchw", torch.float32, 2.0),
-    "attention nchw bfloat16": lambda: _attention("nchw", torch.bfloat16, 2.0),
-    "attention channels_last float32": lambda: _attention("channels_last", torch.float32, 2.0),
-    "attention channels_last bfloat16": lambda: _attention("channels_last", torch.bfloat16, 2.0),
-    "attention p=2.3": lambda: _attention("nchw", torch.float32, 2.3),
-    "attention float64": lambda: _attention("nchw", torch.float64, 2.0),
-    "attention, 64-bit offsets": lambda: _attention("nchw", torch.float32, 2.0, batch=40_000, device="meta"),
-    "attention map": _attention_map,
-    "logits 128x100 float32": lambda: _logits((128, 100), torch.float32, "indices"),
-    "logits 128x100 bfloat16, two labels": lambda: _logits((128, 100), torch.bfloat16, "two", smoothing=0.1),
-    "logits 128x100 T=10, probabilities": lambda: _logits((128, 100), torch.float32, "probabilities", 10.0, 0.1),
-    "logits 64x1000 to both sides": lambda: _logits((64, 1000), torch.float32, "indices", 10.0, kd_to_teacher=True),
-    "logits 16x4096, the largest single tile": lambda: _logits((16, 4096), torch.bfloat16, "none", 3.0),
-    "logits 16x50257, tiles": lambda: _logits((16, 50257), torch.bfloat16, "indices", 3.0, kd_to_teacher=True),
-    "logits maps float32": lambda: _logits((2, 21, 65, 65), torch.float32, "indices", 1.0),
-    "logits maps bfloat16": lambda: _logits((2, 150, 64, 64), torch.bfloat16, "indices", 3.0),
-    "logits maps channels_last": lambda: _logits((2, 21, 65, 65), torch.float32, "indices", 4.0, channels_last=True),
-    "logits maps float64": lambda: _logits((2, 21, 64, 64), torch.float64, "indices", 4.0),
-    "logits maps, 64-bit offsets": lambda: _logits((16, 150, 1024, 1024), torch.bfloat16, "indices", device="meta"),
-    "fusion, normalised, bfloat16": lambda: _fusion((14, 7), torch.bfloat16, channels_last=True, normalised=True),
-    "fusion, pooled, SiLU, float32": lambda: _fusion((16, 16, 32), torch.float32, act=2),
-    "fusion float64, 64-bit offsets": lambda: _fusion((32, 16), torch.float64, batch=40_000, device="meta"),
-    "combine": lambda: _combine(128),
-    "combine, many rows": lambda: _combine(200_000),
+# Of the operations whose problems do not say what is to be compiled.
+_CASES: dict[str, dict[str, Callable[[], None]]] = {
+    "attention": {
+        "nchw float32": lambda: _attention("nchw", torch.float32, 2.0),
+        "nchw bfloat16": lambda: _attention("nchw", torch.bfloat16, 2.0),
+        "channels_last float32": lambda: _attention("channels_last", torch.float32, 2.0),
+        "channels_last bfloat16": lambda: _attention("channels_last", torch.bfloat16, 2.0),
+        "p=2.3": lambda: _attention("nchw", torch.float32, 2.3),
+        "float64": lambda: _attention("nchw", torch.float64, 2.0),
+        "64-bit offsets": lambda: _attention("nchw", torch.float32, 2.0, batch=40_000, device="meta"),
+        "map": _attention_map,
+    },
+    "logits": {
+        "128x100 float32": lambda: _logits((128, 100), torch.float32, "indices"),
+        "128x100 bfloat16, two labels": lambda: _logits((128, 100), torch.bfloat16, "two", smoothing=0.1),
+        "128x100 T=10, probabilities": lambda: _logits((128, 100), torch.float32, "probabilities", 10.0, 0.1),
+        "64x1000 to both sides": lambda: _logits((64, 1000), torch.float32, "indices", 10.0, kd_to_teacher=True),
+        "16x4096, the largest single tile": lambda: _logits((16, 4096), torch.bfloat16, "none", 3.0),
+        "16x50257, tiles": lambda: _logits((16, 50257), torch.bfloat16, "indices", 3.0, kd_to_teacher=True),
+        "maps float32": lambda: _logits((2, 21, 65, 65), torch.float32, "indices", 1.0),
+        "maps bfloat16": lambda: _logits((2, 150, 64, 64), torch.bfloat16, "indices", 3.0),
+        "maps channels_last": lambda: _logits((2, 21, 65, 65), torch.float32, "indices", 4.0, channels_last=True),
+        "maps float64": lambda: _logits((2, 21, 64, 64), torch.float64, "indices", 4.0),
+        "maps, 64-bit offsets": lambda: _logits((16, 150, 1024, 1024), torch.bfloat16, "indices", device="meta"),
+    },
+    "combine": {
+        "few rows": lambda: _combine(128),
+        "many rows": lambda: _combine(200_000),
+    },
 }
+OPERATIONS = sorted({operation for operation in problems.operations() if problems.compiled(operation)} | _CASES.keys())
+
+
+def cases(operation: str) -> dict[str, Callable[[], None]]:
+    """Launches of the kernels of an operation, with the block shapes of real calls."""
+    found = problems.compiled(operation) if operation in problems.operations() else {}
+    return found or _CASES[operation]
 
 
 class Recorder:
-    """Stands in for ``launch`` and remembers its calls."""
+    """Stands in for ``launch`` in every file of kernels and remembers its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        for module in pkgutil.iter_modules(kernels.__path__):
+            if not module.name.startswith("_"):
+                vars(importlib.import_module(f"{kernels.__name__}.{module.name}"))["launch"] = self
 
     def __call__(self, kernel: Any, programs: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
         assert programs > 0
@@ -189,14 +177,10 @@ def _amd_resources(assembly: str) -> dict[str, int]:
     return {name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in names}  # type: ignore[index]
 
 
-def _reports(target: str) -> Iterator[dict[str, Any]]:
-    from frskd_fast.kernels import attention, combine, fusion, logits
-
+def _reports(target: str, operation: str) -> Iterator[dict[str, Any]]:
     cuobjdump = _cuobjdump()
-    for case, run in CASES.items():
+    for case, run in cases(operation).items():
         recorder = Recorder()
-        for module in (attention, combine, fusion, logits):
-            module.launch = recorder
         run()
         for kernel, arguments, constants in recorder.calls:
             compiled = _compile(kernel, arguments, constants, target)
@@ -209,14 +193,17 @@ def _reports(target: str) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_without_spills(target: str) -> None:
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_compiles_without_spills(operation: str, target: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    done = subprocess.run([sys.executable, __file__, target], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, target, operation], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {report["case"] for report in reports} == set(CASES)
+    assert {report["case"] for report in reports} == set(cases(operation))
     if not reports[0]["resources"]:
         pytest.skip("compiled, but no cuobjdump was found to count spilled registers")
     spilling = [
@@ -228,5 +215,5 @@ def test_compiles_without_spills(target: str) -> None:
 
 
 if __name__ == "__main__":
-    for line in _reports(sys.argv[1]):
+    for line in _reports(*sys.argv[1:]):
         print(json.dumps(line), flush=True)

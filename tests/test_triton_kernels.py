@@ -1,50 +1,40 @@
 """The raw Triton functions against plain formulas in float64.
 
 With a GPU the kernels run on it. Without one they run in Triton's interpreter, which must be switched on before Triton
-is first imported: one test starts this file again in a process of its own, where the classes below are collected.
+is first imported: conftest.py does so.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import problems
 import pytest
 import torch
-from numerics import assert_close
+from problems import _raw_fusion
 from torch import Tensor
+
+from frskd_fast import _dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
-RUNS_HERE = INTERPRETED or ON_GPU
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="needs a GPU, or Triton's interpreter"),
     # The interpreter computes masked lanes too: 0 / 0 and log(0) there are warnings of numpy.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
-def test_kernels_in_the_interpreter() -> None:
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=root,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def test_the_folder_is_no_package_of_its_own() -> None:
@@ -130,22 +120,73 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20210608)
 
 
+def kernel_modules() -> list[ModuleType]:
+    """All files of kernels."""
+    from frskd_fast import kernels
+
+    return [importlib.import_module(f"{kernels.__name__}.{module.name}")
+            for module in pkgutil.iter_modules(kernels.__path__) if module.name != "_interpreter"]  # fmt: skip
+
+
+def forget_plans() -> None:
+    """Launch plans are kept by shapes and strides."""
+    for module in kernel_modules():
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
 @pytest.fixture
 def wide_layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor counts as too large for 32-bit offsets."""
-    from frskd_fast.kernels import _common, attention, fusion, logits
+    from frskd_fast.kernels import _common
+
+    original = _common.layout_of
 
     def wide(*arguments: Any, **options: Any) -> Any:
-        return _common.layout_of(*arguments, **options)._replace(wide=True)
+        return original(*arguments, **options)._replace(wide=True)
 
-    plans = [plan for module in (attention, fusion, logits) for name, plan in vars(module).items() if "_plan" in name]
-    for module in (attention, fusion, logits):
-        monkeypatch.setattr(module, "layout_of", wide)
-    for plan in plans:
-        plan.cache_clear()
+    for module in kernel_modules():
+        if hasattr(module, "layout_of"):
+            monkeypatch.setattr(module, "layout_of", wide)
+    forget_plans()
     yield
-    for plan in plans:
-        plan.cache_clear()
+    forget_plans()
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter prepares the language again for each call of a helper, which takes most of its time."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    prepared: set[int] = set()
+
+    def call(function: Any, *arguments: Any, **options: Any) -> Any:
+        if id(function.fn.__globals__) not in prepared:
+            prepared.add(id(function.fn.__globals__))
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **options)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+def of_every_operation() -> list[Any]:
+    """All problems as parameters; interpreted, which is slow, no more than about 32 of each operation's, spread evenly."""
+    found = []
+    for operation in problems.operations():
+        plain = problems.problems(operation)
+        step = max(1, len(plain) // 32) if INTERPRETED else 1
+        for problem in [*plain[::step], *problems.of_kernels(operation)[len(plain) :]]:
+            found.append(pytest.param(problem, id=f"{operation}: {problem.name}"))
+    return found
+
+
+@pytest.mark.parametrize("problem", of_every_operation())
+def test_problems(problem: problems.Problem) -> None:
+    torch.manual_seed(0)
+    problem.run("triton", DEVICE)
 
 
 def attention_formula(students: Sequence[Tensor], teachers: Sequence[Tensor], exponent: float) -> Tensor:
@@ -174,8 +215,6 @@ def by_autograd(
 
 
 class TestAttention:
-    __test__ = RUNS_HERE
-
     def compare(
         self,
         students: list[Tensor],
@@ -360,8 +399,6 @@ def divergence_formula(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 class TestLogits:
-    __test__ = RUNS_HERE
-
     def compare(
         self,
         students: list[Tensor],
@@ -723,337 +760,49 @@ class TestLogits:
         assert gradients is not None and gradients[0].shape == shape
 
 
-class TestFusion:
-    __test__ = RUNS_HERE
+class TestFusionPlans:
+    """What depends on block shapes, which are those of large maps elsewhere."""
 
-    @pytest.fixture(autouse=True)
-    def quick_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The interpreter prepares the language again for each call of a helper, which takes most of its time."""
-        if not INTERPRETED:
-            return
-        from triton.runtime import interpreter
+    @pytest.fixture
+    def small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Every program of the sums adds up two tiles, and the last one tile; all partial sums take several steps."""
+        from frskd_fast.kernels import _fusion
 
-        prepared: set[int] = set()
+        monkeypatch.setattr(_fusion, "_ENOUGH_PROGRAMS", 3)
+        monkeypatch.setattr(_fusion, "_MOST_STEPS", 2)
+        for module in kernel_modules():
+            if hasattr(module, "FINISH"):
+                monkeypatch.setattr(module, "FINISH", _fusion.FinishBlock(rows=2, channels=256, step=2))
+        forget_plans()
+        yield
+        forget_plans()
 
-        def call(function: Any, *arguments: Any, **options: Any) -> Any:
-            if id(function.fn.__globals__) not in prepared:
-                prepared.add(id(function.fn.__globals__))
-                interpreter._patch_lang(function.fn)
-            return function.rewrite()(*arguments, **options)
-
-        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
-
-    def compare(
-        self,
-        inputs: list[Tensor],
-        resamples: Sequence[str],
-        size: tuple[int, int],
-        generator: torch.Generator,
-        pre: str = "relu",
-        act: str = "none",
-        weighting: str = "relu",
-        weight: Sequence[float] | None = None,
-        normalised: Sequence[int] = (),  # positions of the inputs with a BatchNorm
-        training: bool = True,
-        grad: Tensor | None = None,
-    ) -> None:
-        """Output and all gradients by the three-way rule, against the reference and its autograd."""
-        from frskd_fast.kernels import fusion
-
-        from frskd_fast.reference import fusion as reference
-
-        count, channels = len(inputs), inputs[0].shape[1]
-        dtype, precise = inputs[0].dtype, accumulate(inputs[0].dtype)
-        inputs = [x.to(DEVICE) for x in inputs]
-        empty = torch.zeros(0, dtype=precise, device=DEVICE)
-        weights = torch.tensor(weight, dtype=precise) if weight is not None else torch.rand(count, dtype=precise) + 0.1
-        weights = weights.to(DEVICE)
-        gammas, betas, fixed = [empty] * count, [empty] * count, [empty] * count
-        for place in normalised:
-            gammas[place] = random(generator, channels, dtype=precise).to(DEVICE)
-            betas[place] = random(generator, channels, dtype=precise).to(DEVICE)
-            fixed[place] = random(generator, 3, channels, dtype=precise).abs().to(DEVICE) + 0.5
-        statistics = fixed
-        if training and normalised:
-            fresh = fusion.batch_statistics(inputs, [1e-3] * count)
-            statistics = [fresh[place] if place in normalised else empty for place in range(count)]
-            for x, found in zip(inputs, fresh, strict=True):
-                plain, truth = (reference.batch_statistics(x.to(kind), 1e-3) for kind in (dtype, torch.float64))
-                assert_close(found, plain, truth, "statistics")
-        settings = (
-            [reference.RESAMPLES.index(resample) for resample in resamples],
-            reference.ACTIVATIONS.index(pre),
-            reference.ACTIVATIONS.index(act),
-            reference.WEIGHTINGS.index(weighting),
-            1e-4,
-        )
-        out = fusion.forward(inputs, statistics, gammas, betas, weights, *settings, size)
-        assert out.dtype == dtype
-        grad = random(generator, *out.shape, dtype=dtype).to(DEVICE) if grad is None else grad.to(DEVICE)
-        node = (grad, inputs, statistics, gammas, betas, weights)
-        if normalised:
-            sums, weight_gradient = fusion.backward_sums(*node, *settings)
-            used = sums if training else [empty] * count
-            gradients, nothing = fusion.backward(*node, used, *settings, [True] * count, False)
-            assert nothing.numel() == 0
-        else:
-            sums = [empty] * count
-            gradients, weight_gradient = fusion.backward(*node, sums, *settings, [True] * count, True)
-
-        def by_reference(kind: torch.dtype) -> list[Tensor]:
-            """Output, then gradients of inputs, weight, gammas and betas."""
-            precise_kind = accumulate(kind)
-            leaves = [x.detach().to(kind).requires_grad_() for x in inputs]
-            parameters = [
-                value.detach().to(precise_kind).requires_grad_()
-                for value in (
-                    weights,
-                    *(gammas[place] for place in normalised),
-                    *(betas[place] for place in normalised),
-                )
-            ]
-            affine: list[list[Tensor | None]] = [[None] * count for _ in range(3)]
-            for slot, place in enumerate(normalised):
-                of_batch = reference.batch_statistics(leaves[place], 1e-3)
-                affine[0][place] = of_batch if training else fixed[place].to(precise_kind)
-                affine[1][place] = parameters[1 + slot]
-                affine[2][place] = parameters[1 + len(normalised) + slot]
-            result = reference.fuse(
-                leaves, affine[0], affine[1], affine[2], parameters[0], resamples, pre, act, weighting, 1e-4, size
-            )
-            found = torch.autograd.grad(result, leaves + parameters, grad.to(kind), allow_unused=True)
-            return [
-                result.detach(),
-                *(
-                    torch.zeros_like(leaf) if gradient is None else gradient
-                    for leaf, gradient in zip(leaves + parameters, found, strict=True)
-                ),
-            ]
-
-        ours = [out, *gradients, weight_gradient]
-        ours += [sums[place][1] for place in normalised] + [sums[place][0] for place in normalised]
-        names = ["out", *(f"gradient {place}" for place in range(count)), "weight"]
-        names += [f"{name} {place}" for name in ("gamma", "beta") for place in normalised]
-        truths = by_reference(torch.float64)
-        # The weights' gradient is (D_i - sum_j D_j w^_j) / divisor; the sum is about <grad, out>.
-        divisor = weights.relu().sum().item() + 1e-4 if "relu" in weighting else 1.0
-        scale = (grad.double() * truths[0]).sum().abs().item() / divisor
-        for name, value, plain, truth in zip(names, ours, by_reference(dtype), truths, strict=True):
-            assert_close(value, plain, truth, name, scale if name == "weight" else 0.0)
-        for gradient, x in zip(gradients, inputs, strict=True):
-            assert gradient.dtype == dtype and gradient.stride() == torch.empty_like(x).stride()
-        assert out.is_contiguous(memory_format=torch.channels_last) or inputs[0].is_contiguous() or out.is_contiguous()
-
+    @pytest.mark.usefixtures("small_blocks")
+    @pytest.mark.parametrize("normalised", [(), (0,)], ids=["plain", "normalised"])
     @pytest.mark.parametrize(
-        ("dtype", "layout", "sizes", "resamples", "size", "pre", "act", "weighting"),
-        [
-            (torch.float32, "contiguous", ((4, 5), (4, 5)), ("none", "none"), (4, 5), "relu", "none", "relu"),
-            (torch.bfloat16, "channels_last", ((9, 9), (5, 5)), ("none", "up"), (9, 9), "relu", "none", "relu"),
-            (torch.float16, "contiguous", ((4, 4), (7, 7)), ("none", "pool"), (4, 4), "relu", "none", "softmax"),
-            (torch.float64, "channels_last", ((8, 11),), ("pool",), (4, 6), "none", "silu", "relu_or_uniform"),
-            (torch.float32, "sliced", ((2, 3), (4, 6)), ("up", "none"), (4, 6), "none", "silu", "softmax"),
-            (
-                torch.float32,
-                "batch_last",
-                ((2, 3), (1, 3), (4, 6), (2, 3)),
-                ("none", "up", "pool", "none"),
-                (2, 3),
-                "silu",
-                "relu",
-                "relu_or_uniform",
-            ),
-            (
-                torch.float32,
-                "contiguous",
-                ((1, 1), (1, 1), (1, 1)),
-                ("up", "pool", "none"),
-                (1, 1),
-                "relu",
-                "none",
-                "sum",
-            ),
-        ],
+        ("channels", "size", "layout"), [(18, (12, 12), "contiguous"), (260, (3, 3), "channels_last")]
     )
-    def test_nodes(
-        self,
-        dtype: torch.dtype,
-        layout: str,
-        sizes: tuple[tuple[int, int], ...],
-        resamples: tuple[str, ...],
-        size: tuple[int, int],
-        pre: str,
-        act: str,
-        weighting: str,
-        generator: torch.Generator,
-    ) -> None:
-        channels = 1 if size == (1, 1) else 3
-        batch = 2 if len(sizes) == 2 else 1
-        inputs = [arrange(random(generator, batch, channels, *one, dtype=dtype), layout) for one in sizes]
-        self.compare(inputs, resamples, size, generator, pre, act, weighting)
-
-    @pytest.mark.parametrize(
-        ("dtype", "layout", "sizes", "resamples", "normalised", "act", "training"),
-        [
-            (torch.float32, "channels_last", ((4, 5), (2, 3)), ("none", "up"), (0, 1), "none", True),
-            (torch.float64, "contiguous", ((3, 2), (6, 3), (2, 2)), ("none", "pool", "up"), (1, 2), "silu", True),
-            (torch.bfloat16, "sliced", ((5, 4),), ("pool",), (0,), "relu", True),
-            (torch.float32, "contiguous", ((3, 2), (5, 4), (2, 1)), ("none", "pool", "up"), (0, 1, 2), "none", False),
-        ],
-    )
-    def test_normalised_nodes(
-        self,
-        dtype: torch.dtype,
-        layout: str,
-        sizes: tuple[tuple[int, int], ...],
-        resamples: tuple[str, ...],
-        normalised: tuple[int, ...],
-        act: str,
-        training: bool,
-        generator: torch.Generator,
-    ) -> None:
-        batch = 2 if len(sizes) == 2 else 1
-        inputs = [arrange(3 * random(generator, batch, 3, *one) + 1, layout) for one in sizes]
-        inputs = [x.to(dtype) for x in inputs]
-        size = (3, 2) if sizes[0] == (5, 4) else sizes[0]
-        self.compare(inputs, resamples, size, generator, act=act, normalised=normalised, training=training)
-
-    @pytest.mark.parametrize("weighting", ["sum", "relu", "softmax", "relu_or_uniform"])
-    @pytest.mark.parametrize("weight", [(0.7, 0.2), (-0.5, 0.9), (-0.5, -1.0), (0.0, 0.0)], ids=str)
-    def test_weightings(self, weighting: str, weight: tuple[float, float], generator: torch.Generator) -> None:
-        inputs = [random(generator, 1, 2, 2, 2, dtype=torch.float32) for _ in range(2)]
-        self.compare(inputs, ("none", "none"), (2, 2), generator, weighting=weighting, weight=weight)
-
-    @pytest.mark.parametrize(("shape", "layout"), [((1, 18, 12, 12), "contiguous"), ((1, 260, 3, 3), "channels_last")])
     def test_several_tiles_and_steps(
-        self, shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+        self, channels: int, size: tuple[int, int], layout: str, normalised: tuple[int, ...]
     ) -> None:
-        from frskd_fast.kernels import fusion
+        case = _raw_fusion.Case(channels, size, (("none", *size),) * 2, normalised=normalised, batch=1)
+        self.solve(case, layout)
 
-        # Every program of the sums adds up two tiles, and the last one tile.
-        monkeypatch.setattr(fusion, "_ENOUGH_PROGRAMS", 3)
-        monkeypatch.setattr(fusion, "_MOST_STEPS", 2)
-        monkeypatch.setattr(fusion, "_FINISH_ROWS", 2)
-        monkeypatch.setattr(fusion, "_FINISH_STEP", 2)
-        monkeypatch.setattr(fusion, "_FINISH_CHANNELS", 256)
-        fusion._sums_plan.cache_clear()
-        fusion._moments_plan.cache_clear()
-        inputs = [arrange(random(generator, *shape, dtype=torch.float32), layout) for _ in range(2)]
-        self.compare(inputs, ("none", "none"), (shape[2], shape[3]), generator)
-        self.compare(inputs, ("none", "none"), (shape[2], shape[3]), generator, normalised=(0,))
-        fusion._sums_plan.cache_clear()
-        fusion._moments_plan.cache_clear()
+    @pytest.mark.usefixtures("small_blocks")
+    def test_statistics_of_several_chunks(self) -> None:
+        _raw_fusion.RawProblem(_raw_fusion._statistics_of_hard_channels).run("triton", DEVICE)
 
-    def test_rounding_of_the_nearest_neighbour(self, generator: torch.Generator) -> None:
-        # Sizes where float32 moves the first output of a source by one from the exact quotient.
-        self.compare([random(generator, 1, 1, 6, 26, dtype=torch.float32)], ("up",), (74, 44), generator)
+    @pytest.mark.usefixtures("wide_layouts")
+    def test_64_bit_offsets(self) -> None:
+        inputs = (("none", 2, 3), ("up", 1, 2), ("pool", 3, 5))
+        self.solve(_raw_fusion.Case(2, (2, 3), inputs, normalised=(1, 2)), "contiguous")
 
-    def test_mixed_layouts_and_expanded_gradients(self, generator: torch.Generator) -> None:
-        inputs = [
-            arrange(random(generator, 2, 3, 3, 4, dtype=torch.float32), "channels_last"),
-            random(generator, 2, 1, 3, 4, dtype=torch.float32).expand(-1, 3, -1, -1),
-            random(generator, 2, 3, 4, 3, dtype=torch.float32).transpose(2, 3),
-        ]
-        grad = torch.tensor(0.7).expand(2, 3, 3, 4)
-        self.compare(inputs, ("none",) * 3, (3, 4), generator, grad=grad)
-
-    def test_64_bit_offsets(self, wide_layouts: None, generator: torch.Generator) -> None:
-        inputs = [random(generator, 2, 2, *one, dtype=torch.float32) for one in ((2, 3), (1, 2), (3, 5))]
-        self.compare(inputs, ("none", "up", "pool"), (2, 3), generator, normalised=(1, 2))
-
-    @pytest.mark.parametrize("pre", ["none", "relu"])
-    def test_ties_padding_and_nan_in_windows(self, pre: str, generator: torch.Generator) -> None:
-        from frskd_fast.kernels import fusion
-
-        from frskd_fast.reference import fusion as reference
-
-        # Few values, so that many windows have several largest; sizes of which one is padded on both sides.
-        x = torch.randint(-2, 2, (1, 12, 6, 5), generator=generator).to(DEVICE, torch.float32)
-        x[:, 1] = -1.0  # the padding is the largest where there is any
-        x[:, 2, 2, 2] = float("nan")
-        x.requires_grad_()
-        weight = torch.ones(1, device=DEVICE)
-        wanted = reference.fuse([x], [None], [None], [None], weight, ["pool"], pre, "none", "sum", 0.0, (3, 3))
-        grad = random(generator, 1, 12, 3, 3, dtype=torch.float32).to(DEVICE)
-        (wanted_gradient,) = torch.autograd.grad(wanted, x, grad)
-        empty = [torch.zeros(0, device=DEVICE)]
-        settings = ([2], reference.ACTIVATIONS.index(pre), 0, 0, 0.0)
-        image = [x.detach()]
-        out = fusion.forward(image, empty, empty, empty, weight, *settings, (3, 3))
-        (gradient,), of_weight = fusion.backward(
-            grad, image, empty, empty, empty, weight, empty, *settings, [True], True
-        )
-        torch.testing.assert_close(out, wanted.detach(), rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-6, atol=1e-6, equal_nan=True)
-        assert of_weight.tolist() == [0.0]
-
-    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-    def test_statistics(self, layout: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
-        from frskd_fast.kernels import fusion
-
-        from frskd_fast.reference import fusion as reference
-
-        monkeypatch.setattr(fusion, "_ENOUGH_PROGRAMS", 1)
-        fusion._moments_plan.cache_clear()
-        # Channels far from 0, constant, with an outlier in front, with a NaN; and a second, smaller image.
-        x = random(generator, 3, 5, 9, 15)
-        x[:, 0] += 3e3
-        x[:, 1] = 7.0
-        x[0, 2, 0, 0] = 1e4
-        x[1, 3, 4, 4] = float("nan")
-        images = [arrange(one.float(), layout).to(DEVICE) for one in (x, random(generator, 3, 2, 1, 2))]
-        for image, found in zip(images, fusion.batch_statistics(images, [1e-5, 1e-3]), strict=True):
-            epsilon = 1e-5 if image is images[0] else 1e-3
-            plain, truth = (
-                reference.batch_statistics(image.to(kind), epsilon) for kind in (torch.float32, torch.float64)
-            )
-            assert torch.equal(found.isnan(), truth.isnan())
-            for row, name in enumerate(("mean", "inverse deviation", "variance")):
-                for channel in range(image.shape[1]):
-                    if not truth[row, channel].isnan():
-                        assert_close(found[row, channel], plain[row, channel], truth[row, channel], f"{name} {channel}")
-        fusion._moments_plan.cache_clear()
-
-    def test_only_what_is_needed(self, generator: torch.Generator) -> None:
-        from frskd_fast.kernels import fusion
-
-        inputs = [random(generator, 1, 2, *one, dtype=torch.float32).to(DEVICE) for one in ((2, 2), (1, 1), (3, 3))]
-        empty = [torch.zeros(0, device=DEVICE)] * 3
-        weight = torch.rand(3, device=DEVICE)
-        grad = random(generator, 1, 2, 2, 2, dtype=torch.float32).to(DEVICE)
-        node = (grad, inputs, empty, empty, empty, weight, empty, [0, 1, 2], 1, 0, 1, 1e-4)
-        everything, of_weight = fusion.backward(*node, [True] * 3, True)
-        before = [x.clone() for x in inputs]
-        for needed in ([False, True, True], [True, False, False]):
-            gradients, again = fusion.backward(*node, needed, True)
-            wanted = [gradient for gradient, need in zip(everything, needed, strict=True) if need]
-            assert len(gradients) == len(wanted) and torch.equal(again, of_weight)
-            assert all(torch.equal(left, right) for left, right in zip(gradients, wanted, strict=True))
-        assert fusion.backward(*node, [True] * 3, False)[1].numel() == 0
-        assert all(torch.equal(x, copy) for x, copy in zip(inputs, before, strict=True))
-
-    def test_empty_batch(self) -> None:
-        from frskd_fast.kernels import fusion
-
-        inputs = [torch.zeros(0, 3, 4, 4, device=DEVICE), torch.zeros(0, 3, 2, 2, device=DEVICE)]
-        empty = [torch.zeros(0, device=DEVICE)] * 2
-        weight = torch.ones(2, device=DEVICE)
-        settings = ([0, 1], 1, 0, 1, 1e-4)
-        out = fusion.forward(inputs, empty, empty, empty, weight, *settings, (4, 4))
-        assert out.shape == (0, 3, 4, 4)
-        gradients, of_weight = fusion.backward(
-            out, inputs, empty, empty, empty, weight, empty, *settings, [True] * 2, True
-        )
-        assert [gradient.shape for gradient in gradients] == [x.shape for x in inputs] and of_weight.tolist() == [0, 0]
-        statistics = fusion.batch_statistics(inputs, [1e-5] * 2)
-        assert all(row.isnan().all() for row in statistics)
-        affine = [torch.ones(3, device=DEVICE)] * 2
-        sums, of_weight = fusion.backward_sums(out, inputs, statistics, affine, affine, weight, *settings)
-        assert all(row.eq(0).all() for row in sums) and of_weight.tolist() == [0, 0]
+    def solve(self, case: _raw_fusion.Case, layout: str) -> None:
+        tensors = _raw_fusion.make(case, [layout] * 4, torch.float32, DEVICE)
+        _raw_fusion.three_way(layout, _dispatch.raw("fusion", "triton"), case, tensors)
 
 
 class TestCombine:
-    __test__ = RUNS_HERE
-
     @pytest.mark.parametrize(
         ("levels", "batch", "rows"), [(3, 5, 7), (0, 5, 5), (1, 1, 1), (4, 600, 2100), (2, 3, 40_000), (2, 0, 0)]
     )

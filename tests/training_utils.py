@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from frskd_fast.training.callbacks import read_table
+from frskd_fast.training.tables import read_table
 
 TESTS = Path(__file__).resolve().parent
 MEASURED = ("seconds", "images_per_second")
+SCHEDULES = "frskd_fast.training.schedules"
+# The two kinds of task that most tests train.
+PLAIN, DISTILLING = "frskd_fast.tasks.ClassificationTask", "frskd_fast.tasks.build_frskd"
 
 
 class SmallNet(nn.Module):
@@ -99,7 +102,8 @@ class Witness(Frozen):
 def small_run(folder: Path, **overrides: Any) -> list[str]:
     """Words of a short `fit`: 4 batches an epoch, every loss written down, a checkpoint every 3 steps."""
     settings = {
-        "model": {"backbone": "training_utils.SmallNet", "schedule": "multistep", "milestones": [2, 3]},
+        "model": {"backbone": "training_utils.SmallNet"},
+        "lr_scheduler": {"class_path": f"{SCHEDULES}.multistep", "init_args": {"milestones": [2, 3]}},
         "data": {"init_args": {"batch_size": 25, "mixup": 0.2}},
         "trainer": {
             "max_epochs": 4,

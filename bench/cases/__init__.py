@@ -1,34 +1,36 @@
-"""The registry of suites: one file per operation, named here, offers `cases(selection) -> list[Case]`.
+"""The suites: every file of this folder is one and offers `cases(selection) -> list[Case]`; nothing lists them by hand.
 
-The suite `step` compares whole training steps; bench/cases/step.py has rows and a runner of its own.
+A full run takes them by their `ORDER` (0 where a file has none: operations), then by name.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bench.harness import Case, Selection
+    from bench.case import Case, Selection
 
-# name on the command line -> module; the order is that of a full run
-SUITES = {
-    "attention": "bench.cases.attention",
-    "logits": "bench.cases.logits",
-    "loss": "bench.cases.loss",
-    "fusion": "bench.cases.fusion",
-    "self_teacher": "bench.cases.self_teacher",
-}
+SUITES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
-STEP = "step"
+
+def _module(suite: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{suite}")
+
+
+def in_order(suites: tuple[str, ...] = SUITES) -> list[str]:
+    """The suites in the order of a full run."""
+    return sorted(suites, key=lambda suite: (getattr(_module(suite), "ORDER", 0), suite))
 
 
 def cases_of(suite: str, selection: Selection) -> list[Case]:
     """The cases of one suite that `selection` leaves, in the order in which they run.
 
     Raises:
-        ValueError: for a suite that is not registered.
+        ValueError: for a suite that has no file here.
     """
     if suite not in SUITES:
         raise ValueError(f"suite is {suite!r}, but the known suites are {', '.join(SUITES)}.")
-    return list(importlib.import_module(SUITES[suite]).cases(selection))
+    return list(_module(suite).cases(selection))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import inputs
-from bench.harness import FLOAT_BYTES, Case, Operands, Selection
+from bench.case import FLOAT_BYTES, Case, Operands, Selection
 
 
 def attention(feature: Tensor) -> Tensor:

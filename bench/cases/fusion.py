@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import inputs
-from bench.harness import FLOAT_BYTES, Case, Operands, Selection
+from bench.case import FLOAT_BYTES, Case, Operands, Selection
 
 BATCH, CHANNELS, SIDE = 32, 256, 16
 EPSILON = 1e-6

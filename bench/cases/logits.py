@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import inputs
-from bench.harness import FLOAT_BYTES, Case, Operands, Selection
+from bench.case import FLOAT_BYTES, Case, Operands, Selection
 
 TEMPERATURE = 4.0
 # CIFAR-100; ImageNet with a large batch; a language model's vocabulary; Pascal VOC at a quarter of the resolution

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import inputs
+from bench.case import Case, Operands, Selection
 from bench.cases import attention, logits
-from bench.harness import Case, Operands, Selection
 
+ORDER = 1
 ALPHA, BETA, TEMPERATURE = 2.0, 100.0, 4.0
 
 
@@ -37,7 +38,7 @@ def ours(implementation: str) -> Callable[..., Tensor]:
     """The public loss module, forced to one implementation."""
     from frskd_fast.losses import FRSKDLoss
 
-    criterion = FRSKDLoss(ALPHA, BETA, TEMPERATURE, implementation)
+    criterion = FRSKDLoss(ALPHA, BETA, TEMPERATURE, impl=implementation)
 
     def frskd_loss(
         student_logits: Tensor,
@@ -92,6 +93,7 @@ def cases(selection: Selection) -> list[Case]:
             differentiated=("student_logits", "teacher_logits", "student_features"),
             original=original,
             ours=ours,
+            operations=("attention", "logits", "combine"),
         )
         for dtype in selection.dtypes
         for layout in selection.layouts

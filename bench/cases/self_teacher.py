@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import inputs, traffic
+from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.fusion import weighted
-from bench.harness import FLOAT_BYTES, Case, Operands, Selection
 
+ORDER = 2
 BATCH = 32
 TINY_PYRAMID = ((4, 8), (8, 4), (16, 2), (32, 1))
 
@@ -115,17 +116,8 @@ def tiny() -> Operands:
     return {"features": features, "self_teacher": self_teacher, "targets": torch.arange(2)}
 
 
-def dtypes(selection: Selection) -> tuple[str, ...]:
-    """The dtypes to run: float32 and, as autocast, bfloat16, which takes minutes on most CPUs and waits for `full`."""
-    found = tuple(dtype for dtype in selection.dtypes if dtype != "fp16")
-    return found if selection.full or selection.device == "cuda" else found[:1]
-
-
 def cases(selection: Selection) -> list[Case]:
-    """dtype x layout, forward and backward; the bytes are those of our order of operations.
-
-    Compiling takes a minute or more: without `full` only the last layout does it, and only where the suite was named.
-    """
+    """dtype x layout, forward and backward; the bytes are those of our order of operations."""
     batch = selection.batch or BATCH
     return [
         Case(
@@ -141,9 +133,9 @@ def cases(selection: Selection) -> list[Case]:
             original=original_loss,
             ours=ours,
             chain=True,
-            compiles=selection.full or (selection.named and not selection.quick and layout == selection.layouts[-1]),
-            host_time_of_compile=False,
+            compiles=selection.compiles_network(dtype, layout),
+            operations=("fusion",),
         )
-        for dtype in dtypes(selection)
+        for dtype in selection.dtypes_of_networks()
         for layout in selection.layouts
     ]

@@ -6,9 +6,6 @@
 
 namespace frskd {
 
-// Classes whose exponentials one row keeps in the first-level cache.
-constexpr std::int64_t kLargestFusedClasses = 1024;
-
 // One head of class logits. Absent tensors have a null data pointer.
 struct Head {
   Map student;
@@ -44,12 +41,6 @@ struct Logits {
   bool has_teacher;  // told apart from the data pointers, which are null where a head has no rows
   bool has_targets;
   bool has_probabilities;
-  // Gradients in the forward pass, of one head of rows (N, K) with K <= kLargestFusedClasses.
-  void* student_gradient;  // (N, K), or null where the forward pass computes none
-  void* teacher_gradient;  // (N, K), or null
-  void* parts[3];          // the reduced ce_student, ce_teacher, kd
-  double weights[3];       // the gradients are those of the sum of weights[j] * parts[j]
-  bool mean;               // over kept rows and all rows, else sums
 };
 
 struct LogitsKernels {

@@ -8,10 +8,4 @@ STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&frskd::cuda::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&frskd::cuda::attention_backward));
   m.impl("attention_map", TORCH_BOX(&frskd::cuda::attention_map));
-  m.impl("logits_forward", TORCH_BOX(&frskd::cuda::logits_forward));
-  m.impl("logits_backward", TORCH_BOX(&frskd::cuda::logits_backward));
-  m.impl("fusion_statistics", TORCH_BOX(&frskd::cuda::fusion_statistics));
-  m.impl("fusion_forward", TORCH_BOX(&frskd::cuda::fusion_forward));
-  m.impl("fusion_backward_sums", TORCH_BOX(&frskd::cuda::fusion_backward_sums));
-  m.impl("fusion_backward", TORCH_BOX(&frskd::cuda::fusion_backward));
 }

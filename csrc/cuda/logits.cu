@@ -1,9 +1,9 @@
-// Host side of the class-logit operations: checks, plan, launches. Registered in bindings.cu.
+// Host side of the class-logit operations: checks, plan, launches.
 #include <algorithm>
 
+#include "../operations/logits.h"
 #include "feature_view.cuh"
 #include "logits_kernels.cuh"
-#include "operations.cuh"
 #include "runtime.cuh"
 
 namespace frskd::cuda {
@@ -90,8 +90,8 @@ void check_class_indices(const Tensor& labels, const std::string& name, const Te
       " without the class axis was wanted.");
 }
 
-Labels check_labels(
-    const std::vector<Tensor>& students, const std::vector<Tensor>& targets, const std::vector<Tensor>& targets_b) {
+Labels check_labels(const LogitsHeads& heads) {
+  const std::vector<Tensor>&students = heads.students, &targets = heads.targets, &targets_b = heads.targets_b;
   const ScalarType accumulate = accumulate_dtype(students[0].scalar_type());
   if (targets.empty()) {
     STD_TORCH_CHECK(targets_b.empty(), "targets_b is given without targets, but second labels need first ones.");
@@ -140,12 +140,14 @@ int64_t check_heads(const std::vector<Tensor>& students, const std::vector<Tenso
   return rows;
 }
 
-void check_numbers(double mix, double label_smoothing, double temperature) {
-  STD_TORCH_CHECK(temperature > 0.0, "temperature is ", temperature, ", but a number above 0 was wanted.");
-  STD_TORCH_CHECK(mix >= 0.0 && mix <= 1.0, "mix is ", mix, ", but a number from 0 to 1 was wanted.");
+void check_settings(const LogitsSettings& settings) {
   STD_TORCH_CHECK(
-      label_smoothing >= 0.0 && label_smoothing <= 1.0, "label_smoothing is ", label_smoothing,
-      ", but a number from 0 to 1 was wanted.");
+      settings.temperature > 0.0, "temperature is ", settings.temperature, ", but a number above 0 was wanted.");
+  STD_TORCH_CHECK(
+      settings.mix >= 0.0 && settings.mix <= 1.0, "mix is ", settings.mix, ", but a number from 0 to 1 was wanted.");
+  STD_TORCH_CHECK(
+      settings.label_smoothing >= 0.0 && settings.label_smoothing <= 1.0, "label_smoothing is ",
+      settings.label_smoothing, ", but a number from 0 to 1 was wanted.");
 }
 
 // Everything of a head but its blocks. `packed` holds as far as the inputs go.
@@ -184,15 +186,15 @@ void assign_blocks(Head& head, int64_t& blocks) {
 }
 
 template <typename A>
-LabelOptions<A> label_options(LabelKind kind, int64_t ignore_index, double mix, double label_smoothing) {
+LabelOptions<A> label_options(LabelKind kind, const LogitsSettings& settings) {
   const bool two = kind == LabelKind::kTwoIndices;
   LabelOptions<A> options{};
   options.kind = kind;
-  options.ignore_index = ignore_index;
-  options.first_share = static_cast<A>(two ? mix : 1.0);
-  options.second_share = static_cast<A>(two ? 1.0 - mix : 0.0);
-  options.smoothing = static_cast<A>(label_smoothing);
-  options.unsmoothed = static_cast<A>(1.0 - label_smoothing);
+  options.ignore_index = settings.ignore_index;
+  options.first_share = static_cast<A>(two ? settings.mix : 1.0);
+  options.second_share = static_cast<A>(two ? 1.0 - settings.mix : 0.0);
+  options.smoothing = static_cast<A>(settings.label_smoothing);
+  options.unsmoothed = static_cast<A>(1.0 - settings.label_smoothing);
   return options;
 }
 
@@ -219,24 +221,14 @@ void launch_counts(const ForwardParameters<A>& forward, A* partial_counts, cudaS
   launch(sum_partial_counts<A>, forward.heads_used, kRowThreads, 0, stream, parameters);
 }
 
-}  // namespace
-
-void logits_forward(
-    const std::vector<Tensor>& students,
-    const std::vector<Tensor>& teachers,
-    const std::vector<Tensor>& targets,
-    const std::vector<Tensor>& targets_b,
-    double mix,
-    double label_smoothing,
-    int64_t ignore_index,
-    double temperature,
-    const Tensor& losses,
-    const Tensor& statistics,
-    const Tensor& inverse_valid) {
+void logits_forward(const LogitsForward& call) {
+  const std::vector<Tensor>&students = call.heads.students, &teachers = call.heads.teachers;
+  const double temperature = call.settings.temperature;
+  const Tensor &losses = call.losses, &statistics = call.statistics, &inverse_valid = call.inverse_valid;
   const int64_t total_rows = check_heads(students, teachers);
   const Tensor& first = students[0];
-  const Labels labels = check_labels(students, targets, targets_b);
-  check_numbers(mix, label_smoothing, temperature);
+  const Labels labels = check_labels(call.heads);
+  check_settings(call.settings);
   const ScalarType accumulate = accumulate_dtype(first.scalar_type());
   check_contiguous(losses, "losses", first, accumulate, {4, total_rows});
   check_contiguous(statistics, "statistics", first, accumulate, {6, total_rows});
@@ -251,7 +243,7 @@ void logits_forward(
     for (size_t begin = 0; begin < students.size(); begin += kMaxHeads) {
       const size_t end = std::min(begin + kMaxHeads, students.size());
       ForwardParameters<A> parameters{};
-      parameters.options.labels = label_options<A>(labels.kind, ignore_index, mix, label_smoothing);
+      parameters.options.labels = label_options<A>(labels.kind, call.settings);
       parameters.options.has_teacher = !teachers.empty();
       parameters.options.plain = labels.kind != LabelKind::kNone && (teachers.empty() || temperature != 1.0);
       parameters.options.temperature = static_cast<A>(temperature);
@@ -276,32 +268,22 @@ void logits_forward(
   });
 }
 
-void logits_backward(
-    const std::vector<Tensor>& grads,
-    int64_t grad_head_stride,
-    int64_t grad_row_stride,
-    const std::vector<double>& scales,
-    const std::optional<Tensor>& inverse_valid,
-    const std::vector<Tensor>& students,
-    const std::vector<Tensor>& teachers,
-    const std::vector<Tensor>& targets,
-    const std::vector<Tensor>& targets_b,
-    double mix,
-    double label_smoothing,
-    int64_t ignore_index,
-    double temperature,
-    const Tensor& statistics,
-    const Tensor& losses,
-    bool kd_to_teacher,
-    const std::vector<Tensor>& student_gradients,
-    const std::vector<Tensor>& teacher_gradients) {
+void logits_backward(const LogitsBackward& call) {
+  const std::vector<Tensor>&students = call.heads.students, &teachers = call.heads.teachers;
+  const std::vector<Tensor>&student_gradients = call.student_gradients, &teacher_gradients = call.teacher_gradients;
+  const std::vector<Tensor>& grads = call.upstream.grads;
+  const std::vector<double>& scales = call.upstream.scales;
+  const int64_t head_stride = call.upstream.head_stride, row_stride = call.upstream.row_stride;
+  const Tensor &losses = call.losses, &statistics = call.statistics;
+  const std::optional<Tensor>& inverse_valid = call.inverse_valid;
+  const double temperature = call.settings.temperature;
   const int64_t total_rows = check_heads(students, teachers);
   const Tensor& first = students[0];
   const ScalarType dtype = first.scalar_type();
   const ScalarType accumulate = accumulate_dtype(dtype);
   const int64_t heads = static_cast<int64_t>(students.size());
-  const Labels labels = check_labels(students, targets, targets_b);
-  check_numbers(mix, label_smoothing, temperature);
+  const Labels labels = check_labels(call.heads);
+  check_settings(call.settings);
   check_contiguous(statistics, "statistics", first, accumulate, {6, total_rows});
   check_contiguous(losses, "losses", first, accumulate, {4, total_rows});
   if (inverse_valid.has_value()) check_contiguous(*inverse_valid, "inverse_valid", first, accumulate, {heads});
@@ -327,14 +309,14 @@ void logits_backward(
       ", three for each head, were wanted.");
   check_count(grads.size(), "grads", 3);
   STD_TORCH_CHECK(
-      grad_head_stride >= 0 && grad_row_stride >= 0, "grad_head_stride is ", grad_head_stride,
-      " and grad_row_stride is ", grad_row_stride, ", but numbers of at least 0 were wanted.");
+      head_stride >= 0 && row_stride >= 0, "head_stride is ", head_stride, " and row_stride is ", row_stride,
+      ", but numbers of at least 0 were wanted.");
 
   // A term counts only where its scale is not 0, its inputs are there and one of the wanted gradients has it.
   const bool has_labels = labels.kind != LabelKind::kNone;
   const bool term_wanted[3] = {
       writes_student && has_labels, writes_teacher && has_labels,
-      !teachers.empty() && (writes_student || (writes_teacher && kd_to_teacher))};
+      !teachers.empty() && (writes_student || (writes_teacher && call.kd_to_teacher))};
   bool term_used[3] = {};
   for (size_t head = 0; head < students.size(); ++head) {
     for (size_t term = 0; term < 3; ++term) {
@@ -346,14 +328,15 @@ void logits_backward(
     const std::string name = name_of("grads", term);
     check_device(grads[term], name, first);
     check_dtype(grads[term], name, accumulate);
-    STD_TORCH_CHECK(grads[term].dim() == 1, name, " has shape ", shape_of(grads[term]), ", but one axis was wanted.");
+    STD_TORCH_CHECK(
+        grads[term].dim() <= 1, name, " has shape ", shape_of(grads[term]), ", but one axis or none was wanted.");
     // Both factors are at most 2^62 / 2 apart from the tensor's size, so the products cannot pass 64 bits.
     const int64_t numel = grads[term].numel();
     STD_TORCH_CHECK(
-        numel > 0 && grad_head_stride <= numel && grad_row_stride <= numel &&
-            (heads - 1) * grad_head_stride + (total_rows - 1) * grad_row_stride < numel,
-        name, " has ", numel, " elements, but its last index is ", heads - 1, " * ", grad_head_stride, " + ",
-        total_rows - 1, " * ", grad_row_stride, ".");
+        numel > 0 && head_stride <= numel && row_stride <= numel &&
+            (heads - 1) * head_stride + (total_rows - 1) * row_stride < numel,
+        name, " has ", numel, " elements, but its last index is ", heads - 1, " * ", head_stride, " + ", total_rows - 1,
+        " * ", row_stride, ".");
   }
   if (total_rows == 0 || (!writes_student && !writes_teacher)) return;
 
@@ -366,14 +349,14 @@ void logits_backward(
     for (size_t begin = 0; begin < students.size(); begin += kMaxHeads) {
       const size_t end = std::min(begin + kMaxHeads, students.size());
       BackwardParameters<A> parameters{};
-      parameters.labels = label_options<A>(labels.kind, ignore_index, mix, label_smoothing);
+      parameters.labels = label_options<A>(labels.kind, call.settings);
       for (size_t term = 0; term < 3; ++term) {
         if (!term_used[term]) continue;
-        const int64_t step = grads[term].stride(0);
-        parameters.grad_strides[term][0] = grad_head_stride * step;
-        parameters.grad_strides[term][1] = grad_row_stride * step;
+        const int64_t step = grads[term].dim() == 0 ? 0 : grads[term].stride(0);
+        parameters.grad_strides[term][0] = head_stride * step;
+        parameters.grad_strides[term][1] = row_stride * step;
         parameters.grads[term] =
-            static_cast<const A*>(grads[term].data_ptr()) + static_cast<int64_t>(begin) * grad_head_stride * step;
+            static_cast<const A*>(grads[term].data_ptr()) + static_cast<int64_t>(begin) * head_stride * step;
       }
       if (inverse_valid.has_value()) {
         parameters.inverse_valid = static_cast<const A*>(inverse_valid->data_ptr()) + begin;
@@ -382,7 +365,7 @@ void logits_backward(
       parameters.losses = static_cast<const A*>(losses.data_ptr());
       parameters.total_rows = total_rows;
       parameters.heads_used = static_cast<int>(end - begin);
-      parameters.kd_to_teacher = kd_to_teacher;
+      parameters.kd_to_teacher = call.kd_to_teacher;
       parameters.temperature = static_cast<A>(temperature);
       parameters.inverse_temperature = static_cast<A>(1.0 / temperature);
       int64_t blocks = 0;
@@ -409,5 +392,10 @@ void logits_backward(
     }
   });
 }
+
+FRSKD_CUDA_OPERATION(logits_forward)
+FRSKD_CUDA_OPERATION(logits_backward)
+
+}  // namespace
 
 }  // namespace frskd::cuda

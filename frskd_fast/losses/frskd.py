@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from frskd_fast import _dispatch
-from frskd_fast.ops import _checks, attention, logits, objective
+from frskd_fast.losses.base import DistillationLoss, FRSKDLossParts
+from frskd_fast.ops import _checks, attention
 
-
-class FRSKDLossParts(NamedTuple):
-    """What ``FRSKDLoss(..., return_parts=True)`` returns: scalars, all but ``loss`` detached and unweighted."""
-
-    loss: Tensor
-    ce_student: Tensor
-    ce_teacher: Tensor
-    kd: Tensor
-    feature: Tensor
+__all__ = ["FRSKDLoss", "FRSKDLossParts"]
 
 
-class FRSKDLoss(nn.Module):
+class FRSKDLoss(DistillationLoss):
     """alpha * KD + beta * sum_l AT_l, and with targets also CE(student) + CE(teacher).
 
     ``alpha`` multiplies KD = T^2 / N * sum_n sum_k p_t (log p_t - log p_s) with p = softmax(z / temperature).
@@ -60,6 +51,8 @@ class FRSKDLoss(nn.Module):
     Source: FRSKD's released classification losses, whose numbers (a mean, not a sum, over the map's pixels) this follows.
     """
 
+    exponent: float
+
     def __init__(
         self,
         alpha: float = 2.0,
@@ -72,103 +65,13 @@ class FRSKDLoss(nn.Module):
         ignore_index: int = -100,
         resize: str | None = None,
     ) -> None:
-        super().__init__()
-        self.alpha = _checks.finite_number(alpha, "alpha")
-        self.beta = _checks.finite_number(beta, "beta")
-        self.temperature = _checks.positive_number(temperature, "temperature")
+        super().__init__(alpha, beta, temperature, impl, label_smoothing, ignore_index)
         self.exponent = _checks.attention_exponent(exponent)
-        self.label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
-        self.ignore_index = _checks.whole_number(ignore_index, "ignore_index")
         if resize not in (None, "pool"):
             raise ValueError(f"resize is {resize!r}, but None or 'pool' was wanted.")
         self.resize = resize
-        self.impl = _dispatch.check_name(impl, "the argument impl")
 
-    @classmethod
-    def from_args(cls, args: Any, impl: str = "auto") -> FRSKDLoss:
-        """Build the loss from the original script's namespace (``args.alpha``, ``args.beta``, ``args.temperature``)."""
-        return cls(alpha=args.alpha, beta=args.beta, temperature=args.temperature, impl=impl)
-
-    @overload
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_feats: Any,
-        teacher_feats: Any,
-        targets: Any = None,
-        *,
-        return_parts: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_feats: Any,
-        teacher_feats: Any,
-        targets: Any = None,
-        *,
-        return_parts: Literal[True],
-    ) -> FRSKDLossParts: ...
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_feats: Any,
-        teacher_feats: Any,
-        targets: Any = None,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | FRSKDLossParts:
-        """Return the loss as a float32 (float64) scalar, or its parts.
-
-        Args:
-            student_logits: (N, K) raw logits of the network; float32, bfloat16, float16 or float64, any strides.
-            teacher_logits: (N, K) raw logits of the self-teacher, same dtype and device.
-            student_feats: list, tuple or dict of L feature maps (N, C_l, H_l, W_l); one dtype, any strides.
-            teacher_feats: L maps (N, D_l, H_l, W_l) of the self-teacher; channels may differ, pixels may not.
-            targets: None, class indices (N,), ``(targets_a, targets_b, lam)`` of mixup or cutmix, or probabilities (N, K).
-            return_parts: return ``FRSKDLossParts`` instead of the scalar.
-        """
-        logits.checked_logits(student_logits, teacher_logits, "")
-        if teacher_logits is None:
-            raise TypeError("teacher_logits is None, but the self-teacher's logits were wanted.")
-        students, teachers = attention.checked_pyramids(student_feats, teacher_feats, self.resize)
-        if students[0].device != student_logits.device:
-            raise ValueError(
-                f"student_feats[0] is on {students[0].device}, but student_logits is on {student_logits.device} and one "
-                "device was wanted."
-            )
-        if students[0].shape[0] != student_logits.shape[0]:
-            raise ValueError(
-                f"student_feats[0] has batch size {students[0].shape[0]}, but student_logits has {student_logits.shape[0]} "
-                "and one batch size was wanted."
-            )
-        if (students[0].dtype == torch.float64) != (student_logits.dtype == torch.float64):
-            raise TypeError(
-                f"student_feats[0] has dtype {students[0].dtype}, but student_logits has {student_logits.dtype} and "
-                "either both or neither in float64 was wanted; cast one of them."
-            )
-        name = _dispatch.choose_for("combine", self.impl, student_logits)
-        labels = logits.checked_labels(
-            targets, (student_logits,), False, self.ignore_index, check_range=name == "reference"
-        )
-        settings = objective.Objective(
-            self.alpha,
-            self.beta,
-            self.exponent,
-            logits.Settings(labels.mix, self.label_smoothing, self.ignore_index, self.temperature),
-        )
-        if self.beta == 0.0:
-            students = teachers = ()
-        total, parts = objective.objective(student_logits, teacher_logits, labels, students, teachers, settings, name)
-        if return_parts:
-            return FRSKDLossParts(total, parts[1], parts[2], parts[3], parts[4])
-        return total
-
-    def extra_repr(self) -> str:
-        """The settings, shown by ``print(module)``."""
-        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, impl={self.impl!r}"
+    def feature_rows(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """sum_l AT_l of each image, (N,)."""
+        rows = attention.attention_transfer(students, teachers, self.exponent, "none", self.resize, True, self.impl)
+        return rows.sum(0)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Literal, cast, overload
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frskd_fast import _dispatch
-from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
-from frskd_fast.ops import _checks, attention
+from frskd_fast.losses.base import DistillationLoss, channels_of, check_beside_parameters, plain_formulas
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import hints as reference
 from frskd_fast.reference.dtypes import accumulate_dtype
@@ -80,26 +78,24 @@ def _overhaul_difference(student: Tensor, teacher: Tensor, margin: Tensor) -> Te
     return counting
 
 
-class HintLoss(nn.Module):
-    """What `FitNetLoss` and `OverhaulLoss` share: adapters, the logits' terms, checks and the call.
-
-    A subclass gives the distance of adapted student maps and teacher maps.
+class HintLoss(DistillationLoss):
+    """What `FitNetLoss` and `OverhaulLoss` share: adapters of the student's maps, whose distance to the teacher's a subclass
+    gives.
     """
-
-    needs_preact = False
 
     def __init__(
         self,
         student_channels: Sequence[int],
         teacher_channels: Sequence[int],
-        alpha: float,
-        beta: float,
-        temperature: float,
-        impl: str,
-        label_smoothing: float,
-        ignore_index: int,
+        alpha: float = 2.0,
+        beta: float = 100.0,
+        temperature: float = 4.0,
+        impl: str = "auto",
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
     ) -> None:
-        super().__init__()
+        super().__init__(alpha, beta, temperature, impl, label_smoothing, ignore_index)
         students = _checked_channels(student_channels, "student_channels")
         teachers = _checked_channels(teacher_channels, "teacher_channels")
         if len(students) != len(teachers):
@@ -108,113 +104,26 @@ class HintLoss(nn.Module):
                 "number was wanted."
             )
         self.student_channels, self.teacher_channels = students, teachers
-        self.beta = _checks.finite_number(beta, "beta")
-        # Cross-entropies and KD; without a feature term it looks at features only to check them.
-        self.logit_terms = FRSKDLoss(
-            alpha, 0.0, temperature, impl, label_smoothing=label_smoothing, ignore_index=ignore_index
-        )
         self.linear = nn.ModuleList(
             nn.Sequential(nn.Conv2d(student, teacher, 1, bias=False), nn.BatchNorm2d(teacher))
             for student, teacher in zip(students, teachers, strict=True)
         )
 
-    @property
-    def alpha(self) -> float:
-        """Weight of KD."""
-        return self.logit_terms.alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self.logit_terms.alpha = _checks.finite_number(value, "alpha")
-
-    @property
-    def temperature(self) -> float:
-        """T of both softmaxes of KD."""
-        return self.logit_terms.temperature
-
-    @property
-    def label_smoothing(self) -> float:
-        """Smoothing of both cross-entropies."""
-        return self.logit_terms.label_smoothing
-
-    @property
-    def ignore_index(self) -> int:
-        """Class index that counts in neither cross-entropy."""
-        return self.logit_terms.ignore_index
-
-    @property
-    def impl(self) -> str:
-        """The implementation asked for."""
-        return self.logit_terms.impl
-
     def distance(self, adapted: list[Tensor], teachers: list[Tensor], plain: bool) -> Tensor:
         """The feature term before its weight; `plain` asks for the reference's formula."""
         raise NotImplementedError
 
-    @overload
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_feats: Any,
-        teacher_feats: Any,
-        targets: Any = None,
-        *,
-        return_parts: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_feats: Any,
-        teacher_feats: Any,
-        targets: Any = None,
-        *,
-        return_parts: Literal[True],
-    ) -> FRSKDLossParts: ...
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_feats: Any,
-        teacher_feats: Any,
-        targets: Any = None,
-        *,
-        return_parts: bool = False,
-    ) -> Tensor | FRSKDLossParts:
-        """Return the loss as a float32 (float64) scalar, or its parts. The arguments are those of `FRSKDLoss`.
-
-        Args:
-            student_logits: (N, K) raw logits of the network; float32, bfloat16, float16 or float64, any strides.
-            teacher_logits: (N, K) raw logits of the self-teacher, same dtype and device.
-            student_feats: list, tuple or dict of L maps (N, student_channels[l], H_l, W_l); one dtype, any strides.
-            teacher_feats: L maps (N, teacher_channels[l], H_l, W_l) of the self-teacher, which get no gradient from here.
-            targets: None, class indices (N,), ``(targets_a, targets_b, lam)`` of mixup or cutmix, or probabilities (N, K).
-            return_parts: return ``FRSKDLossParts`` instead of the scalar.
-        """
-        parts: FRSKDLossParts = self.logit_terms(
-            student_logits, teacher_logits, student_feats, teacher_feats, targets, return_parts=True
-        )
-        if self.beta == 0.0:
-            return parts if return_parts else parts.loss
-        feature = self.feature_term(student_feats, teacher_feats)
-        loss = parts.loss + self.beta * feature
-        return parts._replace(loss=loss, feature=feature.detach()) if return_parts else loss
-
-    def feature_term(self, student_feats: Any, teacher_feats: Any) -> Tensor:
-        """The feature term before its weight, a scalar; arguments as for the call."""
-        students, teachers = attention.checked_pyramids(student_feats, teacher_feats, None)
+    def feature_term(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """The feature term before its weight, a scalar; of checked maps."""
         self._check_channels(students, teachers)
         first = students[0]
         if first.shape[0] == 0:
             # BatchNorm has no statistics of an empty batch; everything that trains still gets its (zero) gradient.
             zeros = [tensor.sum() * 0 for tensor in (*students, *self.linear.parameters())]
             return torch.stack([zero.to(accumulate_dtype(first.dtype)) for zero in zeros]).sum()
-        name = _dispatch.choose_for("hints", self.impl, first)
-        return self.distance(self._adapted(students), [teacher.detach() for teacher in teachers], name == "reference")
+        return self.distance(
+            self._adapted(students), [teacher.detach() for teacher in teachers], plain_formulas(self.impl, first)
+        )
 
     def _adapted(self, students: Sequence[Tensor]) -> list[Tensor]:
         """BatchNorm(conv1x1(f)) of each level, in the adapters' dtype or autocast's."""
@@ -242,22 +151,7 @@ class HintLoss(nn.Module):
                         f"{side}_feats[{level}] has {feature.shape[1]} channels, but {type(self).__name__} was built for "
                         f"{side}_channels={channels}; build it for the channels of your networks."
                     )
-        first = students[0]
-        if first.device != weight.device:
-            raise ValueError(
-                f"student_feats[0] is on {first.device}, but the parameters of {type(self).__name__} are on "
-                f"{weight.device} and one device was wanted; move the loss with .to({str(first.device)!r})."
-            )
-        if (first.dtype == torch.float64) != (weight.dtype == torch.float64):
-            raise TypeError(
-                f"student_feats[0] has dtype {first.dtype}, but the parameters of {type(self).__name__} have "
-                f"{weight.dtype} and either both or neither in float64 was wanted; convert the loss with "
-                f".to({first.dtype})."
-            )
-
-    def extra_repr(self) -> str:
-        """The settings, shown by ``print(module)``."""
-        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, impl={self.impl!r}"
+        check_beside_parameters(students[0], "student_feats[0]", self, weight)
 
 
 class FitNetLoss(HintLoss):
@@ -303,21 +197,10 @@ class FitNetLoss(HintLoss):
     Source: the feature loss "fit" of FRSKD's released code (Ji et al., CVPR 2021), after Romero et al., ICLR 2015, eq. 3.
     """
 
-    def __init__(
-        self,
-        student_channels: Sequence[int],
-        teacher_channels: Sequence[int],
-        alpha: float = 2.0,
-        beta: float = 100.0,
-        temperature: float = 4.0,
-        impl: str = "auto",
-        *,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-    ) -> None:
-        super().__init__(
-            student_channels, teacher_channels, alpha, beta, temperature, impl, label_smoothing, ignore_index
-        )
+    @classmethod
+    def for_networks(cls, student_channels: Sequence[int], self_teacher: nn.Module, **settings: Any) -> Self:
+        """The loss with adapters from these channels to those of `self_teacher`'s maps."""
+        return cls(student_channels, channels_of(self_teacher), **settings)
 
     def distance(self, adapted: list[Tensor], teachers: list[Tensor], plain: bool) -> Tensor:
         """sum_l mean (relu(s_l) - t_l)^2."""
@@ -377,6 +260,7 @@ class OverhaulLoss(HintLoss):
     """
 
     needs_preact = True
+    shown = (*HintLoss.shown, "margins")
 
     def __init__(
         self,
@@ -402,19 +286,28 @@ class OverhaulLoss(HintLoss):
             raise TypeError(
                 f"teacher is {teacher!r}, but margins='live' needs the self-teacher itself, whose BatchNorms it reads."
             )
-        super().__init__(student_channels, channels, alpha, beta, temperature, impl, label_smoothing, ignore_index)
+        super().__init__(
+            student_channels,
+            channels,
+            alpha,
+            beta,
+            temperature,
+            impl,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
         self.margins = margins
         # In a tuple, so that the self-teacher's parameters do not become the loss's own.
-        self._batch_norms = batch_norms if margins == "live" else ()
+        self.teacher_modules = batch_norms if margins == "live" else ()
         sources = batch_norms or [nn.BatchNorm2d(count) for count in channels]
         for level, batch_norm in enumerate(sources):
             margin = _margin(batch_norm, torch.float64).to(torch.get_default_dtype())
             self.register_buffer(f"margin{level + 1}", margin)
 
-    def follows(self, self_teacher: nn.Module) -> bool:
-        """Whether live margins are those of `self_teacher`; initial ones follow none and suit every one."""
-        own = set(map(id, self_teacher.modules()))
-        return all(id(batch_norm) in own for batch_norm in self._batch_norms)
+    @classmethod
+    def for_networks(cls, student_channels: Sequence[int], self_teacher: nn.Module, **settings: Any) -> Self:
+        """The loss with adapters from these channels to those of `self_teacher`'s BatchNorms, and their margins."""
+        return cls(student_channels, self_teacher, **settings)
 
     def distance(self, adapted: list[Tensor], teachers: list[Tensor], plain: bool) -> Tensor:
         """sum_l OD_l / 2^(L-1-l)."""
@@ -432,13 +325,9 @@ class OverhaulLoss(HintLoss):
     @torch.no_grad()
     def _current_margins(self, dtype: torch.dtype) -> list[Tensor]:
         buffers = [self.get_buffer(f"margin{level + 1}") for level in range(len(self.linear))]
-        for buffer, batch_norm in zip(buffers, self._batch_norms, strict=False):
+        for buffer, batch_norm in zip(buffers, self.teacher_modules, strict=False):
             buffer.copy_(_margin(batch_norm, dtype))
         return [buffer.to(dtype) for buffer in buffers]
-
-    def extra_repr(self) -> str:
-        """The settings, shown by ``print(module)``."""
-        return f"{super().extra_repr()}, margins={self.margins!r}"
 
 
 @torch.no_grad()

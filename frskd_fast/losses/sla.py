@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frskd_fast.losses._targets import is_mix, mixed_probabilities
+from frskd_fast.losses.base import (
+    DistillationLoss,
+    Loss,
+    Pyramids,
+    check_beside_parameters,
+    checked_outputs,
+)
 from frskd_fast.losses.frskd import FRSKDLoss
-from frskd_fast.losses.hints import HintLoss, wide_range
+from frskd_fast.losses.hints import wide_range
 from frskd_fast.mixing import joint_labels
 from frskd_fast.models._checks import check_positive_integer
-from frskd_fast.ops import _checks, attention, logits
+from frskd_fast.ops import _checks, attention
+from frskd_fast.ops.labels import is_mix, mixed_probabilities
 from frskd_fast.reference.dtypes import accumulate_dtype
 
 PASSES = ("two", "one")
-# The student's feature maps and the self-teacher's.
-Pyramids = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class SLALossParts(NamedTuple):
@@ -56,7 +61,7 @@ def aggregate_rotations(joint_logits: Tensor) -> Tensor:
     return aggregated
 
 
-class SLALoss(nn.Module):
+class SLALoss(Loss[SLALossParts]):
     """CE(z_s) + CE(z_t) + JOINT + weight * SLA + alpha * KD + beta * D, all of them over images and their rotations.
 
     With u = fc(mean over pixels of the last map) the scores of 4K joint labels (class, rotation) for the 4N rotated images,
@@ -71,8 +76,8 @@ class SLALoss(nn.Module):
     Nothing is detached that `FRSKDLoss` does not detach: KD trains v_s, and so fc1 and the backbone.
 
     Args:
-        distillation: `FRSKDLoss`, `FitNetLoss` or `OverhaulLoss`. None is ``FRSKDLoss()``. Its label smoothing and
-            ignore_index hold for every cross-entropy here.
+        distillation: `FRSKDLoss`, `FitNetLoss`, `OverhaulLoss` or another `losses.base.DistillationLoss`. None is
+            ``FRSKDLoss()``. Its label smoothing and ignore_index hold for every cross-entropy here.
         student_width: channels of the student's last map.
         teacher_width: channels of the self-teacher's last map: the last of its ``.out_channels`` (any self-teacher: the
             original's ``fc2`` fits BiFPNc alone).
@@ -111,9 +116,16 @@ class SLALoss(nn.Module):
     Source: ``aux=sla`` of FRSKD's released code (Ji et al., CVPR 2021), after Lee et al., ICML 2020 (arXiv 1910.05872).
     """
 
+    shown = ("num_classes", "weight", "passes")
+    # What the distillation declares holds here, too.
+    needs_preact = property(lambda self: self.distillation.needs_preact)
+    label_smoothing = property(lambda self: self.distillation.label_smoothing)
+    ignore_index = property(lambda self: self.distillation.ignore_index)
+    teacher_modules = property(lambda self: self.distillation.teacher_modules)
+
     def __init__(
         self,
-        distillation: FRSKDLoss | HintLoss | None = None,
+        distillation: DistillationLoss | None = None,
         student_width: int = 512,
         teacher_width: int = 1024,
         num_classes: int = 100,
@@ -122,9 +134,12 @@ class SLALoss(nn.Module):
         passes: str = "two",
     ) -> None:
         super().__init__()
-        if distillation is not None and not isinstance(distillation, FRSKDLoss | HintLoss):
+        if distillation is None:
+            distillation = FRSKDLoss()
+        if not isinstance(distillation, DistillationLoss):
             raise TypeError(
-                f"distillation is a {type(distillation).__name__}, but FRSKDLoss, FitNetLoss or OverhaulLoss was wanted."
+                f"distillation is a {type(distillation).__name__}, but FRSKDLoss, FitNetLoss or OverhaulLoss was wanted, or "
+                "another loss built on losses.base.DistillationLoss."
             )
         for name, count in (
             ("student_width", student_width),
@@ -134,55 +149,12 @@ class SLALoss(nn.Module):
             check_positive_integer(name, count)
         if passes not in PASSES:
             raise ValueError(f"passes is {passes!r}, but 'two' or 'one' was wanted.")
-        self.distillation = FRSKDLoss() if distillation is None else distillation
+        self.distillation = distillation
         self.num_classes = num_classes
         self.weight = _checks.finite_number(weight, "weight")
         self.passes = passes
         self.fc1 = nn.Linear(student_width, 4 * num_classes)
         self.fc2 = nn.Linear(teacher_width, 4 * num_classes)
-
-    @property
-    def needs_preact(self) -> bool:
-        """Whether features are wanted before their last ReLU."""
-        return isinstance(self.distillation, HintLoss) and self.distillation.needs_preact
-
-    @property
-    def label_smoothing(self) -> float:
-        """Smoothing of every cross-entropy."""
-        return self.distillation.label_smoothing
-
-    @property
-    def ignore_index(self) -> int:
-        """Class index that counts in no cross-entropy."""
-        return self.distillation.ignore_index
-
-    @overload
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_feats: Any,
-        teacher_feats: Any,
-        targets: Any = None,
-        *,
-        rotated_student_feats: Any = None,
-        rotated_teacher_feats: Any = None,
-        return_parts: Literal[False] = False,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        student_feats: Any,
-        teacher_feats: Any,
-        targets: Any = None,
-        *,
-        rotated_student_feats: Any = None,
-        rotated_teacher_feats: Any = None,
-        return_parts: Literal[True],
-    ) -> SLALossParts: ...
 
     def forward(
         self,
@@ -210,29 +182,13 @@ class SLALoss(nn.Module):
             rotated_teacher_feats: the same of the self-teacher.
             return_parts: return ``SLALossParts`` instead of the scalar.
         """
-        logits.checked_logits(student_logits, teacher_logits, "")
-        if teacher_logits is None:
-            raise TypeError("teacher_logits is None, but the self-teacher's logits were wanted.")
+        students, teachers = checked_outputs(
+            student_logits, teacher_logits, student_feats, teacher_feats, self.distillation.resize
+        )
         if student_logits.shape[1:] != (self.num_classes,):
             raise ValueError(
                 f"student_logits has shape {tuple(student_logits.shape)}, but logits of the {self.num_classes} classes that "
                 "this SLALoss was built for were wanted."
-            )
-        students, teachers = attention.checked_pyramids(student_feats, teacher_feats, self._resize)
-        if students[0].shape[0] != student_logits.shape[0]:
-            raise ValueError(
-                f"student_feats[0] has batch size {students[0].shape[0]}, but student_logits has {student_logits.shape[0]} "
-                "and one batch size was wanted."
-            )
-        if students[0].device != student_logits.device:
-            raise ValueError(
-                f"student_feats[0] is on {students[0].device}, but student_logits is on {student_logits.device} and one "
-                "device was wanted."
-            )
-        if (students[0].dtype == torch.float64) != (student_logits.dtype == torch.float64):
-            raise TypeError(
-                f"student_feats[0] has dtype {students[0].dtype}, but student_logits has {student_logits.dtype} and "
-                "either both or neither in float64 was wanted; cast one of them."
             )
         if self.passes == "one":
             if rotated_student_feats is not None or rotated_teacher_feats is not None:
@@ -261,11 +217,10 @@ class SLALoss(nn.Module):
             student_logits, teacher_logits, joint_student, joint_teacher, targets
         )
         # All divergences in one call: N rows each of KD's two halves and SLA's two terms.
-        divergences = self._losses(
+        divergences = self.distillation.logit_terms(
             torch.cat([z_student, v_student, z_student, z_teacher]),
             torch.cat([z_teacher, v_teacher, v_student, v_teacher]),
-            None,
-            "none",
+            reduction="none",
         )[2].unflatten(0, (4, -1))
         images = max(divergences.shape[1], 1)
         kd, sla = divergences[:2].sum() / (2 * images), divergences[2:].sum() / images
@@ -277,14 +232,6 @@ class SLALoss(nn.Module):
         if not return_parts:
             return loss
         return SLALossParts(loss, *(part.detach() for part in (ce_student, ce_teacher, kd, feature, joint, sla)))
-
-    @property
-    def _resize(self) -> str | None:
-        return self.distillation.resize if isinstance(self.distillation, FRSKDLoss) else None
-
-    @property
-    def _impl(self) -> str:
-        return self.distillation.impl
 
     def _checked_rotated(
         self, rotated_student_feats: Any, rotated_teacher_feats: Any, students: Any, teachers: Any
@@ -298,7 +245,7 @@ class SLALoss(nn.Module):
                     f"{name} is None, but with passes='two' the features of frskd_fast.mixing.rotate4(images) were wanted; "
                     "pass them, or build SLALoss with passes='one'."
                 )
-        rotated = attention.checked_pyramids(rotated_student_feats, rotated_teacher_feats, self._resize)
+        rotated = attention.checked_pyramids(rotated_student_feats, rotated_teacher_feats, self.distillation.resize)
         for side, features, plain in (("student", rotated[0], students), ("teacher", rotated[1], teachers)):
             for level, (turned, upright) in enumerate(zip(features, plain, strict=False)):
                 wanted = (4 * upright.shape[0], *upright.shape[1:])
@@ -321,36 +268,12 @@ class SLALoss(nn.Module):
                 f"the last map of {side}_feats has {feature.shape[1]} channels, but this SLALoss was built for "
                 f"{side}_width={head.in_features}; build it for the channels of your networks."
             )
-        if feature.device != head.weight.device:
-            raise ValueError(
-                f"{side}_feats are on {feature.device}, but the parameters of SLALoss are on {head.weight.device} and one "
-                f"device was wanted; move the loss with .to({str(feature.device)!r})."
-            )
-        if (feature.dtype == torch.float64) != (head.weight.dtype == torch.float64):
-            raise TypeError(
-                f"{side}_feats have dtype {feature.dtype}, but the parameters of SLALoss have {head.weight.dtype} and either "
-                f"both or neither in float64 was wanted; convert the loss with .to({feature.dtype})."
-            )
+        check_beside_parameters(feature, f"{side}_feats[-1]", self, head.weight)
         rectified = F.relu(feature) if self.needs_preact else feature
         pooled = rectified.mean((2, 3), dtype=accumulate_dtype(feature.dtype))
         with wide_range(feature.device.type):
             joint: Tensor = head(pooled.to(head.weight.dtype))
         return joint
-
-    def _losses(
-        self, student: Tensor, teacher: Tensor, targets: Any, reduction: str = "batchmean"
-    ) -> tuple[Any, Any, Any]:
-        return logits.logit_losses(
-            student,
-            teacher,
-            targets,
-            self.distillation.temperature,
-            self.label_smoothing,
-            self.ignore_index,
-            reduction,
-            True,
-            self._impl,
-        )
 
     def _cross_entropies(
         self,
@@ -369,34 +292,25 @@ class SLALoss(nn.Module):
             settings = self.ignore_index, self.label_smoothing
             targets = mixed_probabilities(targets, student_logits, *settings)
             joint_targets = mixed_probabilities(joint_targets, joint_student, *settings)
-        ce_student, ce_teacher, _ = self._losses(student_logits, teacher_logits, targets)
-        joint_ce_student, joint_ce_teacher, _ = self._losses(joint_student, joint_teacher, joint_targets)
+        ce_student, ce_teacher, _ = self.distillation.logit_terms(student_logits, teacher_logits, targets)
+        joint_ce_student, joint_ce_teacher, _ = self.distillation.logit_terms(
+            joint_student, joint_teacher, joint_targets
+        )
         return ce_student, ce_teacher, joint_ce_student + joint_ce_teacher
 
     def _feature_term(self, upright: Pyramids, rotated: Pyramids) -> Tensor:
-        """D of the concatenations, before its weight."""
-        if isinstance(self.distillation, FRSKDLoss):
-            return self._attention(upright, rotated, self.distillation.exponent)
+        """D of all 5N maps, before its weight."""
+        turned = self.distillation.feature_rows(*rotated)
+        if turned is not None:
+            # Each image has a D of its own, so that nothing has to be concatenated, and the upright of "one" are known.
+            images = turned.shape[0] // 4
+            once_more = turned[::4] if self.passes == "one" else self.distillation.feature_rows(*upright)
+            assert once_more is not None
+            return (turned.sum() + once_more.sum()) / max(5 * images, 1)
         if self.passes == "one":
             upright = tuple(tuple(feature[::4] for feature in pyramid) for pyramid in upright)  # type: ignore[assignment]
-        # The adapters' BatchNorms take their statistics over all 5N maps.
+        # The images meet, for instance in the statistics of the adapters' BatchNorms: over all 5N maps.
         students, teachers = (
             [torch.cat(pair) for pair in zip(*pyramids, strict=True)] for pyramids in zip(upright, rotated, strict=True)
         )
-        feature: Tensor = self.distillation.feature_term(students, teachers)
-        return feature
-
-    def _attention(self, upright: Pyramids, rotated: Pyramids, exponent: float) -> Tensor:
-        """sum_l AT_l over 5N maps. Each has a mean of its own, so that nothing has to be concatenated."""
-
-        def of_each_image(pyramids: Pyramids) -> Tensor:
-            return attention.attention_transfer(*pyramids, exponent, "none", None, True, self._impl).sum(0)
-
-        turned = of_each_image(rotated)
-        images = turned.shape[0] // 4
-        once_more = turned.unflatten(0, (images, 4))[:, 0] if self.passes == "one" else of_each_image(upright)
-        return (turned.sum() + once_more.sum()) / max(5 * images, 1)
-
-    def extra_repr(self) -> str:
-        """The settings, shown by ``print(module)``."""
-        return f"num_classes={self.num_classes}, weight={self.weight}, passes={self.passes!r}"
+        return self.distillation.feature_term(students, teachers)

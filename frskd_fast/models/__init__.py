@@ -1,6 +1,6 @@
 """Backbones and self-teachers: `model(x, preact=False) -> (features, logits)`, finest feature map first.
 
-`adapt_backbone` turns other networks into backbones.
+`create_model` makes one by its name; `adapt_backbone` turns other networks into backbones.
 """
 
 from .adapters import (
@@ -11,6 +11,7 @@ from .adapters import (
     TimmBackbone,
     adapt_backbone,
 )
+from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
 from .wide_resnet import WideResNet, wrn16x2
@@ -27,6 +28,9 @@ __all__ = [
     "WideResNet",
     "adapt_backbone",
     "cifarresnet18",
+    "create_model",
+    "list_models",
+    "register_model",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_images, check_positive_integer
+from .registry import register_model
 
 # Up to this many pixels a side, a stem that divides the size by four leaves almost nothing to the last stages.
 SMALL_IMAGE_SIDE = 64
@@ -182,6 +183,7 @@ class ResNet(nn.Module):
         return (before_relu if preact else features), logits
 
 
+@register_model
 def cifarresnet18(num_classes: int = 100) -> ResNet:
     """ResNet-18 for 32 x 32 images: a 3x3 stem of stride 1, no max-pool; 11,220,132 parameters for 100 classes.
 
@@ -194,6 +196,7 @@ def cifarresnet18(num_classes: int = 100) -> ResNet:
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, stem="cifar")
 
 
+@register_model
 def resnet18(num_classes: int = 1000) -> ResNet:
     """ResNet-18 for 224 x 224 images, with torchvision's parameter names.
 
@@ -204,6 +207,7 @@ def resnet18(num_classes: int = 1000) -> ResNet:
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, stem="imagenet")
 
 
+@register_model
 def resnet34(num_classes: int = 1000) -> ResNet:
     """ResNet-34 for 224 x 224 images, with torchvision's parameter names.
 
@@ -214,6 +218,7 @@ def resnet34(num_classes: int = 1000) -> ResNet:
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, stem="imagenet")
 
 
+@register_model
 def resnet50(num_classes: int = 1000) -> ResNet:
     """ResNet-50 for 224 x 224 images (stride on the 3x3 convolution), with torchvision's parameter names.
 

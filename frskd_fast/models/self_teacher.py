@@ -1,6 +1,6 @@
 """The self-teachers of FRSKD, computed at the cost of their arithmetic.
 
-Parameters, keys and results are those of the plain form in `frskd_fast.reference.self_teacher`; docs/architecture.md derives
+Parameters, keys and results are those of the plain form in `frskd_fast.reference.self_teacher`; docs/self_teacher.md derives
 each step that is saved. Ji et al., CVPR 2021 (arXiv 2103.08273), section 3.1; Tan et al., CVPR 2020.
 """
 

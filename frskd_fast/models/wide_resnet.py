@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_images, check_positive_integer
+from .registry import register_model
 
 
 class WideBlock(nn.Module):
@@ -139,6 +140,7 @@ class WideResNet(nn.Module):
         return before_relu, logits
 
 
+@register_model
 def wrn16x2(num_classes: int = 100, original_preact: bool = False) -> WideResNet:
     """WRN-16-2 for 32 x 32 images: 703,060 parameters for 100 classes. `original_preact`: see `WideResNet`.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from frskd_fast.native import needs_workspace
 from frskd_fast.reference.attention import coefficient_format
 from frskd_fast.reference.dtypes import accumulate_dtype
 
@@ -30,7 +31,7 @@ def forward(
     form, size = coefficient_format(first.dtype, device.type)
     student_coefficients = torch.empty(size * numel, dtype=form, device=device) if need_student else None
     teacher_coefficients = torch.empty(size * numel, dtype=form, device=device) if need_teacher else None
-    workspace = torch.empty(2 * numel, dtype=dtype, device=device) if device.type == "cuda" else None
+    workspace = torch.empty(2 * numel, dtype=dtype, device=device) if needs_workspace(first) else None
     _ops.attention_forward.default(
         students, teachers, exponent, losses, student_coefficients, teacher_coefficients, workspace
     )

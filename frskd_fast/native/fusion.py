@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from frskd_fast.native import needs_workspace
 from frskd_fast.reference.dtypes import accumulate_dtype
 from frskd_fast.reference.fusion import Node, Settings, empty_output
 
 _ops = torch.ops.frskd_fast_native
 
-# How csrc/cuda/fusion.cu splits the sums of one map: two numbers per channel of each block, and one number per block.
+# How csrc/cuda/fusion_domain.cuh splits the sums of one map: two numbers per channel of each block, and one number per block.
 _MOST_BLOCKS = 512
 _PIXELS_OF_A_BLOCK = 16
 _LEAST_SINGLE_NUMBERS = 4096
@@ -31,7 +32,7 @@ def workspace_size(inputs: Sequence[Tensor]) -> int:
 def _workspace(inputs: Sequence[Tensor]) -> Tensor | None:
     """Room for the partial sums of a device; the CPU kernels have their own."""
     first = inputs[0]
-    if first.device.type != "cuda":
+    if not needs_workspace(first):
         return None
     return torch.empty(workspace_size(inputs), dtype=accumulate_dtype(first.dtype), device=first.device)
 

@@ -2,102 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
 
 from frskd_fast.reference.dtypes import accumulate_dtype
+from frskd_fast.reference.logits import (
+    Heads,
+    Saved,
+    Settings,
+    Upstream,
+    Wanted,
+    check_label_range,
+    head_scales,
+    row_count,
+)
+
+# Of each row: both maxima, then the logarithms of both sums of exponentials, then the same of the tempered ones.
+STATISTICS = 6
 
 _ops = torch.ops.frskd_fast_native
 
 
-def _refused(error: RuntimeError) -> Exception:
-    """The kernel's error, as a ValueError where it is about a label.
-
-    The kernel looks at the labels anyway; checking them here as well would read them twice.
-    """
-    _, found, sentence = str(error).partition("targets holds the label")
-    return ValueError(found + sentence.splitlines()[0]) if found else error
-
-
-def forward(
-    students: Sequence[Tensor],  # heads x (N, K[, H[, W]])
-    teachers: Sequence[Tensor],  # the same shapes, or empty
-    targets: Sequence[Tensor],  # heads x (N[, H[, W]]) int64, or probabilities of the logits' shape, or empty
-    targets_b: Sequence[Tensor],  # second labels of a mix, or empty
-    mix: float,  # weight of the first labels
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (4, R), statistics (6, R) and 1 / valid rows of each head."""
-    first = students[0]
-    dtype = accumulate_dtype(first.dtype)
-    rows = sum(student.numel() // student.shape[1] for student in students)
-    losses = torch.empty((4, rows), dtype=dtype, device=first.device)
-    statistics = torch.empty((6, rows), dtype=dtype, device=first.device)
-    inverse_valid = torch.empty(len(students), dtype=dtype, device=first.device)
-    try:
-        _ops.logits_forward.default(
-            students, teachers, targets, targets_b, mix, label_smoothing, ignore_index, temperature,
-            losses, statistics, inverse_valid,
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise _refused(error) from None
-    return losses, statistics, inverse_valid
+def forward(heads: Heads, settings: Settings) -> Saved:
+    """Losses (4, R), statistics (6, R) and 1 / valid rows of each head (docs/contracts.md)."""
+    first = heads.students[0]
+    dtype, device = accumulate_dtype(first.dtype), first.device
+    rows = sum(map(row_count, heads.students))
+    losses = torch.empty((4, rows), dtype=dtype, device=device)
+    statistics = torch.empty((STATISTICS, rows), dtype=dtype, device=device)
+    inverse_valid = torch.empty(len(heads.students), dtype=dtype, device=device)
+    _ops.logits_forward.default(*heads, *settings, losses, statistics, inverse_valid)
+    if first.is_cpu and any(map(math.isnan, inverse_valid.tolist())):
+        # The sign of a label that is no class: the kernel finds it where it reads the label anyway.
+        for targets in (heads.targets, heads.targets_b):
+            for student, labels in zip(heads.students, targets, strict=False):
+                check_label_range(labels, student.shape[1], settings.ignore_index, "targets")
+    return Saved(losses, statistics, inverse_valid)
 
 
-def forward_with_gradients(
-    student: Tensor,  # (N, K), N >= 1, K <= 1024
-    teacher: Tensor,  # (N, K)
-    targets: Tensor | None,  # (N,) int64 labels
-    targets_b: Tensor | None,  # second labels of a mix
-    mix: float,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    mean: bool,  # over kept rows (cross-entropies) and all rows (divergence), else sums
-    weights: Sequence[float],  # upstream gradients of ce_student, ce_teacher, kd
-    need_teacher: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]:
-    """Reduced (ce_student, ce_teacher, kd), and the gradients of their weighted sum: the student's and the teacher's."""
-    try:
-        ce_student, ce_teacher, kd, student_gradient, teacher_gradient = _ops.logits_with_gradients.default(
-            student, teacher, targets, targets_b, mix, label_smoothing, ignore_index, temperature, mean, *weights,
-            need_teacher,
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise _refused(error) from None
-    return (ce_student, ce_teacher, kd), (student_gradient, teacher_gradient)
-
-
-def backward(
-    grads: Sequence[Tensor],  # three 1-D tensors: upstream gradients of ce_student, ce_teacher, kd
-    grad_head_stride: int,  # elements
-    grad_row_stride: int,  # elements
-    scales: Sequence[float],  # (3 * heads,), 0 where a term is absent
-    inverse_valid: Tensor | None,  # (heads,)
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    targets_b: Sequence[Tensor],
-    mix: float,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    statistics: Tensor,  # (6, R)
-    losses: Tensor,  # (4, R)
-    kd_to_teacher: bool,
-    need_student: bool,
-    need_teacher: bool,
-) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """Gradients of the student and teacher logits, in their dtype and memory format."""
-    student_gradients = [torch.empty_like(student) for student in students] if need_student else None
-    teacher_gradients = [torch.empty_like(teacher) for teacher in teachers] if need_teacher else None
+def backward(upstream: Upstream, heads: Heads, settings: Settings, saved: Saved, wanted: Wanted) -> list[Tensor]:
+    """Gradients of the students' and of the teachers' logits, as wanted, in their dtype and memory format."""
+    student_gradients = [torch.empty_like(student) for student in heads.students] if wanted.student else []
+    teacher_gradients = [torch.empty_like(teacher) for teacher in heads.teachers] if wanted.teacher else []
     _ops.logits_backward.default(
-        grads, grad_head_stride, grad_row_stride, scales, inverse_valid, students, teachers, targets, targets_b,
-        mix, label_smoothing, ignore_index, temperature, statistics, losses, kd_to_teacher,
-        student_gradients or [], teacher_gradients or [],
+        upstream.grads, upstream.head_stride, upstream.row_stride, head_scales(upstream, heads.students),
+        *heads, *settings, saved.losses, saved.statistics, saved.inverse_valid if upstream.mean else None,
+        wanted.kd_to_teacher, student_gradients, teacher_gradients,
     )  # fmt: skip
-    return student_gradients, teacher_gradients
+    return student_gradients + teacher_gradients

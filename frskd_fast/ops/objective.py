@@ -11,8 +11,10 @@ from torch import Tensor
 from frskd_fast import _dispatch
 from frskd_fast.ops import attention, combine, logits
 from frskd_fast.ops._autograd import once_differentiable
+from frskd_fast.ops.labels import Labels, kept
 from frskd_fast.reference import attention as attention_reference
 from frskd_fast.reference import combine as reference
+from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
 
 
 class Objective(NamedTuple):
@@ -21,7 +23,7 @@ class Objective(NamedTuple):
     alpha: float
     beta: float
     exponent: float
-    logits: logits.Settings
+    logits: Settings
 
 
 class _Objective(torch.autograd.Function):
@@ -42,9 +44,8 @@ class _Objective(torch.autograd.Function):
         targets, targets_b = list(tensors[: label_counts[0]]), list(tensors[label_counts[0] : target_end])
         student_end = target_end + levels
         students, teachers = list(tensors[target_end:student_end]), list(tensors[student_end:])
-        losses, statistics, _ = logits.forward_call(
-            [student_logits], [teacher_logits], targets, targets_b, *objective.logits, impl
-        )
+        heads = Heads([student_logits], [teacher_logits], targets, targets_b)
+        losses, statistics, inverse_valid = logits.forward(heads, objective.logits, impl)
         need_features = any(ctx.needs_input_grad[6 + target_end : 6 + student_end])
         if levels:
             attention_losses, coefficients, _ = attention.forward_call(
@@ -56,7 +57,7 @@ class _Objective(torch.autograd.Function):
             attention_losses, losses, objective.alpha, objective.beta, label_counts[0] > 0, False, impl
         )
         ctx.save_for_backward(
-            parts, losses, statistics, coefficients, student_logits, teacher_logits, *targets, *targets_b,
+            losses, statistics, inverse_valid, coefficients, student_logits, teacher_logits, *targets, *targets_b,
             *(students if need_features else ()),
         )  # fmt: skip
         ctx.settings = (levels, objective, impl, label_counts, need_features)
@@ -68,17 +69,19 @@ class _Objective(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         levels, objective, impl, label_counts, need_features = ctx.settings
-        parts, losses, statistics, coefficients, student_logits, teacher_logits, *tensors = ctx.saved_tensors
+        losses, statistics, inverse_valid, coefficients, student_logits, teacher_logits, *tensors = ctx.saved_tensors
         target_end = label_counts[0] + label_counts[1]
         need_student, need_teacher = ctx.needs_input_grad[4], ctx.needs_input_grad[5] and label_counts[0] > 0
         student_gradient = teacher_gradient = None
         if need_student or need_teacher:
             has_targets = float(label_counts[0] > 0)
-            upstream = grad.reshape(1)
-            gradients = logits.backward_call(
-                [upstream, upstream, upstream], 0, 0, [has_targets, has_targets, objective.alpha], True, parts[5:],
-                [student_logits], [teacher_logits], tensors[: label_counts[0]], tensors[label_counts[0] : target_end],
-                *objective.logits, statistics, losses, False, need_student, need_teacher, impl,
+            upstream = Upstream([grad] * 3, 0, 0, [has_targets, has_targets, objective.alpha], True)
+            heads = Heads(
+                [student_logits], [teacher_logits], tensors[: label_counts[0]], tensors[label_counts[0] : target_end]
+            )
+            gradients = logits.backward(
+                upstream, heads, objective.logits, Saved(losses, statistics, inverse_valid),
+                Wanted(need_student, need_teacher, False), impl,
             )  # fmt: skip
             student_gradient = gradients[0] if need_student else None
             teacher_gradient = gradients[-1] if need_teacher else None
@@ -95,7 +98,7 @@ class _Objective(torch.autograd.Function):
 def objective(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    labels: logits.Labels,
+    labels: Labels,
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     settings: Objective,
@@ -109,7 +112,7 @@ def objective(
     if not labels.first:
         teacher_logits = teacher_logits.detach()
     if not _dispatch.is_plain(impl):
-        teacher_logits, labels = logits.kept(teacher_logits), labels.kept()
+        teacher_logits, labels = kept(teacher_logits), labels.kept()
         counts = (len(labels.first), len(labels.second))
         total, parts = _Objective.apply(
             len(students), settings, impl, counts, student_logits, teacher_logits, *labels.first, *labels.second,

@@ -1,7 +1,7 @@
 """Networks and loss of one method in one `nn.Module`: `task(images, targets)` returns a dict with the loss."""
 
-from .base import Student
+from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .frskd import FRSKDTask, build_frskd
 
-__all__ = ["ClassificationTask", "FRSKDTask", "Student", "build_frskd"]
+__all__ = ["ClassificationTask", "FRSKDTask", "FrozenTeacher", "Student", "Task", "build_frskd"]

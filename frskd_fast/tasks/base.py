@@ -1,26 +1,62 @@
-"""What all tasks share: compilation with a dynamic batch, the student to take away, the layout of images."""
+"""The task protocol: what a trainer asks of a method, compilation with a dynamic batch, the student to take away."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from frskd_fast.losses._targets import is_mix
 from frskd_fast.ops import _checks
+from frskd_fast.ops.labels import is_mix, mixed_probabilities
 
 
 class Task(nn.Module):
     """Networks and loss of one method in one module: `task(images, targets)` returns a dict with the loss.
 
-    A subclass sets `backbone` and `channels_last` and defines `forward(images, targets=None)`.
+    This is all that a trainer asks of a method; it is the protocol of timm's `TrainingTask`, and more. A subclass sets
+    `backbone` and `channels_last`, defines `forward(images, targets=None)` and changes what does not suit it. It is built
+    as `SomeTask(backbone, **arguments)` from plain, typed keyword arguments, so that a recipe can name it.
+
+    Attributes:
+        backbone: the student's network.
+        channels_last: whether images are brought to `torch.channels_last`.
+        views: "plain" for images (N, C, H, W); "rotations" for their four rotations (4N, C, H, W), in the order of
+            `frskd_fast.mixing.rotate4`. Targets are those of the N images. In evaluation images are plain.
+        crop_each_view: with "rotations", whether each view is cropped by itself, after it was turned; else the image is
+            cropped before.
     """
 
     backbone: nn.Module
     channels_last: bool
+    views: str = "plain"
+    crop_each_view: bool = False
+
+    def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
+        """The loss and what to log.
+
+        Args:
+            images: (N, C, H, W), or (4N, C, H, W) where `views` says so.
+            targets: as the method's loss takes them; None in evaluation.
+
+        Returns:
+            In training mode `loss` (scalar, with its graph), `output` (the student's logits) and the method's own terms
+            (scalars, detached); in evaluation mode, or without targets, `output` alone.
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups: one of all that trains, unless the method has settings of its own for some."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def start_epoch(self, epoch: int, epochs: int | None) -> None:
+        """Called before each epoch, `epoch` = 0, ..., `epochs` - 1 (None: not known), for weights that change with it.
+
+        Hold such a weight in a buffer and write it in place (`self.ramp.fill_(...)`): a compiled step does not compile anew.
+        """
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile this module's calls: one graph for forward, loss and backward, and one for every batch size.
@@ -81,6 +117,86 @@ class Task(nn.Module):
     def get_eval_model(self) -> Student:
         """`student()` under the name that timm's training tasks give it."""
         return self.student()
+
+    def state_dict_for_inference(self) -> dict[str, Tensor]:
+        """The state of the student's network, as timm's training tasks hand it out."""
+        return self.backbone.state_dict()
+
+
+class FrozenTeacher(nn.Module):
+    """teacher(images) = network(images), which never learns: a checkpoint holds where it came from, not its weights.
+
+    Whatever `train()` is called on, it stays in evaluation mode; its parameters require no gradients and so reach no
+    optimiser. `state_dict()` has one entry, `source`: path and checksum as text in bytes. A state is loaded only into
+    a task whose teacher has the same checksum.
+
+    Args:
+        network: the trained network. It is used, not copied.
+        path: where its weights were read, for the record.
+
+    Attributes:
+        network, path: as given.
+        checksum: SHA-256 over names, dtypes, shapes and values of the network's state, as it is given here.
+
+    Raises:
+        RuntimeError: by `load_state_dict` of a state that another teacher left.
+
+    Example:
+        >>> from frskd_fast.models import wrn16x2
+        >>> teacher = FrozenTeacher(wrn16x2(num_classes=10), "teacher.safetensors")
+        >>> list(teacher.state_dict()), teacher.train().network.training
+        (['source'], False)
+    """
+
+    source: Tensor
+
+    def __init__(self, network: nn.Module, path: str = "") -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.path = str(path)
+        self.checksum = checksum(network)
+        text = f"{self.checksum} {self.path}".encode()
+        self.register_buffer("source", torch.tensor(list(text), dtype=torch.uint8))
+        self.train(False)
+
+    def forward(self, *arguments: Any, **more: Any) -> Any:
+        """What the network returns. Gradients pass through to what is not frozen."""
+        return self.network(*arguments, **more)
+
+    def train(self, mode: bool = True) -> Self:
+        """Evaluation mode, whatever `mode` is."""
+        return super().train(False)
+
+    def state_dict(self, *arguments: Any, **more: Any) -> Any:
+        """`source` alone."""
+        prefix = more.get("prefix", "")
+        state = super().state_dict(*arguments, **more)
+        for name in [name for name in state if name.startswith(f"{prefix}network.")]:
+            del state[name]
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        name = f"{prefix}source"
+        if name in state_dict:
+            checksum, _, path = bytes(state_dict[name].tolist()).decode().partition(" ")
+            if checksum != self.checksum:
+                raise RuntimeError(
+                    f"{name} is that of a teacher from {path!r} with checksum {checksum[:12]}..., but this task's teacher "
+                    f"({self.path!r}) has {self.checksum[:12]}...; build the task with the teacher that it was trained with."
+                )
+            state_dict[name] = self.source
+        # The weights are not in the checkpoint: those that are here stay.
+        state_dict.update(self.network.state_dict(prefix=f"{prefix}network."))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def checksum(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and values of the module's state, on any device the same."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Student(nn.Module):
@@ -144,6 +260,16 @@ def logits_of(backbone: nn.Module, images: Tensor) -> Tensor:
         f"backbone ({type(backbone).__name__}) returned a {type(output).__name__}, but logits or (list of feature maps, "
         "logits) was wanted; wrap it with frskd_fast.models.adapt_backbone."
     )
+
+
+def traceable_targets(targets: Any, logits: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:
+    """`targets`, while `torch.compile` traces with the two labels of mixup and cutmix as probabilities (N, K).
+
+    As a Python number the mixing weight would be a constant of the graph, which each batch would have to compile anew.
+    """
+    if torch.compiler.is_compiling() and is_mix(targets):
+        return mixed_probabilities(targets, logits, ignore_index, label_smoothing)
+    return targets
 
 
 def one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:

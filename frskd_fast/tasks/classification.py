@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from frskd_fast.losses._targets import is_mix, mixed_probabilities
 from frskd_fast.ops import _checks, logits
 
-from .base import Task, laid_out, logits_of
+from .base import Task, laid_out, logits_of, traceable_targets
 
 
 class ClassificationTask(Task):
@@ -69,8 +68,7 @@ class ClassificationTask(Task):
         output = logits_of(self.backbone, laid_out(images, self.channels_last))
         if targets is None or not self.training:
             return {"output": output}
-        if torch.compiler.is_compiling() and is_mix(targets):
-            targets = mixed_probabilities(targets, output, self.ignore_index, self.label_smoothing)
+        targets = traceable_targets(targets, output, self.ignore_index, self.label_smoothing)
         loss, _, _ = logits.logit_losses(
             output, None, targets, 1.0, self.label_smoothing, self.ignore_index, "batchmean", True, "auto"
         )

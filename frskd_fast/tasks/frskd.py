@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
-from frskd_fast import _dispatch
 from frskd_fast.losses import FitNetLoss, FRSKDLoss, OverhaulLoss, SLALoss
-from frskd_fast.losses._targets import is_mix, mixed_probabilities
+from frskd_fast.losses.base import DistillationLoss, channels_of, declared
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import BiFPN, BiFPNc, adapt_backbone
-from frskd_fast.models.adapters import dry_pass
+from frskd_fast.models.dry_pass import dry_pass
 
-from .base import Task, features_and_logits, laid_out, one_dtype
+from .base import Task, features_and_logits, laid_out, one_dtype, traceable_targets
+from .recompute import recomputed
 
 MEMORY = ("normal", "low")
-DISTILL = ("att", "fit", "od")
-# These take cumulative averages without a counter for a momentum of 0.
-COUNTERLESS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+DISTILL: dict[str, type[DistillationLoss]] = {"att": FRSKDLoss, "fit": FitNetLoss, "od": OverhaulLoss}
 
 
 class _Outputs(NamedTuple):
@@ -109,25 +104,19 @@ class FRSKDTask(Task):
         if memory not in MEMORY:
             raise ValueError(f"memory is {memory!r}, but 'normal' or 'low' was wanted.")
         if self_teacher is None:
-            if not isinstance(getattr(backbone, "channels", None), list | tuple):
-                backbone = adapt_backbone(backbone)
-            self_teacher = _built_self_teacher(backbone, num_classes)
-        elif num_classes is not None:
-            raise ValueError(
-                f"num_classes is {num_classes}, but self_teacher came with a classifier of its own; leave one of them out."
-            )
+            backbone = _with_channels(backbone)
+        self_teacher = _self_teacher(backbone, self_teacher, num_classes)
         self.backbone = backbone
         self.self_teacher = self_teacher
         self.loss = FRSKDLoss() if loss is None else loss
         if self._preact:
             _check_takes_preact(backbone, "backbone", self.loss)
             _check_takes_preact(self_teacher, "self_teacher", self.loss)
-        for part in self.loss.modules():
-            if isinstance(part, OverhaulLoss) and not part.follows(self_teacher):
-                raise ValueError(
-                    "loss takes live margins from another self-teacher than the task's; build the self-teacher first, and "
-                    "hand the same one to OverhaulLoss and FRSKDTask."
-                )
+        if not set(self_teacher.modules()).issuperset(declared(self.loss, "teacher_modules")):
+            raise ValueError(
+                "loss takes live margins from another self-teacher than the task's; build the self-teacher first, and "
+                "hand the same one to OverhaulLoss and FRSKDTask."
+            )
         self.memory = memory
         self.channels_last = bool(channels_last)
         if self.channels_last:
@@ -138,16 +127,16 @@ class FRSKDTask(Task):
         if targets is None or not self.training:
             return {"output": features_and_logits(self.backbone, laid_out(images, self.channels_last))[1]}
         # "one" or "two" passes over rotated images, where the loss asks for them.
-        passes = getattr(self.loss, "passes", None)
+        passes = declared(self.loss, "passes")
         outputs = self._outputs(rotate4(images) if passes == "one" else images)
         logits, teacher_logits = outputs.logits, outputs.teacher_logits
         pyramids = [outputs.features, outputs.teacher_features]
         if passes == "two":
             rotated = self._outputs(rotate4(images))
             pyramids += [rotated.features, rotated.teacher_features]
-        elif passes is None and torch.compiler.is_compiling() and is_mix(targets):
-            # As a Python number lam would be a constant of the graph, which each batch would have to compile anew.
-            targets = _mixed_probabilities(targets, logits, self.loss)
+        elif passes is None:
+            settings = declared(self.loss, "ignore_index"), declared(self.loss, "label_smoothing")
+            targets = traceable_targets(targets, logits, *settings)
         loss_features = iter(one_dtype([feature for pyramid in pyramids for feature in pyramid]))
         students, teachers, *more = [[next(loss_features) for _ in pyramid] for pyramid in pyramids]
         arguments = {"rotated_student_feats": more[0], "rotated_teacher_feats": more[1]} if more else {}
@@ -159,7 +148,7 @@ class FRSKDTask(Task):
 
     @property
     def _preact(self) -> bool:
-        return bool(getattr(self.loss, "needs_preact", False))
+        return bool(declared(self.loss, "needs_preact"))
 
     def _outputs(self, images: Tensor) -> _Outputs:
         """What both networks make of `images`."""
@@ -170,21 +159,10 @@ class FRSKDTask(Task):
     def _taught(self, features: list[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         if self.memory == "normal" or not torch.is_grad_enabled():
             return _self_teacher_outputs(self.self_teacher, self._preact, features)
-        # Saving the random state reads it from the device, which a CUDA graph does not allow. These two draw none.
-        preserve_rng_state = type(self.self_teacher) not in (BiFPN, BiFPNc)
+        # Their state is read from the device, which a CUDA graph does not allow. These two draw none.
+        draws_random_numbers = type(self.self_teacher) not in (BiFPN, BiFPNc)
         function = functools.partial(_self_teacher_outputs, self.self_teacher, self._preact)
-        if torch.compiler.is_compiling():
-            # A traced graph writes the running statistics once, after the forward pass, and repeats in backward only what
-            # the gradients need.
-            outputs = checkpoint(function, features, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-        else:
-            outputs = checkpoint(
-                function,
-                features,
-                use_reentrant=False,
-                preserve_rng_state=preserve_rng_state,
-                context_fn=functools.partial(_contexts, self.self_teacher),
-            )
+        outputs = recomputed(self.self_teacher, function, features, draws_random_numbers=draws_random_numbers)
         teacher_features, teacher_logits = outputs
         return teacher_features, teacher_logits
 
@@ -260,48 +238,50 @@ def build_frskd(
         raise ValueError(f"auxiliary is {auxiliary!r}, but None or 'sla' was wanted.")
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone is a {type(backbone).__name__}, but a torch.nn.Module was wanted.")
-    if not isinstance(getattr(backbone, "channels", None), list | tuple):
-        backbone = adapt_backbone(backbone)
+    backbone = _with_channels(backbone)
+    self_teacher = _self_teacher(backbone, self_teacher, num_classes, width, depth, repeat, num_channels)
     channels = list(backbone.channels)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "label_smoothing": label_smoothing}
+    if beta is not None:
+        settings["beta"] = beta
+    if distill == "od":
+        settings["margins"] = margins
+    distillation = DISTILL[distill].for_networks(channels, self_teacher, **settings)
+    loss: nn.Module = distillation
+    if auxiliary == "sla":
+        classes = _number_of_classes(backbone, num_classes)
+        widths = channels[-1], channels_of(self_teacher)[-1]
+        loss = SLALoss(distillation, *widths, classes, auxiliary_weight, passes=passes)
+    return FRSKDTask(backbone, self_teacher, _like(backbone, loss), memory=memory, channels_last=channels_last)
+
+
+def _with_channels(backbone: nn.Module) -> nn.Module:
+    """`backbone`, adapted where it does not say what channels its maps have."""
+    return backbone if isinstance(getattr(backbone, "channels", None), list | tuple) else adapt_backbone(backbone)
+
+
+def _self_teacher(
+    backbone: nn.Module,
+    self_teacher: nn.Module | str | None,
+    num_classes: int | None,
+    width: int = 2,
+    depth: int = 2,
+    repeat: int = 1,
+    num_channels: int = 256,
+) -> nn.Module:
+    """The self-teacher that came, or the one called so for the backbone's channels, on its device and in its dtype."""
     if isinstance(self_teacher, nn.Module):
         if num_classes is not None:
             raise ValueError(
                 f"num_classes is {num_classes}, but self_teacher came with a classifier of its own; leave one of them out."
             )
-    else:
-        num_classes = _number_of_classes(backbone, num_classes)
-        if self_teacher in (None, "BiFPNc"):
-            self_teacher = BiFPNc(channels, num_classes, width, depth, repeat)
-        elif self_teacher == "BiFPN":
-            self_teacher = BiFPN(channels, num_classes, num_channels, depth, repeat)
-        else:
-            raise ValueError(f"self_teacher is {self_teacher!r}, but None, 'BiFPNc', 'BiFPN' or a module was wanted.")
-    settings: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "label_smoothing": label_smoothing}
-    if beta is not None:
-        settings["beta"] = beta
-    loss: nn.Module
-    if distill == "att":
-        loss = FRSKDLoss(**settings)
-    elif distill == "fit":
-        loss = FitNetLoss(channels, _widths(self_teacher), **settings)
-    else:
-        loss = OverhaulLoss(channels, self_teacher, margins=margins, **settings)
-    if auxiliary == "sla":
-        classes = _number_of_classes(backbone, num_classes)
-        loss = SLALoss(loss, channels[-1], _widths(self_teacher)[-1], classes, auxiliary_weight, passes=passes)
-    return FRSKDTask(
-        backbone,
-        _like(backbone, self_teacher),
-        _like(backbone, loss),
-        memory=memory,
-        channels_last=channels_last,
-    )
-
-
-def _built_self_teacher(backbone: nn.Module, num_classes: int | None) -> nn.Module:
-    """`BiFPNc` for the backbone's channels, on its device and in its dtype."""
-    classes = _number_of_classes(backbone, num_classes)
-    return _like(backbone, BiFPNc(list(backbone.channels), classes))  # type: ignore[arg-type]
+        return self_teacher
+    channels, num_classes = list(backbone.channels), _number_of_classes(backbone, num_classes)  # type: ignore[arg-type]
+    if self_teacher in (None, "BiFPNc"):
+        return _like(backbone, BiFPNc(channels, num_classes, width, depth, repeat))
+    if self_teacher == "BiFPN":
+        return _like(backbone, BiFPN(channels, num_classes, num_channels, depth, repeat))
+    raise ValueError(f"self_teacher is {self_teacher!r}, but None, 'BiFPNc', 'BiFPN' or a module was wanted.")
 
 
 def _number_of_classes(backbone: nn.Module, num_classes: int | None) -> int:
@@ -310,16 +290,6 @@ def _number_of_classes(backbone: nn.Module, num_classes: int | None) -> int:
     if num_classes is None:
         num_classes = dry_pass(backbone, functools.partial(features_and_logits, backbone))[1].shape[1]
     return num_classes
-
-
-def _widths(self_teacher: nn.Module) -> list[int]:
-    widths = getattr(self_teacher, "out_channels", None)
-    if not isinstance(widths, list | tuple):
-        raise TypeError(
-            f"self_teacher ({type(self_teacher).__name__}) has no list out_channels, but the channels of its maps were wanted "
-            "to size adapters and heads; give it the attribute, or build the loss and FRSKDTask yourself."
-        )
-    return list(widths)
 
 
 def _like(backbone: nn.Module, module: nn.Module) -> nn.Module:
@@ -346,54 +316,3 @@ def _check_takes_preact(module: nn.Module, name: str, loss: nn.Module) -> None:
             f"before their last ReLU; let its forward take preact=False and hand them out for preact=True, as the networks "
             "of frskd_fast.models do, or choose FRSKDLoss or FitNetLoss."
         )
-
-
-def _mixed_probabilities(targets: Sequence[Any], logits: Tensor, loss: nn.Module) -> Tensor:
-    settings = getattr(loss, "ignore_index", -100), getattr(loss, "label_smoothing", 0.0)
-    return mixed_probabilities(targets, logits, *settings)
-
-
-def _contexts(
-    self_teacher: nn.Module,
-) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    # The backward pass may run outside of the `use_impl` block that the forward pass stood in.
-    return contextlib.nullcontext(), _repeated(self_teacher, _dispatch.forced())
-
-
-@contextlib.contextmanager
-def _repeated(self_teacher: nn.Module, impl: str) -> Iterator[None]:
-    """A forward pass inside computes what the first one did and changes nothing."""
-    with _dispatch.use_impl(impl), _unchanged_buffers(self_teacher):
-        yield
-
-
-@contextlib.contextmanager
-def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
-    """A forward pass inside leaves every buffer of `module` as it was, the statistics of its BatchNorms among them.
-
-    A BatchNorm with momentum 0 and without a counter writes its running statistics back unchanged, which costs nothing;
-    it must still have them, since the second pass has to save the same tensors for backward as the first. Buffers of
-    other modules (InstanceNorm averages its statistics anew) are replaced by copies meanwhile.
-    """
-    momenta: list[tuple[_BatchNorm, float | None]] = []
-    buffers: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
-    try:
-        for part in module.modules():
-            if isinstance(part, _BatchNorm):
-                momenta.append((part, part.momentum))
-                part.momentum = 0.0
-                names = ["num_batches_tracked"]
-            else:
-                names = list(part._buffers)
-            for name in names:
-                buffer = part._buffers.get(name)
-                if buffer is not None:
-                    buffers.append((part._buffers, name, buffer))
-                    # SyncBatchNorm insists on its counter.
-                    part._buffers[name] = None if type(part) in COUNTERLESS else buffer.clone()
-        yield
-    finally:
-        for batch_norm, momentum in momenta:
-            batch_norm.momentum = momentum
-        for owner, name, buffer in buffers:
-            owner[name] = buffer

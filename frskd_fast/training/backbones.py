@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import nn
 
 from frskd_fast import models
 
+from .class_paths import imported
+
 NAMES = ("cifarresnet18", "resnet18", "resnet34", "resnet50", "wrn16x2")
 
 
-def build_backbone(name: str, num_classes: int) -> nn.Module:
+def build_backbone(name: str, num_classes: int, **arguments: Any) -> nn.Module:
     """backbone = the network called `name`, with `num_classes` logits: `backbone(images) -> (features, logits)`.
 
     Args:
@@ -20,6 +21,7 @@ def build_backbone(name: str, num_classes: int) -> nn.Module:
             (installed by the extra `timm`); or the import path of a function or class, "package.module.name", which is
             called with `num_classes=num_classes`.
         num_classes: number of logits K.
+        arguments: further ones of the network.
 
     Returns:
         A module `(images) -> (features, logits)`. What an import path gives is adapted where it has no `channels`.
@@ -33,27 +35,16 @@ def build_backbone(name: str, num_classes: int) -> nn.Module:
         [32, 64, 128]
     """
     if name in NAMES:
-        backbone: nn.Module = getattr(models, name)(num_classes=num_classes)
+        backbone: nn.Module = getattr(models, name)(num_classes=num_classes, **arguments)
         return backbone
     if name.startswith("timm:"):
-        return models.TimmBackbone.create(name.removeprefix("timm:"), num_classes=num_classes)
+        return models.TimmBackbone.create(name.removeprefix("timm:"), num_classes=num_classes, **arguments)
     if "." in name:
-        return _adapted(_imported(name)(num_classes=num_classes))
+        return _adapted(imported(name)(num_classes=num_classes, **arguments))
     raise ValueError(
         f"backbone is {name!r}, but one of {', '.join(NAMES)} was wanted, or 'timm:NAME' for a network of timm, or an "
         "import path such as 'mypackage.networks.MyNet'."
     )
-
-
-def _imported(path: str) -> Any:
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(
-            f"backbone {path!r} cannot be imported ({error}); give the path of a function or class that is called with "
-            "num_classes, in a package that Python finds (its folder may have to be in PYTHONPATH)."
-        ) from error
 
 
 def _adapted(network: Any) -> nn.Module:

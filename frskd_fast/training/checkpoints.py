@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .export import SHARDED, brief
+from .weights import SHARDED, brief
 
 LAST, PREVIOUS, BEST, INCOMING = "last.ckpt", "previous.ckpt", "best.ckpt", "incoming.ckpt"
 
@@ -119,16 +119,19 @@ def problem_with(path: str | os.PathLike[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a checkpoint is: whole epochs done, optimiser steps done."""
+    """How far a checkpoint is: whole epochs done, optimiser steps done, and whether a callback has ended the training."""
 
     epochs: int
     steps: int
+    stopped: bool = False
 
 
 def progress_of(checkpoint: dict[str, Any]) -> Progress:
     """The progress in a loaded checkpoint of Lightning."""
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return Progress(int(epochs), int(checkpoint["global_step"]))
+    states = [state for state in checkpoint["callbacks"].values() if isinstance(state, dict)]
+    stopped = any(state.get("stopped_epoch") for state in states)  # of Lightning's EarlyStopping
+    return Progress(int(epochs), int(checkpoint["global_step"]), stopped)
 
 
 @dataclass(frozen=True)

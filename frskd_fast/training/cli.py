@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import logging
 import os
-import shutil
+import re
 import signal
 import sys
-import threading
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import recipe_files
-from .recipe_files import CONFIG, RecipeError
+from .errors import Refusal
+from .recipe_files import RecipeError
 
 if TYPE_CHECKING:
-    from jsonargparse import Namespace
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.cli import LightningCLI
-
-    from .callbacks import Beginning
+    from .command_line import CommandLine
 
 STAGES = ("fit", "validate", "test", "predict")
 USAGE = """\
@@ -40,16 +37,26 @@ usage: frskd-fast COMMAND [options]
 
 RECIPE is a name from `frskd-fast recipes` or a YAML file; without --config it is digits. Every setting can be overridden:
 
-  frskd-fast fit --config cifar100_resnet18_frskd --data.root DATA --trainer.max_epochs 100 --model.beta 50
+  frskd-fast fit --config cifar100_resnet18_frskd --data.root DATA --trainer.max_epochs 100 --task.beta 50
   frskd-fast fit --config digits --print_config      the settings, resolved
   frskd-fast fit --help                              all of them
 """
 DEFAULT_RECIPE = "digits"
-# What constructors and readers raise of wrong settings, and how errors begin that hold another one.
-MISTAKES = (ValueError, TypeError, ImportError)
-WRAPPED = ("Call to compute_fn of link", "Does not validate against any of the Union subtypes")
-# Settings of the data that change how fast batches come, not which.
-HARMLESS_DATA = ("root", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size")
+# Parts of the training that are chosen by class, and what a class looks like on the command line.
+PARTS = ("--task", "--optimizer", "--lr_scheduler")
+CLASS = re.compile(r"(?!null$)[A-Za-z_][\w.]*")
+# Where settings of the model were in earlier versions, if not in the task's arguments.
+MOVED = {
+    "method": "task",
+    "learning_rate": "optimizer.lr",
+    "momentum": "optimizer.momentum",
+    "weight_decay": "optimizer.weight_decay",
+    "nesterov": "optimizer.nesterov",
+    "schedule": "lr_scheduler",
+    "milestones": "lr_scheduler.milestones",
+    "gamma": "lr_scheduler.gamma",
+    "warmup_epochs": "lr_scheduler.warmup_epochs",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,10 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-class Refusal(Exception):
-    """Why a command does not do what was asked, as a sentence with what to do."""
-
-
 def _recipes(words: Sequence[str]) -> int:
     if words and words[0] in ("-h", "--help"):
         print("usage: frskd-fast recipes [RECIPE]")
@@ -99,9 +102,11 @@ def _recipes(words: Sequence[str]) -> int:
         print(yaml.safe_dump(recipe_files.recipe(words[0]), sort_keys=False), end="")
         return 0
     names = recipe_files.recipe_names()
-    width = max(len(name) for name in names)
-    for name in names:
-        print(f"{name.ljust(width)}  {recipe_files.summary(name)}")
+    width = max(map(len, names))
+    for method in dict.fromkeys(names.values()):
+        print(f"{method}:")
+        for name in (name for name, folder in names.items() if folder == method):
+            print(f"  {name.ljust(width)}  {recipe_files.summary(name)}")
     return 0
 
 
@@ -127,35 +132,45 @@ def expanded(words: Sequence[str]) -> tuple[list[str], str]:
 
     Args:
         words: of the command line; `--config NAME`, `--config=NAME` and `-c NAME` are looked for. Without one the default
-            recipe is put first.
+            recipe is put first. Where they choose another class for a part of the training, the recipe's arguments of the
+            old one are left out, as in recipes.
 
     Example:
-        >>> words, name = expanded(["--config", "cifar100_resnet18_plain", "--model.momentum", "0.8"])
+        >>> words, name = expanded(["--config", "cifar100_resnet18_plain", "--optimizer.momentum", "0.8"])
         >>> name, words[0], words[2:]
-        ('cifar100_resnet18_plain', '--config', ['--model.momentum', '0.8'])
+        ('cifar100_resnet18_plain', '--config', ['--optimizer.momentum', '0.8'])
     """
-    result: list[str] = []
-    names: list[str] = []
+    others: list[str] = []
+    recipes: list[str] = []
+    chosen: dict[str, str] = {}
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag not in ("--config", "-c"):
-            result.append(word)
+        if flag not in ("--config", "-c", *PARTS):
+            others.append(word)
             continue
         if not equals:
             value = next(rest, "")
-        if not value:
+        if flag in PARTS:
+            others += [flag, value]
+            chosen[flag.removeprefix("--")] = value
+        elif value:
+            recipes.append(value)
+        else:
             raise Refusal("--config needs the name of a recipe or a YAML file; `frskd-fast recipes` lists the names.")
-        result += ["--config", json.dumps(recipe_files.recipe(value))]
-        names.append(Path(value).name.removesuffix(".yaml"))
-    if not names:
-        result = ["--config", json.dumps(recipe_files.recipe(DEFAULT_RECIPE)), *result]
-        names = [DEFAULT_RECIPE]
-    return result, names[0]
+    recipes = recipes or [DEFAULT_RECIPE]
+    result: list[str] = []
+    for settings in map(recipe_files.recipe, recipes):
+        for part, path in chosen.items():
+            before = (settings.get(part) or {}).get("class_path", "")
+            if CLASS.fullmatch(path) and path not in (before, before.rpartition(".")[2]):
+                settings[part] = {"class_path": path}
+        result += ["--config", json.dumps(settings)]
+    return result + others, Path(recipes[0]).name.removesuffix(".yaml")
 
 
-def run(stage: str, words: Sequence[str]) -> LightningCLI:
-    """Run one of Lightning's stages; returns the `LightningCLI` with `.trainer`, `.model` and `.datamodule`.
+def run(stage: str, words: Sequence[str]) -> CommandLine:
+    """Run one of Lightning's stages; returns the command line with `.trainer`, `.model` and `.datamodule`.
 
     Args:
         stage: "fit", "validate", "test" or "predict".
@@ -166,17 +181,35 @@ def run(stage: str, words: Sequence[str]) -> LightningCLI:
     """
     arguments, name = expanded(words)
     try:
-        cli_class = _cli_class()
+        from .command_line import CommandLine
+        from .data import DataFileError
+        from .module import DistillationModule
     except ImportError as error:
         raise Refusal(f"{error.name} cannot be imported; pip install 'frskd_fast[train]'.") from error
     _quieten()
-    from .data import DataFileError
-
+    _check_model_keys(arguments, list(inspect.signature(DistillationModule).parameters))
     try:
-        command_line: LightningCLI = cli_class(name, [stage, *arguments])
-        return command_line
+        return CommandLine(name, [stage, *arguments])
     except DataFileError as error:
         raise Refusal(str(error)) from error
+
+
+def _check_model_keys(words: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse settings of the model that it does not have, naming where they are now."""
+    keys = [word.removeprefix("--model.").partition("=")[0] for word in words if word.startswith("--model.")]
+    for word, following in itertools.pairwise(words):
+        if word == "--config":
+            keys += json.loads(following).get("model") or {}
+    for key in keys:
+        if key.partition(".")[0] not in known:
+            new = MOVED.get(key, f"task.{key}")
+            part, _, argument = new.partition(".")
+            in_yaml = f"{part}.init_args.{argument}" if argument else f"{part}.class_path"
+            raise Refusal(
+                f"model.{key} is no setting of the model. Write --{new} (in a YAML file {in_yaml}) instead: the method's "
+                "arguments belong to the task, those of training to optimizer and lr_scheduler; "
+                f"`frskd-fast recipes {DEFAULT_RECIPE}` shows the form."
+            )
 
 
 def _quieten() -> None:
@@ -192,413 +225,7 @@ def _quieten() -> None:
         r"Grad strides do not match bucket view strides[\s\S]*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]",
         r".*does not have many workers.*",  # our readers say themselves where workers help
         r".*number of training batches .* is smaller than the logging interval.*",
+        r".*WeightAveraging callback with a model that overrides the configure_model.*",  # ours shards only where asked
         r".*lr_scheduler\.step\(\)` before `optimizer\.step\(\)`.*",  # a resumed schedule
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def _cli_class() -> Any:
-    import torch
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import ModelSummary
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.utilities import rank_zero_only
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    from .callbacks import Beginning, Events, Predictions, ProgressBar, Records
-    from .checkpoints import AtomicCheckpointIO, RunCheckpoint, find_checkpoint
-    from .data import ImageData
-    from .export import ExportError
-    from .module import DistillationModule
-    from .panels import Panels
-
-    mistakes = (*MISTAKES, FileNotFoundError, MisconfigurationException)
-
-    @rank_zero_only
-    def say(text: str) -> None:
-        print(text, flush=True)
-
-    class FRSKDCommandLine(LightningCLI):
-        """Lightning's command line with a folder for each run, resuming, and loggers."""
-
-        def __init__(self, name: str, arguments: Sequence[str]) -> None:
-            self.run_name = name
-            self.stage = arguments[0]
-            super().__init__(
-                DistillationModule,
-                ImageData,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                seed_everything_default=10,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                args=list(arguments),
-            )
-
-        def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-            """The stage that was asked for: each takes its time to set up."""
-            return {self.stage: LightningCLI.subcommands()[self.stage]}
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_argument(
-                "--run_dir",
-                type=str | None,
-                default=None,
-                help="Folder of the run: checkpoints, records, panels. null is runs/RECIPE.",
-            )
-            parser.add_argument(
-                "--fresh",
-                type=bool,
-                default=False,
-                help="Begin anew; what the run's folder holds is moved to a folder beside it.",
-                nargs="?",
-                const=True,
-            )
-            parser.add_argument(
-                "--tensorboard",
-                type=bool | None,
-                default=None,
-                help="Write TensorBoard events; null does so where tensorboard can be imported.",
-            )
-            parser.add_argument("--wandb", type=str | None, default=None, help="Weights & Biases: name of the project.")
-            parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-            parser.add_lightning_class_args(ProgressBar, "progress")
-            parser.add_lightning_class_args(Panels, "panels")
-            parser.link_arguments("data", "model.num_classes", compute_fn=_classes_of, apply_on="instantiate")
-            parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
-
-        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            # Lightning's own warns that sys.argv is not what it parses.
-            self.config = parser.parse_args(args)
-            seed = self.config[self.stage]["seed_everything"]
-            if isinstance(seed, bool):
-                raise Refusal(
-                    f"--seed_everything is {seed}, but a whole number was wanted: images and augmentation follow from it, "
-                    "and a run that goes on needs the same again."
-                )
-
-        def instantiate_classes(self) -> None:
-            """What a constructor says of its arguments is for the user; a traceback would hide it."""
-            try:
-                super().instantiate_classes()
-            except (*mistakes, ExportError) as error:
-                raise Refusal(sentence_of(error)) from error
-
-        def _parse_ckpt_path(self) -> None:
-            """Settings come from the recipe, not from the checkpoint."""
-
-        @property
-        def folder(self) -> Path:
-            return Path(self._get(self.config, "run_dir") or Path("runs") / self.run_name)
-
-        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-            settings: Namespace = self._get(self.config_init, "trainer")
-            kwargs["default_root_dir"] = str(self.folder)
-            plugins = settings.get("plugins") or []
-            kwargs["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
-            if settings.get("logger") in (None, True):
-                kwargs["logger"] = self.loggers()
-            if settings.get("enable_progress_bar") is False:
-                # Lightning refuses a bar beside this switch.
-                self._parser(self.subcommand).callback_keys.remove("progress")
-            callbacks = settings.get("callbacks") or []
-            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-            self.beginning = Beginning()
-            own: list[Any] = [self.beginning, Records(), Predictions()]
-            if settings.get("enable_model_summary") is not False and not settings.get("fast_dev_run"):
-                own.append(ModelSummary(max_depth=2))  # the networks within the task
-            kwargs["callbacks"] = [*own, *callbacks]
-            processes = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
-            if processes is not None and settings.get("num_nodes") == 1:
-                # Their number changes where torchrun may start with fewer nodes again.
-                kwargs["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
-            try:
-                trainer: Trainer = super().instantiate_trainer(**kwargs)
-            except MisconfigurationException as error:
-                names = ("accelerator", "devices", "strategy", "precision")
-                listed = ", ".join(f"trainer.{name} {settings.get(name)}" for name in names)
-                without = settings.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available()
-                cpu = " PyTorch finds no GPU here; give --trainer.accelerator cpu or auto." if without else ""
-                raise Refusal(f"The trainer cannot be set up with {listed}: {sentence_of(error)}{cpu}") from error
-            if processes not in (None, trainer.num_nodes * trainer.num_devices):
-                # Lightning would train the whole set in each, or leave the images of missing ones out.
-                raise Refusal(
-                    f"torchrun started {processes} processes on {os.environ['GROUP_WORLD_SIZE']} nodes, but the settings say "
-                    f"{trainer.num_devices} on {trainer.num_nodes}; give --trainer.devices the number on a node."
-                )
-            return trainer
-
-        def loggers(self) -> list[Any]:
-            """TensorBoard and Weights & Biases, as asked for; CSV files are written without a logger."""
-            result: list[Any] = []
-            if self.subcommand != "fit" or self._get(self.config, "trainer").get("fast_dev_run"):
-                return result
-            tensorboard = self._get(self.config, "tensorboard")
-            if tensorboard is not False:
-                try:
-                    import torch.utils.tensorboard  # noqa: F401
-
-                    result.append(Events(self.folder, name="", version="tensorboard"))
-                except ImportError as error:
-                    if tensorboard:
-                        raise Refusal(f"--tensorboard true, but it cannot be imported ({error}).") from error
-            project = self._get(self.config, "wandb")
-            if project:
-                try:
-                    from lightning.pytorch.loggers import WandbLogger
-
-                    result.append(WandbLogger(name=self.folder.name, project=project, save_dir=self.folder))
-                except ImportError as error:
-                    raise Refusal(f"--wandb {project}, but wandb cannot be imported; pip install wandb.") from error
-            return result
-
-        def settings(self) -> dict[str, Any]:
-            """All settings of the run, as plain values."""
-            import yaml
-
-            parser = self._parser(self.subcommand)
-            text = parser.dump(self.config[str(self.subcommand)], skip_unset=False, format="yaml")
-            settings: dict[str, Any] = yaml.safe_load(text)
-            return settings
-
-        def fit(self, **kwargs: Any) -> None:
-            """Train, from the run's last checkpoint where there is one."""
-            import yaml
-
-            folder, trainer = self.folder, self.trainer
-            if trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self.begin(trainer.fit, **kwargs)
-                return
-            settings = self.settings()
-            if self._get(self.config, "fresh"):
-                moved = set_aside(folder) if trainer.global_rank == 0 else None
-                if moved is not None:
-                    say(f"What was in {folder} is now in {moved}.")
-            elif kwargs.get("ckpt_path") is None:
-                try:
-                    found = find_checkpoint(folder)
-                except RuntimeError as error:
-                    raise Refusal(str(error)) from error
-                if found is not None:
-                    for sentence in found.passed_over:
-                        say(sentence)
-                    _check_settings(folder, settings)
-                    _check_length(folder, settings)
-                    epochs = trainer.max_epochs
-                    steps = trainer.max_steps
-                    if (epochs is not None and 0 <= epochs <= found.progress.epochs) or (
-                        0 <= steps <= found.progress.steps
-                    ):
-                        longer = "--trainer.max_epochs with a larger number goes on, --fresh begins anew."
-                        if settings["model"]["schedule"] == "cosine":
-                            longer = (
-                                "Its length is part of the cosine schedule; --fresh or another --run_dir begins anew."
-                            )
-                        say(
-                            f"The run in {folder} is finished: {found.progress.epochs} epochs, {found.progress.steps} steps. "
-                            f"{longer}"
-                        )
-                        return
-                    kwargs["ckpt_path"] = str(found.path)
-                    say(
-                        f"The run in {folder} goes on after step {found.progress.steps}, in epoch "
-                        f"{found.progress.epochs + 1}, from {found.path.name}."
-                    )
-                elif folder.is_dir() and any(folder.glob("*.csv")) and trainer.global_rank == 0:
-                    say(f"{folder} holds no checkpoint; the run begins anew.")
-            self.beginning.config = yaml.safe_dump(settings, sort_keys=False).encode()
-            there = {path for path in (folder, folder / "tensorboard") if path.exists()}
-            with Interrupt(trainer, self.beginning) as interrupt:
-                try:
-                    self.begin(trainer.fit, **kwargs)
-                except SIGTERMException:
-                    number = signal.SIGINT if interrupt.times else signal.SIGTERM
-                    say(
-                        f"Stopped by {number.name} after {trainer.global_step} steps; the same command goes on from there."
-                    )
-                    raise SystemExit(128 + number) from None
-                except SystemExit:
-                    if not interrupt.times:
-                        raise
-                    on = (
-                        "the same command goes on from the last checkpoint"
-                        if self.beginning.over
-                        else "nothing was trained"
-                    )
-                    say(f"Stopped at once; {on}.")
-                    raise SystemExit(128 + signal.SIGINT) from None
-                finally:
-                    if not self.beginning.over and trainer.global_rank == 0:
-                        _leave_nothing(folder, there)
-            if trainer.state.finished:
-                self.report()
-
-        def report(self) -> None:
-            folder = self.folder
-            accuracy = self.trainer.callback_metrics.get("validation/accuracy")
-            if accuracy is not None:
-                say(f"Validation accuracy of the student: {100 * float(accuracy):.2f} %.")
-            elif not self.beginning.validated:
-                say(
-                    f"No validation took place (trainer.check_val_every_n_epoch is {self.trainer.check_val_every_n_epoch}); "
-                    "frskd-fast validate with the same options gives the accuracy of the student."
-                )
-            say(f"Records and checkpoints: {folder} (steps.csv, epochs.csv, last.ckpt).")
-            say(f"The student alone: frskd-fast export --checkpoint {folder / 'last.ckpt'} --out student.safetensors")
-
-        def begin(self, work: Callable[..., Any], **kwargs: Any) -> None:
-            """Call one of the trainer's methods; a mistake found before the first batch is a sentence."""
-            try:
-                work(**kwargs)
-            except mistakes as error:
-                if self.beginning.over:
-                    raise
-                raise Refusal(sentence_of(error)) from error
-
-        def validate(self, **kwargs: Any) -> None:
-            self.begin(self.trainer.validate, **self.with_checkpoint(kwargs))
-
-        def test(self, **kwargs: Any) -> None:
-            self.begin(self.trainer.test, **self.with_checkpoint(kwargs))
-
-        def predict(self, **kwargs: Any) -> None:
-            self.begin(self.trainer.predict, **{**self.with_checkpoint(kwargs), "return_predictions": False})
-
-        def with_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-            """Without --ckpt_path: the run's own last checkpoint."""
-            if kwargs.get("ckpt_path") is not None:
-                return kwargs
-            try:
-                found = find_checkpoint(self.folder)
-            except RuntimeError as error:
-                raise Refusal(str(error)) from error
-            if found is None:
-                if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                    return kwargs
-                raise Refusal(f"{self.folder} holds no checkpoint; train first, or give --ckpt_path a file.")
-            for sentence in found.passed_over:
-                say(sentence)
-            say(f"Weights: {found.path}, after {found.progress.epochs} epochs.")
-            return {**kwargs, "ckpt_path": str(found.path)}
-
-    return FRSKDCommandLine
-
-
-class Interrupt:
-    """Within it the first SIGINT (Ctrl-C) stops a fit as SIGTERM does, and a second one at once.
-
-    Args:
-        trainer: whose fit it is.
-        beginning: tells whether there is anything to save yet; before, the first SIGINT stops at once.
-    """
-
-    def __init__(self, trainer: Trainer, beginning: Beginning) -> None:
-        self.trainer, self.beginning = trainer, beginning
-        self.process = os.getpid()
-        self.times = 0
-        self.before: Any = None
-
-    def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():  # no other may set a handler
-            self.before = signal.signal(signal.SIGINT, self.told)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def told(self, number: int, frame: Any) -> None:
-        """The handler. Workers, forked from this process, have it too; the trainer's process ends them."""
-        if os.getpid() != self.process:
-            return
-        self.times += 1
-        if self.times > 1 or not self.beginning.over:
-            raise KeyboardInterrupt
-        # Lightning asks for it after each step, and tells it to the other processes.
-        self.trainer._signal_connector.received_sigterm = True
-
-
-def sentence_of(error: BaseException) -> str:
-    """What an error says, without what wraps it; where code of others says it, with the file and the line."""
-    while str(error).startswith(WRAPPED):
-        inner = error.__cause__ or error.__context__
-        if inner is None:
-            break
-        error = inner
-    text = str(error).strip() or type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = Path(__file__).resolve().parents[1]
-    if frames and not isinstance(error, ImportError | FileNotFoundError):
-        file = Path(frames[-1].filename)
-        if ours not in file.resolve().parents and "lightning" not in file.parts:
-            text += f" ({type(error).__name__} in {file}, line {frames[-1].lineno})"
-    return text
-
-
-def _leave_nothing(folder: Path, there: set[Path]) -> None:
-    """After a start that failed: remove the loggers' folder, and the run's, where they were not there before."""
-    if (folder / CONFIG).exists():
-        return  # of a run that has begun, perhaps in other processes
-    if folder / "tensorboard" not in there:
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    if folder not in there and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _classes_of(data: Any) -> int:
-    return int(data.num_classes)
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a run whose model, data or seed were set differently."""
-    before = _settings_of(folder)
-    if before is None:
-        return
-    differences = []
-    for part in ("seed_everything", "model", "data"):
-        differences += _differences(part, before.get(part), settings.get(part))
-    differences = [(name, old, new) for name, old, new in differences if name.rsplit(".", 1)[-1] not in HARMLESS_DATA]
-    if differences:
-        listed = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in differences[:4])
-        raise Refusal(
-            f"{folder} holds a run with other settings: {listed}. Give --run_dir another folder, or --fresh to begin anew."
-        )
-
-
-def _check_length(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a cosine that was laid out over another number of epochs."""
-    before, now = ((part or {}).get("trainer", {}).get("max_epochs") for part in (_settings_of(folder), settings))
-    if settings["model"]["schedule"] == "cosine" and before not in (None, now):
-        raise Refusal(
-            f"The learning rate of the run in {folder} falls by a cosine over {before} epochs, but trainer.max_epochs is "
-            f"{now}, and the steps so far would have been others. Give {before} again, or --run_dir another folder, or "
-            "--fresh to begin anew; runs with model.schedule multistep or constant can be prolonged."
-        )
-
-
-def _settings_of(folder: Path) -> dict[str, Any] | None:
-    """The settings with which the run was last started."""
-    import yaml
-
-    file = folder / CONFIG
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else None
-
-
-def _differences(name: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for key in dict.fromkeys([*before, *now]):
-            found += _differences(f"{name}.{key}", before.get(key), now.get(key))
-        return found
-    return [] if before == now else [(name, before, now)]
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Rename a folder that is there to FOLDER.old-1, -2, ..., the first that is free; None where there is none."""
-    if not folder.is_dir():
-        return None
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(target)
-    return target

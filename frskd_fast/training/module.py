@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,130 +10,70 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from frskd_fast import tasks
+from frskd_fast.tasks.base import Task
 
 from .backbones import build_backbone
-from .export import STATE
+from .class_paths import Settings, build
 from .metrics import MeanOfParts
+from .weights import STATE, load_backbone_weights
+
+SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}}
 
 
 class DistillationModule(LightningModule):
-    """Trains loss(task(images, targets)): FRSKD with any of its feature terms, or plain cross-entropy.
+    """Trains task(images, targets)["loss"], whatever the task: it is built from settings, as optimiser and schedule are.
 
     The loss is computed inside the task's forward pass, so DDP, FSDP, autocast and torch.compile see one module. Nothing
-    is read back from the device in a step.
+    is read back from the device in a step. Settings are an import path, or a mapping with `class_path` and `init_args`.
 
     Args:
         num_classes: number of logits K. The command line takes it from the data.
-        backbone: name of the student, see `frskd_fast.training.backbones.build_backbone`.
-        method: "frskd", or "plain" for cross-entropy alone.
-        distill: the feature term: "att" (attention maps), "fit" (FitNet) or "od" (overhaul).
-        auxiliary: "sla" adds self-supervised label augmentation (four rotations, joint labels); None does not.
-        alpha: multiplies the distillation of the logits, KD.
-        beta: multiplies the feature term.
-        temperature: softmax temperature T of KD.
-        auxiliary_weight: multiplies the distillation from the aggregated rotations.
-        self_teacher: "BiFPNc" (widths follow the backbone) or "BiFPN" (`num_channels` at every level).
-        width, depth, repeat: of the self-teacher: widening factor, convolutions of a node, layers.
-        num_channels: width of "BiFPN".
-        label_smoothing: s of the plain method's cross-entropy, in [0, 1).
-        memory: "normal", or "low" to compute the self-teacher's maps a second time instead of keeping them.
-        channels_last: keep parameters and images in `torch.channels_last`.
+        task: settings of a task, called with the student's network first.
+        backbone: name of the student's network, see `frskd_fast.training.backbones.build_backbone`.
+        backbone_args: further arguments of that network.
+        optimizer: settings of the optimiser, called with the task's `parameter_groups()` first.
+        lr_scheduler: settings of the schedule, called with the optimiser first; None leaves the learning rate as it is. A
+            schedule that takes `max_epochs`, as those of `frskd_fast.training.schedules` do, is given the trainer's.
+        lr_interval: whether the schedule takes a step after each "epoch" or each "step".
+        lr_monitor: metric that a schedule with a plateau waits for.
         compile: compile the step with torch.compile.
         weights: file with weights of the backbone to start from, in any form that `frskd-fast export` accepts; the
             classifier is left out where its number of classes differs.
-        learning_rate, momentum, weight_decay, nesterov: of SGD, over all parameters: student, self-teacher, adapters.
-        schedule: "multistep" (times `gamma` at each of `milestones`), "cosine" (to 0 at the last epoch) or "constant".
-        milestones: epochs, counted from 0, from which on the learning rate is multiplied by `gamma` once more.
-        gamma: see `milestones`.
-        warmup_epochs: epochs of linear warm-up before; 0 is none. `milestones` count from the beginning all the same.
 
     Attributes:
-        task: `FRSKDTask` or `ClassificationTask`; its keys lead the checkpoint's `state_dict`.
+        task: the task; its keys lead the checkpoint's `state_dict`.
         seed: from which, with the epoch and the position of the batch, the random numbers of each step follow.
 
     Raises:
-        ValueError: on an unknown name or a number out of range, as a sentence.
+        ImportError, TypeError, ValueError: as a sentence, from here or from what is built.
 
     Example:
-        >>> module = DistillationModule(num_classes=10, backbone="wrn16x2", method="plain", schedule="constant")
-        >>> parts = module.training_step((torch.zeros(2, 3, 16, 16), torch.tensor([1, 2])), 0)
-        >>> sorted(parts)
-        ['ce_student', 'loss']
-
-    Source: Ji et al., CVPR 2021, section 4; defaults are the released code's recipe for CIFAR-100.
+        >>> from frskd_fast.training.recipe_files import recipe
+        >>> module = DistillationModule(10, recipe("digits")["task"], "wrn16x2")
+        >>> module(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
         self,
         num_classes: int,
+        task: Settings,
         backbone: str = "cifarresnet18",
-        method: Literal["frskd", "plain"] = "frskd",
-        distill: Literal["att", "fit", "od"] = "att",
-        auxiliary: Literal["sla"] | None = None,
-        alpha: float = 2.0,
-        beta: float = 100.0,
-        temperature: float = 4.0,
-        auxiliary_weight: float = 1.0,
-        self_teacher: Literal["BiFPNc", "BiFPN"] = "BiFPNc",
-        width: int = 2,
-        depth: int = 2,
-        repeat: int = 1,
-        num_channels: int = 256,
-        label_smoothing: float = 0.0,
-        memory: Literal["normal", "low"] = "normal",
-        channels_last: bool = True,
+        backbone_args: dict[str, Any] | None = None,
+        optimizer: Settings = SGD,
+        lr_scheduler: Settings | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_monitor: str = "validation/loss",
         compile: bool = False,
         weights: str | None = None,
-        learning_rate: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
-        nesterov: bool = False,
-        schedule: Literal["multistep", "cosine", "constant"] = "multistep",
-        milestones: Sequence[int] = (100, 150),
-        gamma: float = 0.1,
-        warmup_epochs: int = 0,
     ) -> None:
         super().__init__()
-        if method not in ("frskd", "plain"):
-            raise ValueError(f"method is {method!r}, but 'frskd' or 'plain' was wanted.")
-        if schedule not in ("multistep", "cosine", "constant"):
-            raise ValueError(f"schedule is {schedule!r}, but 'multistep', 'cosine' or 'constant' was wanted.")
-        if method == "frskd" and label_smoothing:
-            raise ValueError(
-                f"label_smoothing is {label_smoothing}, but smooths the labels of method 'plain' alone; leave it at 0."
-            )
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs is {warmup_epochs}, but 0 or more was wanted.")
-        milestones = [int(milestone) for milestone in milestones]
         # A checkpoint holds the weights themselves; the file need not be there when it is loaded.
         self.save_hyperparameters(ignore=["weights"])
-        network = build_backbone(backbone, num_classes)
+        network = build_backbone(backbone, num_classes, **(backbone_args or {}))
         if weights is not None:
-            from .export import load_backbone_weights
-
             load_backbone_weights(network, weights, skip_other_classifier=True)
-        if method == "plain":
-            self.task: nn.Module = tasks.ClassificationTask(
-                network, label_smoothing=label_smoothing, channels_last=channels_last
-            )
-        else:
-            self.task = tasks.build_frskd(
-                network,
-                distill=distill,
-                auxiliary=auxiliary,
-                alpha=alpha,
-                beta=beta,
-                temperature=temperature,
-                auxiliary_weight=auxiliary_weight,
-                self_teacher=self_teacher,
-                width=width,
-                depth=depth,
-                repeat=repeat,
-                num_channels=num_channels,
-                memory=memory,
-                channels_last=channels_last,
-            )
+        self.task: Task = build(task, network)
         if compile:
             self.task.compile()
         self.seed = torch.initial_seed()
@@ -156,13 +95,11 @@ class DistillationModule(LightningModule):
     @property
     def backbone(self) -> nn.Module:
         """The student's network, `backbone(images) -> (features, logits)`."""
-        backbone = self.task.backbone
-        assert isinstance(backbone, nn.Module)
-        return backbone
+        return self.task.student().backbone
 
     def forward(self, images: Tensor) -> Tensor:
         """The student's logits (N, K)."""
-        logits: Tensor = self.task.student()(images)  # type: ignore[operator]
+        logits: Tensor = self.task.student()(images)
         return logits
 
     def setup(self, stage: str) -> None:
@@ -184,6 +121,14 @@ class DistillationModule(LightningModule):
 
             warn_if_stem_mismatch(self.backbone, (int(size[0]), int(size[1])), self.images["channels"])
 
+    def on_train_start(self) -> None:
+        """Tell the task where it is: Lightning has no hook for an epoch that a resumed run goes on with."""
+        self.on_train_epoch_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Tell the task which epoch begins."""
+        self.task.start_epoch(self.trainer.current_epoch, self.trainer.max_epochs)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Random numbers of a step depend on the seed, the epoch, the batch and the process, not on what ran before."""
         torch.manual_seed(step_seed(self.seed, self.trainer.current_epoch, batch_idx, self.global_rank))
@@ -194,10 +139,14 @@ class DistillationModule(LightningModule):
         outputs = self.task(images, targets)
         parts = {name: value for name, value in outputs.items() if value.dim() == 0}
         with torch.no_grad():
-            accuracies = {"accuracy": fraction_correct(outputs["output"], targets)}
-            if "teacher_output" in outputs:
-                accuracies["teacher_accuracy"] = fraction_correct(outputs["teacher_output"], targets)
-            measured = {**parts, **accuracies}
+            measured = {
+                **parts,
+                **{
+                    name.removesuffix("output") + "accuracy": fraction_correct(value, targets)
+                    for name, value in outputs.items()
+                    if name.endswith("output")  # "teacher_output", too
+                },
+            }
             if self.training_means is None:
                 self.training_means = MeanOfParts(list(measured)).to(images.device)
             self.training_means.update(list(measured.values()), images.shape[0])
@@ -251,32 +200,21 @@ class DistillationModule(LightningModule):
         self.evaluation_loss.reset()
 
     def configure_optimizers(self) -> Any:
-        """SGD over every parameter that requires gradients, and the schedule by epochs."""
-        settings: Any = self.hparams
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(
-            parameters,
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-        )
-        schedule = epoch_schedule(
-            optimizer,
-            settings.schedule,
-            epochs=self.trainer.max_epochs,
-            milestones=settings.milestones,
-            gamma=settings.gamma,
-            warmup_epochs=settings.warmup_epochs,
-        )
-        if schedule is None:
+        """The optimiser over the task's parameters, and the schedule."""
+        optimizer = build(self.hparams["optimizer"], self.task.parameter_groups())
+        if self.hparams["lr_scheduler"] is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+        schedule = {
+            "scheduler": build(self.hparams["lr_scheduler"], optimizer, max_epochs=self.trainer.max_epochs),
+            "interval": self.hparams["lr_interval"],
+            "monitor": self.hparams["lr_monitor"],
+        }
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def configure_model(self) -> None:
         """Under `ModelParallelStrategy` (FSDP2): shard the networks, each as a whole.
 
-        The self-teacher reads its layers' parameters itself, so a unit cannot be smaller than a network.
+        Networks may read their layers' parameters themselves, so a unit cannot be smaller than one.
         """
         if self.device_mesh is None or getattr(self, "_sharded", False):
             return
@@ -285,16 +223,19 @@ class DistillationModule(LightningModule):
         # It takes contiguous parameters alone; images stay as they are, and the convolutions follow the images.
         self.task.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         mesh = self.device_mesh["data_parallel"]
-        for name in ("backbone", "self_teacher"):
-            network = getattr(self.task, name, None)
-            if network is not None:
+        for network in self.task.children():
+            if any(True for _ in network.parameters()):
                 fully_shard(network, mesh=mesh)
         fully_shard(self.task, mesh=mesh)
         self._sharded = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the seed, the sums of the epoch that is under way, and what the images are like."""
-        state: dict[str, Any] = {"seed": self.seed, "images": self.images}
+        """Add the seed, the sums of the epoch that is under way, and what the student takes."""
+        state: dict[str, Any] = {
+            "seed": self.seed,
+            "images": self.images,
+            "channels_last": self.task.student().channels_last,
+        }
         if self.training_means is not None:
             saved = self.training_means.saved()
             if self.trainer.world_size > 1:
@@ -354,58 +295,3 @@ def fraction_correct(logits: Tensor, targets: Any) -> Tensor:
 
 def _agreement(predicted: Tensor, labels: Tensor) -> Tensor:
     return (predicted == labels).float().mean()
-
-
-def epoch_schedule(
-    optimizer: torch.optim.Optimizer,
-    schedule: str,
-    *,
-    epochs: int | None,
-    milestones: Sequence[int] = (),
-    gamma: float = 0.1,
-    warmup_epochs: int = 0,
-) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The learning rate of each epoch e: lr * gamma^(milestones <= e), lr * (1 + cos(pi e / E)) / 2, or lr.
-
-    During `warmup_epochs` W it is lr * (e + 1) / (W + 1) instead; the cosine then runs over the E - W epochs left.
-
-    Args:
-        optimizer: whose learning rate to change.
-        schedule: "multistep", "cosine" or "constant".
-        epochs: E, needed by "cosine".
-        milestones, gamma, warmup_epochs: as for `DistillationModule`.
-
-    Returns:
-        A scheduler to step once an epoch; None for a constant rate without warm-up.
-
-    Raises:
-        ValueError: for a cosine without a number of epochs.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        >>> steps = epoch_schedule(optimizer, "multistep", epochs=4, milestones=[2], warmup_epochs=1)
-        >>> rates = []
-        >>> for _ in range(4):
-        ...     rates.append(round(steps.get_last_lr()[0], 6)); optimizer.step(); steps.step()
-        >>> rates
-        [0.5, 1.0, 0.1, 0.1]
-    """
-    from torch.optim import lr_scheduler
-
-    main: lr_scheduler.LRScheduler
-    if schedule == "cosine":
-        if epochs is None or epochs < 1:
-            raise ValueError(
-                f"schedule is 'cosine', but the number of epochs is {epochs}; give trainer.max_epochs a number."
-            )
-        main = lr_scheduler.CosineAnnealingLR(optimizer, max(epochs - warmup_epochs, 1))
-    elif schedule == "multistep":
-        main = lr_scheduler.MultiStepLR(optimizer, [max(m - warmup_epochs, 0) for m in milestones], gamma)
-    elif warmup_epochs:
-        main = lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-    else:
-        return None
-    if not warmup_epochs:
-        return main
-    warmup = lr_scheduler.LinearLR(optimizer, 1 / (warmup_epochs + 1), 1.0, warmup_epochs)
-    return lr_scheduler.SequentialLR(optimizer, [warmup, main], [warmup_epochs])

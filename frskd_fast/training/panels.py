@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from frskd_fast.functional import attention_map
 
-from .callbacks import EPOCHS, read_table
+from .records import EPOCHS
+from .tables import read_table
 
 CURVES, ATTENTION = "curves.png", "attention.png"
 FEW = 20  # points of a curve up to which each is marked
@@ -103,7 +104,7 @@ def draw_attention(
     """Draw the attention maps of student and self-teacher over images, one row for each image.
 
     Args:
-        task: `FRSKDTask` or `ClassificationTask`; its mode (training or not) is as before afterwards.
+        task: with a `backbone`, and perhaps a `self_teacher`; its mode (training or not) is as before afterwards.
         images: (N, C, H, W), normalised.
         path: the PNG file.
         mean, std: what the images were normalised with, one number a channel.

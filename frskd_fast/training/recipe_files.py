@@ -17,15 +17,20 @@ class RecipeError(ValueError):
     """A recipe that is not there or cannot be read, as a sentence."""
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes in the package.
+def recipe_names() -> dict[str, str]:
+    """Names of the recipes in the package, each with the folder that it lies in: its method.
 
     Example:
         >>> "digits" in recipe_names()
         True
     """
-    folder = resources.files(__package__) / FOLDER
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    methods = sorted((resources.files(__package__) / FOLDER).iterdir(), key=lambda folder: folder.name)
+    return {
+        name.removesuffix(".yaml"): method.name
+        for method in methods
+        if method.is_dir()
+        for name in sorted(entry.name for entry in method.iterdir() if entry.name.endswith(".yaml"))
+    }
 
 
 def recipe_text(name: str, beside: Path | None = None) -> tuple[str, Path | None]:
@@ -43,11 +48,11 @@ def recipe_text(name: str, beside: Path | None = None) -> tuple[str, Path | None
         if folder is not None and (folder / name).is_file():
             path = folder / name
             return path.read_text(encoding="utf-8"), path
-    entry = resources.files(__package__) / FOLDER / f"{name.removesuffix('.yaml')}.yaml"
-    if "/" not in name and entry.is_file():
+    names, bare = recipe_names(), name.removesuffix(".yaml")
+    if bare in names:
+        entry = resources.files(__package__) / FOLDER / names[bare] / f"{bare}.yaml"
         return entry.read_text(encoding="utf-8"), None
-    names = recipe_names()
-    close = difflib.get_close_matches(name.removesuffix(".yaml"), names, n=1)
+    close = difflib.get_close_matches(bare, names, n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
     raise RecipeError(
         f"The recipe {name!r} is neither a file nor one of the package's; those are: {', '.join(names)}.{meant}"
@@ -71,7 +76,7 @@ def recipe(name: str, beside: Path | None = None, seen: tuple[str, ...] = ()) ->
         RecipeError: on an unknown recipe, on a circle of bases, or on a file that is no mapping.
 
     Example:
-        >>> recipe("cifar100_resnet18_frskd")["model"]["beta"]
+        >>> recipe("cifar100_resnet18_frskd")["task"]["init_args"]["beta"]
         100.0
     """
     import yaml

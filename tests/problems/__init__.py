@@ -1,7 +1,8 @@
 """What every implementation of an operation has to get right, declared once in tests/problems/<operation>.py.
 
 Such a module has `PROBLEMS`, a list of `Problem`s, and, where there are Triton kernels, `COMPILED`, a dict from a name to a
-callable that launches the raw Triton functions with the block shapes of real calls. Whoever tests an implementation (the
+callable that launches the raw Triton functions with the block shapes of real calls. `RAW_PROBLEMS` are `Problem`s of
+implementations that have raw functions, which plain PyTorch has not. Whoever tests an implementation (the
 test of the operation, the CUDA emulation, the device check) asks `operations()` and runs what it finds.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Protocol
 
@@ -37,4 +38,16 @@ def module_of(operation: str) -> ModuleType:
 def problems(operation: str) -> Sequence[Problem]:
     """The problems of `operation`."""
     found: Sequence[Problem] = module_of(operation).PROBLEMS
+    return found
+
+
+def of_kernels(operation: str) -> Sequence[Problem]:
+    """The problems of `operation` that every implementation but plain PyTorch has to solve."""
+    raw: Sequence[Problem] = getattr(module_of(operation), "RAW_PROBLEMS", ())
+    return [*problems(operation), *raw]
+
+
+def compiled(operation: str) -> dict[str, Callable[[], None]]:
+    """Launches of the Triton kernels of `operation`, by name."""
+    found: dict[str, Callable[[], None]] = getattr(module_of(operation), "COMPILED", {})
     return found

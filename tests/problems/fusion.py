@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from frskd_fast import functional
 from frskd_fast.reference.dtypes import accumulate_dtype
+from problems._raw_fusion import COMPILED as COMPILED
+from problems._raw_fusion import RAW_PROBLEMS as RAW_PROBLEMS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["none", "relu", "silu"]

@@ -7,7 +7,7 @@ import warnings
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from frskd_fast.models.adapters import dry_pass
+from frskd_fast.models.dry_pass import dry_pass
 
 SMALL_IMAGE = 64  # pixels of the shorter side, at most
 LARGE_STRIDE = 4  # of the first feature map, at least

@@ -1,0 +1,99 @@
+"""Networks by name: those of this library, of timm, or any importable function or class."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .adapters import TimmBackbone, adapt_backbone
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+_builders: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_model(builder: Builder) -> Builder:
+    """Decorate a function or class, called with `num_classes`, that `create_model` shall know by its name.
+
+    Raises:
+        ValueError: when another one has the name.
+
+    Example:
+        >>> from frskd_fast.models import list_models, register_model, wrn16x2
+        >>> @register_model
+        ... def wrn16x2_for_a_docstring(num_classes=100):
+        ...     return wrn16x2(num_classes)
+        >>> list_models("*docstring")
+        ['wrn16x2_for_a_docstring']
+    """
+    name = builder.__name__
+    known = _builders.setdefault(name, builder)
+    if (known.__module__, known.__qualname__) != (builder.__module__, builder.__qualname__):
+        raise ValueError(f"a model called {name!r} is registered by {known.__module__}, but each name was wanted once.")
+    _builders[name] = builder
+    return builder
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the registered networks that match `pattern`, sorted.
+
+    Example:
+        >>> from frskd_fast.models import list_models
+        >>> list_models("resnet*")
+        ['resnet18', 'resnet34', 'resnet50']
+    """
+    return sorted(fnmatch.filter(_builders, pattern))
+
+
+def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Module:
+    """model = the network called `name`, with `num_classes` logits: `model(images) -> (features, logits)`.
+
+    Args:
+        name: one of `list_models()`; or "timm:NAME" for a network of timm (installed by the extra `timm`); or the import path
+            of a function or class, "package.module.name".
+        num_classes: number of logits K.
+        arguments: further keyword arguments of the network.
+
+    Returns:
+        A module `(images) -> (features, logits)`. What an import path gives is adapted where it has no `channels`.
+
+    Raises:
+        ValueError: when no such network is known, naming those that are spelt alike.
+        ImportError: when the import path or timm cannot be imported.
+
+    Example:
+        >>> from frskd_fast.models import create_model
+        >>> create_model("wrn16x2", 10).channels
+        [32, 64, 128]
+    """
+    if name in _builders:
+        return _builders[name](num_classes=num_classes, **arguments)
+    if name.startswith("timm:"):
+        return TimmBackbone.create(name.removeprefix("timm:"), num_classes=num_classes, **arguments)
+    if "." in name:
+        network = _imported(name)(num_classes=num_classes, **arguments)
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"backbone gave a {type(network).__name__}, but a torch.nn.Module was wanted.")
+        return network if hasattr(network, "channels") else adapt_backbone(network)
+    alike = difflib.get_close_matches(name, _builders, n=3)
+    raise ValueError(
+        f"backbone is {name!r}, but one of {', '.join(_builders)} was wanted, or 'timm:NAME' for a network of timm, or an "
+        "import path such as 'mypackage.networks.MyNet'"
+        + (f"; did you mean {' or '.join(map(repr, alike))}?" if alike else ".")
+    )
+
+
+def _imported(path: str) -> Any:
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"backbone {path!r} cannot be imported ({error}); give the path of a function or class that is called with "
+            "num_classes, in a package that Python finds (its folder may have to be in PYTHONPATH)."
+        ) from error

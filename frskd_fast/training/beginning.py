@@ -1,0 +1,57 @@
+"""Whether a run's setting-up is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from .checkpoints import write_atomically
+from .recipe_files import CONFIG
+
+
+class Beginning(Callback):
+    """Knows whether the setting-up is over, and writes the settings of a run when its training begins.
+
+    Attributes:
+        config: what `config.yaml` is to hold, or None.
+        over: whether batches are being worked on: before, an error is one of the settings or of the data's files.
+        validated: whether a validation of the run has ended.
+    """
+
+    def __init__(self) -> None:
+        self.config: bytes | None = None
+        self.over = False
+        self.validated = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validated = state_dict["validated"]
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = False  # the training images are still to come
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+        if self.config is not None and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / CONFIG, self.config)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = self.validated or not trainer.sanity_checking
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.over = True

@@ -1,0 +1,63 @@
+"""Objects from settings: `{"class_path": "package.Class", "init_args": {...}}`, or the path alone."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Settings = str | Mapping[str, Any]
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """The class or function with the import path `package.module.name`.
+
+    Raises:
+        ImportError: as a sentence.
+    """
+    module_name, _, attribute = path.rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ImportError(
+            f"{path!r} cannot be imported ({error}); give the path of a function or class in a package that Python finds "
+            "(its folder may have to be in PYTHONPATH)."
+        ) from error
+
+
+def class_path(settings: Settings) -> str:
+    """The import path in the settings."""
+    return settings if isinstance(settings, str) else str(settings["class_path"])
+
+
+def build(settings: Settings, *arguments: Any, **defaults: Any) -> Any:
+    """object = class_path(*arguments, **init_args).
+
+    Args:
+        settings: the import path of a class or function; or a mapping with `class_path` and `init_args`, whose own values
+            may be such mappings, or lists of them.
+        arguments: come first in the call.
+        defaults: for arguments that the class or function takes and that the settings leave out or leave at None.
+
+    Raises:
+        ImportError: as a sentence, when nothing has this path.
+
+    Example:
+        >>> build({"class_path": "fractions.Fraction", "init_args": {"denominator": 3}}, 2)
+        Fraction(2, 3)
+    """
+    function = imported(class_path(settings))
+    given = {} if isinstance(settings, str) else {**settings.get("init_args", {}), **settings.get("dict_kwargs", {})}
+    keywords = {name: _resolved(value) for name, value in given.items()}
+    for name, value in defaults.items():
+        if keywords.get(name) is None and name in inspect.signature(function).parameters:
+            keywords[name] = value
+    return function(*arguments, **keywords)
+
+
+def _resolved(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_resolved(item) for item in value]
+    return build(value) if isinstance(value, Mapping) and "class_path" in value else value

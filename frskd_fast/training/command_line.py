@@ -1,0 +1,318 @@
+"""Lightning's command line with a folder for each run, resuming, and loggers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
+
+from frskd_fast.tasks.base import Task
+
+from .beginning import Beginning
+from .checkpoints import AtomicCheckpointIO, Found, RunCheckpoint, find_checkpoint
+from .data import ImageData
+from .errors import Refusal, sentence_of
+from .interrupt import Interrupt
+from .loggers import loggers
+from .module import DistillationModule
+from .panels import Panels
+from .progress import ProgressBar
+from .records import Predictions, Records
+from .run_folder import check_same_run, leave_nothing, length_matters, set_aside
+from .weights import ExportError
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+# What constructors and readers raise of wrong settings.
+MISTAKES = (ValueError, TypeError, ImportError, FileNotFoundError, MisconfigurationException, ExportError)
+# Built by the module: their class, whether one is needed, and the argument that the module gives.
+PARTS: dict[str, tuple[Any, bool, str]] = {
+    "task": (Task, True, "backbone"),
+    "optimizer": (Optimizer, True, "params"),
+    "lr_scheduler": (LRSchedulerTypeTuple, False, "optimizer"),
+}
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print, in one of the processes."""
+    print(text, flush=True)
+
+
+class CommandLine(LightningCLI):
+    """One stage of Lightning's command line; afterwards there are `.trainer`, `.model` and `.datamodule`.
+
+    Args:
+        name: of the run's folder, where the settings name none.
+        arguments: the stage, "fit", "validate", "test" or "predict", and its options.
+
+    Raises:
+        Refusal: as a sentence, when the run's folder and the settings do not fit together.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+        self.run_name = name
+        self.stage = arguments[0]
+        super().__init__(
+            DistillationModule,
+            ImageData,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=10,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(arguments),
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The stage that was asked for: each takes its time to set up."""
+        return {self.stage: LightningCLI.subcommands()[self.stage]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the parts that the module builds, and the options of a run."""
+        for name, (parent, needed, given) in PARTS.items():
+            parser.add_subclass_arguments(
+                parent, name, required=needed, instantiate=False, fail_untyped=False, skip={given}
+            )
+            parser.link_arguments(name, f"model.{name}", compute_fn=_plain)
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run: checkpoints, records, panels. null is runs/RECIPE.",
+        )
+        parser.add_argument(
+            "--fresh",
+            type=bool,
+            default=False,
+            help="Begin anew; what the run's folder holds is moved to a folder beside it.",
+            nargs="?",
+            const=True,
+        )
+        parser.add_argument(
+            "--tensorboard",
+            type=bool | None,
+            default=None,
+            help="Write TensorBoard events; null does so where tensorboard can be imported.",
+        )
+        parser.add_argument("--wandb", type=str | None, default=None, help="Weights & Biases: name of the project.")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ProgressBar, "progress")
+        parser.add_lightning_class_args(Panels, "panels")
+        parser.link_arguments("data", "model.num_classes", compute_fn=_classes_of, apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; Lightning's own warns that sys.argv is not what it parses."""
+        self.config = parser.parse_args(args)
+        seed = self.config[self.stage]["seed_everything"]
+        if isinstance(seed, bool):
+            raise Refusal(
+                f"--seed_everything is {seed}, but a whole number was wanted: images and augmentation follow from it, "
+                "and a run that goes on needs the same again."
+            )
+
+    def instantiate_classes(self) -> None:
+        """What a constructor says of its arguments is for the user; a traceback would hide it."""
+        try:
+            super().instantiate_classes()
+        except MISTAKES as error:
+            raise Refusal(sentence_of(error)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Settings come from the recipe, not from the checkpoint."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return Path(self._get(self.config, "run_dir") or Path("runs") / self.run_name)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with this library's callbacks, loggers and checkpoint files, on the processes that torchrun started."""
+        settings: Namespace = self._get(self.config_init, "trainer")
+        kwargs["default_root_dir"] = str(self.folder)
+        plugins = settings.get("plugins") or []
+        kwargs["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        if settings.get("logger") in (None, True):
+            quiet = self.subcommand != "fit" or settings.get("fast_dev_run")
+            asked = (self._get(self.config, name) for name in ("tensorboard", "wandb"))
+            kwargs["logger"] = [] if quiet else loggers(self.folder, *asked)
+        if settings.get("enable_progress_bar") is False:
+            # Lightning refuses a bar beside this switch.
+            self._parser(self.subcommand).callback_keys.remove("progress")
+        callbacks = settings.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        self.beginning = Beginning()
+        own: list[Any] = [self.beginning, Records(), Predictions()]
+        if settings.get("enable_model_summary") is not False and not settings.get("fast_dev_run"):
+            own.append(ModelSummary(max_depth=2))  # the networks within the task
+        kwargs["callbacks"] = [*own, *callbacks]
+        processes = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if processes is not None and settings.get("num_nodes") == 1:
+            # Their number changes where torchrun may start with fewer nodes again.
+            kwargs["num_nodes"] = int(os.environ["GROUP_WORLD_SIZE"])
+        try:
+            trainer: Trainer = super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:
+            names = ("accelerator", "devices", "strategy", "precision")
+            listed = ", ".join(f"trainer.{name} {settings.get(name)}" for name in names)
+            without = settings.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available()
+            cpu = " PyTorch finds no GPU here; give --trainer.accelerator cpu or auto." if without else ""
+            raise Refusal(f"The trainer cannot be set up with {listed}: {sentence_of(error)}{cpu}") from error
+        if processes not in (None, trainer.num_nodes * trainer.num_devices):
+            # Lightning would train the whole set in each, or leave the images of missing ones out.
+            raise Refusal(
+                f"torchrun started {processes} processes on {os.environ['GROUP_WORLD_SIZE']} nodes, but the settings say "
+                f"{trainer.num_devices} on {trainer.num_nodes}; give --trainer.devices the number on a node."
+            )
+        return trainer
+
+    def settings(self) -> dict[str, Any]:
+        """All settings of the run, as values of YAML."""
+        parser = self._parser(self.subcommand)
+        text = parser.dump(self.config[str(self.subcommand)], skip_unset=False, format="yaml")
+        settings: dict[str, Any] = yaml.safe_load(text)
+        return settings
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, from the run's last checkpoint where there is one."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.begin(self.trainer.fit, **kwargs)
+            return
+        settings = self.settings()
+        if self._get(self.config, "fresh"):
+            moved = set_aside(self.folder) if self.trainer.global_rank == 0 else None
+            if moved is not None:
+                say(f"What was in {self.folder} is now in {moved}.")
+        elif kwargs.get("ckpt_path") is None:
+            found = self.found()
+            if found is not None:
+                check_same_run(self.folder, settings)
+                if self.is_finished(found, settings):
+                    return
+                kwargs["ckpt_path"] = str(found.path)
+                say(
+                    f"The run in {self.folder} goes on after step {found.progress.steps}, in epoch "
+                    f"{found.progress.epochs + 1}, from {found.path.name}."
+                )
+            elif self.folder.is_dir() and any(self.folder.glob("*.csv")):
+                say(f"{self.folder} holds no checkpoint; the run begins anew.")
+        self.beginning.config = yaml.safe_dump(settings, sort_keys=False).encode()
+        self.train(**kwargs)
+        if self.trainer.state.finished:
+            self.report()
+
+    def found(self) -> Found | None:
+        """The run's last checkpoint that is whole; says which were passed over."""
+        try:
+            found = find_checkpoint(self.folder)
+        except RuntimeError as error:
+            raise Refusal(str(error)) from error
+        for sentence in found.passed_over if found is not None else ():
+            say(sentence)
+        return found
+
+    def is_finished(self, found: Found, settings: dict[str, Any]) -> bool:
+        """Whether nothing is left to train; says so."""
+        epochs, steps, done = self.trainer.max_epochs, self.trainer.max_steps, found.progress
+        reached = (epochs is not None and 0 <= epochs <= done.epochs) or 0 <= steps <= done.steps
+        if not (reached or done.stopped):
+            return False
+        longer = "--trainer.max_epochs with a larger number goes on, --fresh begins anew."
+        if done.stopped:
+            longer = "Early stopping ended it; --fresh or another --run_dir begins anew."
+        elif length_matters(settings):
+            longer = (
+                "The schedule of its learning rate depends on its length; --fresh or another --run_dir begins anew."
+            )
+        say(f"The run in {self.folder} is finished: {done.epochs} epochs, {done.steps} steps. {longer}")
+        return True
+
+    def train(self, **kwargs: Any) -> None:
+        """Fit until the end, or until a signal, which is said and becomes the exit status."""
+        folder, trainer = self.folder, self.trainer
+        there = {path for path in (folder, folder / "tensorboard") if path.exists()}
+        with Interrupt(trainer, self.beginning) as interrupt:
+            try:
+                self.begin(trainer.fit, **kwargs)
+            except SIGTERMException:
+                number = signal.SIGINT if interrupt.times else signal.SIGTERM
+                say(f"Stopped by {number.name} after {trainer.global_step} steps; the same command goes on from there.")
+                raise SystemExit(128 + number) from None
+            except SystemExit:
+                if not interrupt.times:
+                    raise
+                again = "the same command goes on from the last checkpoint"
+                say(f"Stopped at once; {again if self.beginning.over else 'nothing was trained'}.")
+                raise SystemExit(128 + signal.SIGINT) from None
+            finally:
+                if not self.beginning.over and trainer.global_rank == 0:
+                    leave_nothing(folder, there)
+
+    def report(self) -> None:
+        """Say what came out, and where it is."""
+        folder = self.folder
+        accuracy = self.trainer.callback_metrics.get("validation/accuracy")
+        if accuracy is not None:
+            say(f"Validation accuracy of the student: {100 * float(accuracy):.2f} %.")
+        elif not self.beginning.validated:
+            say(
+                f"No validation took place (trainer.check_val_every_n_epoch is {self.trainer.check_val_every_n_epoch}); "
+                "frskd-fast validate with the same options gives the accuracy of the student."
+            )
+        say(f"Records and checkpoints: {folder} (steps.csv, epochs.csv, last.ckpt).")
+        say(f"The student alone: frskd-fast export --checkpoint {folder / 'last.ckpt'} --out student.safetensors")
+
+    def begin(self, work: Callable[..., Any], **kwargs: Any) -> None:
+        """Call one of the trainer's methods; a mistake found before the first batch is a sentence."""
+        try:
+            work(**kwargs)
+        except MISTAKES as error:
+            if self.beginning.over:
+                raise
+            raise Refusal(sentence_of(error)) from error
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure the run's student on the validation images."""
+        self.begin(self.trainer.validate, **self.with_checkpoint(kwargs))
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure the run's student on the test images."""
+        self.begin(self.trainer.test, **self.with_checkpoint(kwargs))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write down the class of each test image."""
+        self.begin(self.trainer.predict, **{**self.with_checkpoint(kwargs), "return_predictions": False})
+
+    def with_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Without --ckpt_path: the run's own last checkpoint."""
+        if kwargs.get("ckpt_path") is not None:
+            return kwargs
+        found = self.found()
+        if found is None:
+            if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                return kwargs
+            raise Refusal(f"{self.folder} holds no checkpoint; train first, or give --ckpt_path a file.")
+        say(f"Weights: {found.path}, after {found.progress.epochs} epochs.")
+        return {**kwargs, "ckpt_path": str(found.path)}
+
+
+def _classes_of(data: Any) -> int:
+    return int(data.num_classes)
+
+
+def _plain(settings: Any) -> Any:
+    return settings.as_dict() if hasattr(settings, "as_dict") else settings

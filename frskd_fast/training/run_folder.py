@@ -1,0 +1,100 @@
+"""The folder of a run: whose it is, and whether a command with these settings may go on in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .errors import Refusal
+from .recipe_files import CONFIG
+
+# What a run that goes on must have in common with its beginning.
+KEPT = ("seed_everything", "task", "model", "optimizer", "lr_scheduler", "data")
+# Settings of the data that change how fast batches come, not which.
+HARMLESS = {f"data.init_args.{name}" for name in (
+    "root", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size"
+)}  # fmt: skip
+
+
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on with a run whose task, model, optimiser, schedule, data or seed were set differently.
+
+    Args:
+        folder: of the run.
+        settings: those of the command.
+
+    Raises:
+        Refusal: as a sentence.
+    """
+    before = _settings_of(folder)
+    if before is None:
+        return
+    if "task" not in before:
+        raise Refusal(
+            f"{folder} holds a run of an earlier version of frskd_fast, whose settings had other names. Finish it with that "
+            "version, or give --run_dir another folder, or --fresh to begin anew; its student can be exported by this one."
+        )
+    differences = [
+        difference
+        for part in KEPT
+        for difference in _differences(part, before.get(part), settings.get(part))
+        if difference[0] not in HARMLESS
+    ]
+    if differences:
+        listed = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in differences[:4])
+        raise Refusal(
+            f"{folder} holds a run with other settings: {listed}. Give --run_dir another folder, or --fresh to begin anew."
+        )
+    length, now = ((part.get("trainer") or {}).get("max_epochs") for part in (before, settings))
+    if length_matters(settings) and length not in (None, now):
+        raise Refusal(
+            f"The learning rate of the run in {folder} follows {settings['lr_scheduler']['class_path']} over {length} epochs, "
+            f"but trainer.max_epochs is {now}, and the steps so far would have been others. Give {length} again, or "
+            "--run_dir another folder, or --fresh to begin anew; runs whose schedule does not depend on the length can be "
+            "prolonged."
+        )
+
+
+def length_matters(settings: dict[str, Any]) -> bool:
+    """Whether the schedule takes its length from the trainer."""
+    arguments = (settings.get("lr_scheduler") or {}).get("init_args") or {}
+    return "max_epochs" in arguments and arguments["max_epochs"] is None
+
+
+def _settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings with which the run was last started."""
+    import yaml
+
+    file = folder / CONFIG
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else None
+
+
+def _differences(name: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in dict.fromkeys([*before, *now]):
+            found += _differences(f"{name}.{key}", before.get(key), now.get(key))
+        return found
+    return [] if before == now else [(name, before, now)]
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder that is there to FOLDER.old-1, -2, ..., the first that is free; None where there is none."""
+    if not folder.is_dir():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(target)
+    return target
+
+
+def leave_nothing(folder: Path, there: set[Path]) -> None:
+    """After a start that failed: remove the loggers' folder, and the run's, where they were not there before."""
+    if (folder / CONFIG).exists():
+        return  # of a run that has begun, perhaps in other processes
+    if folder / "tensorboard" not in there:
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    if folder not in there and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

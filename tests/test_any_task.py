@@ -1,0 +1,257 @@
+"""The trainer knows no method: a task from outside trains, resumes and exports; so does any optimiser and any schedule."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("lightning")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("sklearn")
+
+import yaml
+from training_utils import PLAIN, SCHEDULES, SmallNet, epochs, same_weights, small_run, steps, weights
+
+import frskd_fast.losses
+import frskd_fast.tasks
+import frskd_fast.training
+from frskd_fast.tasks.base import Task
+from frskd_fast.training.class_paths import build
+from frskd_fast.training.cli import expanded, main, run
+from frskd_fast.training.export import load_student
+from frskd_fast.training.recipe_files import recipe, recipe_names
+
+SOURCES = sorted(Path(frskd_fast.training.__file__).parent.rglob("*.py"))
+DOCUMENT = Path(__file__).parents[1] / "docs" / "training.md"
+
+
+class PullTogether(Task):
+    """loss = CE(student) + CE(peer) + r * MSE(logits), r = weight * (epochs begun / epochs): a method of somebody else.
+
+    The ramp is in no checkpoint, and the peer's parameters decay more: the trainer has to ask for both.
+    """
+
+    def __init__(self, backbone: nn.Module, weight: float = 1.0, peer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone, self.channels_last, self.weight = backbone, False, weight
+        self.peer = SmallNet(10, dropout=0.0) if peer is None else peer
+        self.register_buffer("ramp", torch.zeros(()), persistent=False)
+
+    def start_epoch(self, epoch: int, epochs: int | None) -> None:
+        self.ramp: Tensor
+        self.ramp.fill_((epoch + 1) / (epochs or 1))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": list(self.backbone.parameters())},
+            {"params": list(self.peer.parameters()), "weight_decay": 0.5},
+        ]
+
+    def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
+        output = self.backbone(images)[1]
+        if targets is None or not self.training:
+            return {"output": output}
+        peer = self.peer(images)[1]
+        ce, together = nn.CrossEntropyLoss(), nn.functional.mse_loss(output, peer)
+        loss = ce(output, targets) + ce(peer, targets) + self.weight * self.ramp * together
+        return {"loss": loss, "output": output, "together": together.detach(), "peer_output": peer}
+
+
+def small_recipe(folder: Path, **settings: Any) -> list[str]:
+    """Words of a short `fit` by a YAML file whose base is that of `small_run`, with settings of its own."""
+    small_run(folder)
+    path = folder.parent / f"{folder.name}-own.yaml"
+    path.write_text(json.dumps({"base": f"{folder.name}.yaml", **settings}), encoding="utf-8")
+    return ["fit", "--config", str(path), "--data.mixup", "0"]
+
+
+def test_a_task_from_outside_trains_resumes_and_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ramps: list[float] = []
+    original = PullTogether.forward
+
+    def watched(self: PullTogether, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
+        if self.training:
+            ramps.append(float(self.ramp))
+        return original(self, images, targets)
+
+    monkeypatch.setattr(PullTogether, "forward", watched)
+    task = {"class_path": "test_any_task.PullTogether", "init_args": {"weight": 3.0}}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(small_recipe(whole, task=task)) == 0
+    assert ramps == [ramp for ramp in (0.25, 0.5, 0.75, 1.0) for _ in range(4)]
+    words = small_recipe(stopped, task=task)
+    assert main([*words, "--trainer.max_steps", "6"]) == 0  # within the second epoch
+    assert main(words) == 0
+    assert ramps[16:] == ramps[:16], "also in the epoch that a resumed run goes on with"
+    assert steps(stopped) == steps(whole) and epochs(stopped) == epochs(whole)
+    assert same_weights(weights(stopped), weights(whole))
+    assert set(steps(whole)[0]) == {"step", "epoch", "loss", "together"}
+    assert {"train/accuracy", "train/peer_accuracy"} <= set(epochs(whole)[0])
+    groups = torch.load(whole / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [5e-3, 0.5]
+
+    assert main([*words, "--task.weight", "4"]) == 1
+    assert "task.init_args.weight was 3.0 and is 4.0" in capsys.readouterr().err
+    out = tmp_path / "student.safetensors"
+    assert main(["export", "--checkpoint", str(whole / "last.ckpt"), "--out", str(out)]) == 0
+    student = load_student(whole / "last.ckpt").student
+    assert set(student.state_dict()) == {f"backbone.{name}" for name in SmallNet(10).state_dict()}
+
+
+def test_no_source_of_the_trainer_names_a_method_a_loss_or_a_task() -> None:
+    """But for docstrings, which may say where a number comes from."""
+    roots = {frskd_fast.losses, frskd_fast.tasks}
+    names = {name for root in roots for name in root.__all__} - {"Student", "Task"}
+    assert {"FRSKDLoss", "ClassificationTask", "build_frskd"} <= names
+    methods = set(recipe_names().values())
+    assert {"frskd", "plain"} <= methods
+    pattern = re.compile(rf"\b({'|'.join(sorted(names))})\b|\b({'|'.join(sorted(methods))})\b", re.IGNORECASE)
+    assert len(SOURCES) > 20
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                node.body[0] = ast.Pass()
+        code = ast.unparse(tree).replace("frskd-fast", "")
+        found = pattern.search(code)
+        assert found is None, f"{path.name} names {found and found[0]}"
+
+
+def examples() -> dict[str, str]:
+    """The YAML files of docs/training.md that build on the bundled images, by name."""
+    blocks = [block.split("```")[0] for block in DOCUMENT.read_text(encoding="utf-8").split("```yaml\n")[1:]]
+    named = {block.split(":")[0].removeprefix("# "): block for block in blocks}
+    return {name: text for name, text in named.items() if yaml.safe_load(text)["base"] == "digits"}
+
+
+@pytest.mark.parametrize("name", examples())
+@pytest.mark.filterwarnings("error:.*[Ss]erializ")
+def test_examples_of_the_guide_train(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each, interrupted and continued, ends where the uninterrupted run does."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(examples()[name], encoding="utf-8")
+    words = ["fit", "--config", name, "--model.backbone", "training_utils.SmallNet", "--data.batch_size", "25"]
+    words += ["--trainer.max_epochs", "4", "--trainer.log_every_n_steps", "1", "--trainer.check_val_every_n_epoch", "1"]
+    words += ["--checkpoint.every_n_epochs", "1", "--trainer.accelerator", "cpu", "--panels.enabled", "false"]
+    words += ["--trainer.enable_progress_bar", "false", "--tensorboard", "false"]
+    assert main([*words, "--run_dir", "whole"]) == 0
+    # Lightning's StochasticWeightAveraging goes on exactly once it has begun to average.
+    assert main([*words, "--run_dir", "stopped", "--trainer.max_steps", "13"]) == 0
+    assert main([*words, "--run_dir", "stopped"]) == 0
+    assert steps(Path("stopped")) == steps(Path("whole")) and len(steps(Path("whole"))) >= 4
+    assert same_weights(weights(Path("stopped")), weights(Path("whole")))
+
+
+def test_the_guide_shows_every_kind_of_example() -> None:
+    shown = {name: yaml.safe_load(text) for name, text in examples().items()}
+    callbacks = {
+        entry["class_path"].rsplit(".", 1)[-1]
+        for settings in shown.values()
+        for entry in settings.get("trainer", {}).get("callbacks", [])
+    }
+    assert callbacks == {"EMAWeightAveraging", "StochasticWeightAveraging", "EarlyStopping"}
+    assert any(settings.get("optimizer", {}).get("class_path") == "torch.optim.AdamW" for settings in shown.values())
+
+
+def test_an_averaged_student_is_what_is_validated_and_exported(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    averaging = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+    command_line = run("fit", small_recipe(folder, task=PLAIN, trainer={"callbacks": [averaging]})[1:])
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    assert not same_weights(averaged, current)
+    assert same_weights(averaged, {name: value.cpu() for name, value in command_line.model.state_dict().items()})
+    student = load_student(folder / "last.ckpt").student.state_dict()
+    assert same_weights(student, {name.removeprefix("task."): value for name, value in averaged.items()})
+    validated = run("validate", small_recipe(folder, task=PLAIN)[1:]).trainer.callback_metrics["validation/accuracy"]
+    assert float(validated) == pytest.approx(float(epochs(folder)[-1]["validation/accuracy"]))
+
+
+def test_a_run_that_was_stopped_early_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "validation/loss"}}
+    stopping["init_args"] |= {"patience": 1, "min_delta": 100.0}
+    words = small_recipe(tmp_path / "run", task=PLAIN, trainer={"callbacks": [stopping]})
+    assert main(words) == 0 and len(epochs(tmp_path / "run")) == 2
+    capsys.readouterr()
+    assert main(words) == 0 and len(epochs(tmp_path / "run")) == 2
+    assert "is finished: 2 epochs, 8 steps. Early stopping ended it; --fresh" in capsys.readouterr().out
+
+
+def test_another_class_on_the_command_line_drops_the_recipes_arguments() -> None:
+    """AdamW with the learning rate of SGD would be a trap; the same class under its short name keeps them."""
+    for word, kept in (("AdamW", False), ("SGD", True), ("torch.optim.SGD", True), ("null", True)):
+        settings = json.loads(expanded(["--optimizer", word])[0][1])
+        assert ("init_args" in settings["optimizer"]) == kept, word
+    assert expanded(["--task=mine.Task", "--task.beta", "3"])[0][2:] == ["--task", "mine.Task", "--task.beta", "3"]
+
+
+def test_schedules_by_steps_and_by_plateaus(tmp_path: Path) -> None:
+    rate = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}
+    by_steps = small_recipe(tmp_path / "steps", task=PLAIN, lr_scheduler=rate, model={"lr_interval": "step"})
+    assert main([*by_steps, "--trainer.max_epochs", "2"]) == 0
+    assert [float(row["learning_rate"]) for row in epochs(tmp_path / "steps")] == [0.05 / 2**3, 0.05 / 2**7]
+    plateau = {"class_path": "torch.optim.lr_scheduler.ReduceLROnPlateau"}
+    plateau["init_args"] = {"mode": "max", "patience": 0, "threshold": 100.0}  # type: ignore[assignment]
+    monitored = {"lr_monitor": "validation/accuracy"}
+    assert main(small_recipe(tmp_path / "plateau", task=PLAIN, lr_scheduler=plateau, model=monitored)) == 0
+    rates = [float(row["learning_rate"]) for row in epochs(tmp_path / "plateau")]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.0005])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"model": {"beta": 50}}, "Write --task.beta (in a YAML file task.init_args.beta) instead"),
+        ({"model": {"method": "plain"}}, "Write --task (in a YAML file task.class_path) instead"),
+        ({"model": {"learning_rate": 1}}, "Write --optimizer.lr (in a YAML file optimizer.init_args.lr) instead"),
+    ],
+)
+def test_settings_of_earlier_versions_are_named(
+    settings: dict[str, Any], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(small_recipe(tmp_path / "run", **settings)) == 1
+    assert sentence in capsys.readouterr().err
+    ((key, value),) = settings["model"].items()
+    for words in ([f"--model.{key}", str(value)], [f"--model.{key}={value}"]):
+        assert main(["fit", "--run_dir", str(tmp_path / "run"), *words]) == 1
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config.yaml had the method's arguments under `model`."""
+    folder = tmp_path / "run"
+    words = small_run(folder, task=PLAIN, trainer__max_epochs=1)
+    assert main(words) == 0
+    earlier = {"seed_everything": 10, "model": {"method": "plain", "schedule": "cosine"}, "trainer": {"max_epochs": 1}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(earlier), encoding="utf-8")
+    before = (folder / "last.ckpt").read_bytes()
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "holds a run of an earlier version of frskd_fast" in error and "--fresh to begin anew" in error
+    assert (folder / "last.ckpt").read_bytes() == before
+
+
+def test_settings_build_what_they_contain() -> None:
+    inner = {"class_path": "fractions.Fraction", "init_args": {"numerator": 3}}
+    made = build({"class_path": "builtins.dict", "init_args": {"one": inner, "many": [inner, 1]}})
+    assert made == {"one": 3, "many": [3, 1]} and type(made["one"]).__name__ == "Fraction"
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    assert build(f"{SCHEDULES}.cosine", optimizer, max_epochs=7).T_max == 7
+    own = {"class_path": f"{SCHEDULES}.cosine", "init_args": {"max_epochs": 3}}
+    assert build(own, optimizer, max_epochs=7).T_max == 3
+    assert build("torch.optim.lr_scheduler.ConstantLR", optimizer, max_epochs=7).factor == pytest.approx(1 / 3)
+
+
+def test_recipes_name_their_parts_by_class() -> None:
+    for name in recipe_names():
+        settings = recipe(name)
+        assert {"class_path"} <= settings["task"].keys() & settings["optimizer"].keys() & settings["data"].keys()
