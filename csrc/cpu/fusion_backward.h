@@ -3,7 +3,7 @@
 // reaches it.
 #pragma once
 
-#include "fusion_node.h"
+#include "fusion_pool.h"
 
 namespace frskd {
 namespace {

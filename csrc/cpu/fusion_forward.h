@@ -2,7 +2,7 @@
 // its inputs are added.
 #pragma once
 
-#include "fusion_node.h"
+#include "fusion_pool.h"
 
 namespace frskd {
 namespace {
