@@ -11,19 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import emulation
-import formulas
 import problems
 import pytest
 import torch
 from layouts import LAYOUTS
 from numerics import assert_close
-from problems import Problem
+from problems import Problem, _raw_fusion
 from torch import Tensor
 
 from frskd_fast import functional
 from frskd_fast.losses import FRSKDLoss
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # channels of the student, of the teacher, height, width: one pixel; one channel; packs of 4 and 8; half packs; no packs; more
 # packs than threads; channels in packs, and with a rest.
 LEVELS = [(5, 3, 1, 1), (1, 2, 3, 5), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (16, 8, 48, 52), (64, 12, 8, 8)]
@@ -95,6 +93,17 @@ def test_problems(operation: str, problem: Problem, monkeypatch: pytest.MonkeyPa
         problem.run(emulation.NAME, "cpu")
 
 
+@pytest.mark.usefixtures("emulated")
+def test_statistics_of_hard_channels_keep_their_digits() -> None:
+    """All of them: one block measures all pixels, and its sums are merged in float64."""
+    for found, truth in _raw_fusion.statistics_of_hard_channels(emulation.raw("fusion"), "cpu"):
+        tolerance = 1e-12 if found.dtype == torch.float64 else 3e-6
+        for row, allowed in ((0, tolerance), (1, 10 * tolerance), (2, 10 * tolerance)):
+            torch.testing.assert_close(
+                found[row].double(), truth[row], rtol=allowed, atol=0 if row else allowed, equal_nan=True
+            )
+
+
 @contextmanager
 def _recorded(operation: str) -> Iterator[list[Tensor]]:
     """What the raw functions of an operation return."""
@@ -152,92 +161,6 @@ def _pyramids(layout: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tenso
     return students, teachers
 
 
-def _with_gradients(
-    function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-    result = function(leaves)
-    result.backward(grad.to(result.dtype))
-    gradients = []
-    for leaf in leaves:
-        assert leaf.grad is not None
-        gradients.append(leaf.grad)
-    return [result.detach(), *gradients]
-
-
-def _three_way(
-    ours: Callable[[list[Tensor]], Tensor], plain: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], rows: Any
-) -> None:
-    dtype = inputs[0].dtype
-    grad = torch.randn(rows)
-    results = _with_gradients(ours, inputs, grad, dtype)
-    plains = _with_gradients(plain, inputs, grad, dtype)
-    truths = _with_gradients(plain, inputs, grad, torch.float64)
-    for index, (result, plain_result, truth) in enumerate(zip(results, plains, truths, strict=True)):
-        assert_close(result, plain_result, truth, "losses" if index == 0 else f"gradient {index - 1}")
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("multiprocessors", ["1", EVERY_SM_IDLE], ids=["fused", "tiled"])
-@pytest.mark.parametrize("exponent", [2.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention(
-    layout: str, dtype: torch.dtype, exponent: float, multiprocessors: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
-    students, teachers = _pyramids(layout, dtype)
-    count = len(students)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl="emulation"
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
-
-    _three_way(ours, plain, students + teachers, (count, 2))
-
-
-@pytest.mark.usefixtures("emulated")
-def test_attention_of_more_levels_than_one_launch_holds() -> None:
-    students = [torch.randn(2, 3, size, size) for size in range(1, 18)]
-    teachers = [torch.randn(2, 2, size, size) for size in range(1, 18)]
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:17], inputs[17:], 2.0, "none", detach_teacher=False, impl="emulation"
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:17], inputs[17:])
-
-    _three_way(ours, plain, students + teachers, (17, 2))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("size", [60, 80], ids=["more than 48 KB of shared memory", "too many pixels to fuse"])
-def test_attention_of_large_maps(size: int) -> None:
-    inputs = [torch.randn(1, 2, size, size, dtype=torch.float16), torch.randn(1, 3, size, size, dtype=torch.float16)]
-
-    def ours(pair: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(pair[0], pair[1], 2.0, "none", detach_teacher=False, impl="emulation")
-
-    _three_way(ours, lambda pair: formulas.attention_rows(pair[:1], pair[1:]), inputs, (1, 1))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_map(layout: str, dtype: torch.dtype) -> None:
-    for feature in _pyramids(layout, dtype)[0]:
-        ours = functional.attention_map(feature, impl="emulation")
-        assert_close(
-            ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), str(feature.shape)
-        )
-
-
 # 8 lanes a row; 32; 256, unpacked and packed; a map with classes last; a map with pixels last; a transposed matrix; (N, K, W).
 LOGITS: dict[str, Callable[[], Tensor]] = {
     "few classes": lambda: torch.randn(37, 10),
@@ -252,7 +175,6 @@ LOGITS: dict[str, Callable[[], Tensor]] = {
     "sequence": lambda: torch.randn(2, 6, 40),
     "wide strides": lambda: torch.randn(6, 8, 2)[..., 0],
 }
-KINDS = ["labels", "mix", "probabilities", "none"]
 
 
 def _labels(kind: str, student: Tensor) -> Any:
@@ -267,83 +189,6 @@ def _labels(kind: str, student: Tensor) -> Any:
         second[torch.rand(shape) < 0.2] = -100
         return first, second, 0.3
     return torch.rand(student.shape).softmax(1) if kind == "probabilities" else None
-
-
-def _distribution(targets: Any, student: Tensor) -> Tensor:
-    def one_hot(labels: Tensor) -> Tensor:
-        return formulas.label_distribution(labels, student.shape[1], -100, student.dtype)
-
-    if isinstance(targets, tuple):
-        return targets[2] * one_hot(targets[0]) + (1 - targets[2]) * one_hot(targets[1])
-    return targets.to(student.dtype) if targets.dtype.is_floating_point else one_hot(targets)
-
-
-def _rows(inputs: list[Tensor], targets: Any, temperature: float, smoothing: float) -> Tensor:
-    """CE(student), CE(teacher) and KD of every row by the plain formulas: (3, N, ...)."""
-    student, teacher = inputs
-    kd = formulas.divergence(student, teacher, temperature)
-    if targets is None:
-        return torch.stack([kd * 0, kd * 0, kd])
-    distribution = _distribution(targets, student)
-    probabilities = isinstance(targets, Tensor) and targets.dtype.is_floating_point
-    mass = 1.0 if probabilities else distribution.sum(1, keepdim=True)
-    ces = [formulas.cross_entropy(logits, distribution, mass, smoothing) for logits in inputs]
-    return torch.stack([*ces, kd])
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize(("smoothing", "temperature"), [(0.0, 4.0), (0.1, 1.0)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("case", LOGITS)
-def test_logits(case: str, dtype: torch.dtype, kind: str, smoothing: float, temperature: float) -> None:
-    student = 3 * LOGITS[case]().to(dtype)
-    teacher = 3 * LOGITS[case]().to(dtype)
-    targets = _labels(kind, student)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        labels = targets
-        if kind == "probabilities":
-            labels = targets.double() if inputs[0].dtype == torch.float64 else targets
-        return torch.stack(
-            functional.cross_entropy_kd(
-                inputs[0], inputs[1], labels, temperature=temperature, label_smoothing=smoothing, reduction="none",
-                detach_teacher=False, impl="emulation",
-            )
-        )  # fmt: skip
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return _rows(inputs, targets, temperature, smoothing)
-
-    _three_way(ours, plain, [student, teacher], (3, student.shape[0], *student.shape[2:]))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("kind", ["labels", "probabilities", "none"])
-def test_mean_over_many_rows(kind: str) -> None:
-    """Heads of more than 4096 rows count their labels in launches of their own; a small head beside them does not."""
-    students = [torch.randn(3, 3, 40, 41), torch.randn(5, 3), torch.randn(5000, 3)]
-    teachers = [torch.randn_like(student) for student in students]
-    targets = [_labels(kind, student) for student in students]
-    labels = None if kind == "none" else targets
-    parts = functional.cross_entropy_kd(students, teachers, labels, impl="emulation")
-    for head, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        rows = _rows([student.double(), teacher.double()], targets[head], 4.0, 0.0)
-        kept = (targets[head] != -100).sum() if kind == "labels" else rows[0].numel()
-        for part, row, divisor in zip(parts, rows, (kept, kept, rows[0].numel()), strict=True):
-            torch.testing.assert_close(part[head].double(), row.sum() / divisor, rtol=1e-5, atol=1e-6)
-
-
-def test_two_label_counts(operations: Any) -> None:
-    logits = torch.randn(9001, 3)
-    first, second, mix = _labels("mix", logits)
-    losses, statistics, inverse_valid = torch.empty(4, 9001), torch.empty(6, 9001), torch.empty(1)
-    operations.logits_forward.default(
-        [logits], [], [first], [second], mix, 0.0, -100, 1.0, losses, statistics, inverse_valid
-    )
-    weight = mix * (first != -100).sum() + (1 - mix) * (second != -100).sum()
-    torch.testing.assert_close(inverse_valid[0], (1 / weight).float())
-    torch.testing.assert_close(losses[3].double().sum(), weight.double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.usefixtures("emulated")

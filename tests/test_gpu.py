@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import formulas
 import problems
 import pytest
 import torch
@@ -23,8 +22,6 @@ pytestmark = pytest.mark.gpu
 
 IMPLEMENTATIONS = ["cuda", "triton"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# channels of the student, of the teacher, height, width
-LEVELS = [(5, 3, 1, 1), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (64, 32, 48, 52), (64, 12, 8, 8), (2, 3, 56, 56)]
 PYRAMID = [(64, 128, 32), (128, 256, 16), (256, 512, 8), (512, 1024, 4)]  # CIFAR ResNet-18 and its self-teacher
 
 
@@ -87,42 +84,6 @@ def test_problems(operation: str, problem: problems.Problem, impl: str) -> None:
     assert frskd_fast.last_impl().get(operation, impl) == impl
 
 
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("batch", [2, 160], ids=["few samples", "many samples"])
-@pytest.mark.parametrize("exponent", [2.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention(layout: str, dtype: torch.dtype, exponent: float, batch: int, impl: str) -> None:
-    """Few samples take the tiled plan of the CUDA kernels, many the fused one."""
-    _skip_unsupported(impl, dtype)
-    change = LAYOUTS[layout]
-    students = [change(torch.randn(batch, c, h, w, device="cuda").to(dtype)) for c, _, h, w in LEVELS]
-    teachers = [change(torch.randn(batch, d, h, w, device="cuda").to(dtype)) for _, d, h, w in LEVELS]
-    count = len(LEVELS)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl=impl
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
-
-    _three_way(ours, plain, students + teachers, (count, batch))
-    assert frskd_fast.last_impl()["attention"] == impl
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_map(layout: str, dtype: torch.dtype, impl: str) -> None:
-    _skip_unsupported(impl, dtype)
-    for c, _, h, w in LEVELS:
-        feature = LAYOUTS[layout](torch.randn(3, c, h, w, device="cuda").to(dtype))
-        ours = functional.attention_map(feature, impl=impl)
-        assert_close(ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), f"{(c, h, w)}")
-
-
 def _normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda")
 
@@ -140,7 +101,6 @@ LOGITS: dict[str, Callable[[], Tensor]] = {
     "transposed": lambda: _normal(100, 70).t(),
     "sequence": lambda: _normal(2, 6, 400),
 }
-KINDS = ["labels", "mix", "probabilities", "none"]
 
 
 def _labels(kind: str, logits: Tensor) -> Any:
@@ -156,84 +116,6 @@ def _labels(kind: str, logits: Tensor) -> Any:
     if kind == "mix":
         return indices(), indices(), 0.3
     return torch.rand(logits.shape, device="cuda").softmax(1) if kind == "probabilities" else None
-
-
-def _rows(inputs: list[Tensor], targets: Any, temperature: float, smoothing: float) -> Tensor:
-    """CE(student), CE(teacher) and KD of every row by the plain formulas: (3, N, ...)."""
-    student, teacher = inputs
-    kd = formulas.divergence(student, teacher, temperature)
-    if targets is None:
-        return torch.stack([kd * 0, kd * 0, kd])
-
-    def one_hot(labels: Tensor) -> Tensor:
-        return formulas.label_distribution(labels, student.shape[1], -100, student.dtype)
-
-    mass: Tensor | float = 1.0
-    if isinstance(targets, tuple):
-        distribution = targets[2] * one_hot(targets[0]) + (1 - targets[2]) * one_hot(targets[1])
-        mass = distribution.sum(1, keepdim=True)
-    elif targets.dtype.is_floating_point:
-        distribution = targets.to(student.dtype)
-    else:
-        distribution = one_hot(targets)
-        mass = distribution.sum(1, keepdim=True)
-    return torch.stack([*(formulas.cross_entropy(z, distribution, mass, smoothing) for z in inputs), kd])
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(("smoothing", "temperature"), [(0.0, 4.0), (0.1, 1.0)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", LOGITS)
-def test_logits(case: str, dtype: torch.dtype, kind: str, smoothing: float, temperature: float, impl: str) -> None:
-    _skip_unsupported(impl, dtype)
-    student, teacher = (3 * LOGITS[case]().to(dtype) for _ in range(2))
-    targets = _labels(kind, student)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        labels = targets.to(inputs[0].dtype) if kind == "probabilities" and dtype == torch.float64 else targets
-        return torch.stack(
-            functional.cross_entropy_kd(
-                inputs[0], inputs[1], labels, temperature=temperature, label_smoothing=smoothing, reduction="none",
-                detach_teacher=False, impl=impl,
-            )
-        )  # fmt: skip
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return _rows(inputs, targets, temperature, smoothing)
-
-    _three_way(ours, plain, [student, teacher], (3, student.shape[0], *student.shape[2:]))
-    assert frskd_fast.last_impl()["logits"] == impl
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("kind", ["labels", "probabilities", "none"])
-def test_means_of_several_heads(kind: str, impl: str) -> None:
-    """A map of many rows, a matrix of few, and more heads than one launch holds."""
-    students = [_normal(3, 7, 65, 65), *(_normal(4 + head, 2 + 97 * head) for head in range(11))]
-    teachers = [torch.randn_like(student) for student in students]
-    targets = [_labels(kind, student) for student in students]
-    parts = functional.cross_entropy_kd(students, teachers, None if kind == "none" else targets, impl=impl)
-    for head, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        rows = _rows([student.double(), teacher.double()], targets[head], 4.0, 0.0)
-        kept = (targets[head] != -100).sum().clamp_min(1) if kind == "labels" else rows[0].numel()
-        for part, row, divisor in zip(parts, rows, (kept, kept, rows[0].numel()), strict=True):
-            torch.testing.assert_close(part[head].double(), row.sum() / divisor, rtol=1e-5, atol=1e-6)
-
-
-def test_a_label_that_is_no_class_spoils_its_row_alone(impl: str) -> None:
-    for case in ("CIFAR", "odd", "map"):
-        student = LOGITS[case]().requires_grad_()
-        targets = torch.zeros((student.shape[0], *student.shape[2:]), dtype=torch.int64, device="cuda")
-        targets.view(-1)[:3] = torch.tensor([student.shape[1], -5, 2**62])
-        ce = functional.cross_entropy_kd(student, None, targets, reduction="none", impl=impl).ce_student
-        ce.backward(torch.ones_like(ce))
-        spoiled = torch.zeros_like(targets, dtype=torch.bool)
-        spoiled.view(-1)[:3] = True
-        assert student.grad is not None
-        assert torch.equal(ce.isnan(), spoiled)
-        assert torch.equal(student.grad.isnan().all(1), spoiled)
-        assert torch.equal(student.grad.isnan().any(1), spoiled)
 
 
 def _objective_inputs(

@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import formulas
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_close
+from problems import Problem, problems
 from torch import Tensor
 
 import frskd_fast
-from frskd_fast import functional
+from frskd_fast import _dispatch, functional
 from frskd_fast.ops import logits as logits_ops
 from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
 
 IMPLEMENTATIONS = ["reference", "cpu"]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# One class, fewer classes than a vector, one more than a vector, more than a tile of 1024, maps of odd size, a map with more
-# pixels than a tile of 128, rows with one spatial axis.
-SHAPES = [(3, 1), (5, 3), (4, 9), (2, 1100), (2, 5, 3, 7), (2, 4, 15, 11), (3, 6, 5)]
-# layout, temperature, label smoothing: every layout, every way to take the exponentials, with and without smoothing
-SETTINGS = [
-    ("contiguous", 4.0, 0.0),
-    ("channels_last", 1.0, 0.1),
-    ("sliced", 2.0, 0.0),
-    ("expanded", 4.0, 0.1),
-    ("contiguous", 0.7, 0.1),
-    ("channels_last", 10.0, 0.0),
-]
-PARTS = ("ce_student", "ce_teacher", "kd")
 
 
-def _channels_last(logits: Tensor) -> Tensor:
-    return logits.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _sliced(logits: Tensor) -> Tensor:
-    storage = torch.full([2 * size + 1 for size in logits.shape], 9.0, dtype=logits.dtype)
-    view = storage[tuple(slice(1, None, 2) for _ in logits.shape)]
-    view.copy_(logits)
-    return view
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda logits: logits,
-    "channels_last": _channels_last,
-    "sliced": _sliced,
-    "expanded": lambda logits: logits[:1].expand(logits.shape),
-}
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter, of masked lanes
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("problem", problems("logits"), ids=lambda problem: problem.name)
+def test_problem(problem: Problem, impl: str) -> None:
+    reason = _dispatch.problem(impl, "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"impl={impl!r}: {reason}")
+    problem.run(impl, "cpu")
 
 
 def _labels(shape: tuple[int, ...]) -> Tensor:
@@ -67,41 +42,6 @@ def _targets(kind: str, shape: tuple[int, ...]) -> Any:
     if kind == "mix":
         return _labels(shape), _labels(shape), 0.3
     return torch.softmax(torch.randn(shape), 1)
-
-
-def _distribution(targets: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    if isinstance(targets, tuple):
-        first, second, lam = targets
-        one = lam * formulas.label_distribution(first, shape[1], -100, dtype)
-        both = one + (1 - lam) * formulas.label_distribution(second, shape[1], -100, dtype)
-        return both, both.sum(1, keepdim=True)
-    if targets.dtype.is_floating_point:
-        return targets.to(dtype), 1.0
-    hot = formulas.label_distribution(targets, shape[1], -100, dtype)
-    return hot, hot.sum(1, keepdim=True)
-
-
-def _plain(
-    student: Tensor, teacher: Tensor, targets: Any, temperature: float, smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    kd = formulas.divergence(student, teacher, temperature)
-    if targets is None:
-        return torch.zeros_like(kd), torch.zeros_like(kd), kd
-    distribution, mass = _distribution(targets, tuple(student.shape), student.dtype)
-    ce_student = formulas.cross_entropy(student, distribution, mass, smoothing)
-    return ce_student, formulas.cross_entropy(teacher, distribution, mass, smoothing), kd
-
-
-def _run(
-    function: Callable[[Tensor, Tensor], Any], student: Tensor, teacher: Tensor, grads: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    leaves = [x.detach().to(dtype, copy=True, memory_format=torch.preserve_format) for x in (student, teacher)]
-    leaves = [student, teacher] if dtype == student.dtype else leaves
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    parts = function(*leaves)
-    sum((part * grad.to(part.dtype)).sum() for part, grad in zip(parts, grads, strict=True)).backward()
-    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    return [part.detach() for part in parts] + gradients
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -236,55 +176,6 @@ def test_several_heads_are_as_many_calls(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(4, 6), (2, 6, 3, 4)], ids=str)
-def test_all_labels_ignored(shape: tuple[int, ...], impl: str) -> None:
-    student = torch.randn(shape, requires_grad=True)
-    labels = torch.full((shape[0], *shape[2:]), -100)
-    parts = functional.cross_entropy_kd(student, torch.randn(shape), labels, label_smoothing=0.1, impl=impl)
-    (parts.ce_student + parts.ce_teacher).backward()
-    assert parts.ce_student.item() == 0.0 and parts.ce_teacher.item() == 0.0
-    assert student.grad is not None and torch.equal(student.grad, torch.zeros_like(student))
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(4, 6), (2, 6, 3, 4)], ids=str)
-def test_masked_classes_contribute_nothing(shape: tuple[int, ...], impl: str) -> None:
-    """A class whose logit is -inf on both sides is as good as absent."""
-    student, teacher = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    keep = [0, 1, 3, 5]
-    for side in (student, teacher):
-        side[:, [2, 4]] = -torch.inf
-    student.requires_grad_()
-    wanted_leaf = student.detach()[:, keep].requires_grad_()
-    labels = torch.ones(shape[0], *shape[2:], dtype=torch.int64)
-    parts = functional.cross_entropy_kd(student, teacher, labels, impl=impl)
-    wanted = functional.cross_entropy_kd(wanted_leaf, teacher[:, keep], labels, impl="reference")
-    for one, other in zip(parts, wanted, strict=True):
-        torch.testing.assert_close(one, other)
-    (parts.ce_student + parts.kd).backward()
-    (wanted.ce_student + wanted.kd).backward()
-    assert student.grad is not None
-    torch.testing.assert_close(student.grad[:, keep], wanted_leaf.grad)
-    assert torch.equal(student.grad[:, [2, 4]], torch.zeros_like(student.grad[:, [2, 4]]))
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("teacher_mask", [-1e9, -torch.inf])
-@pytest.mark.parametrize("masked", [1024, 1000, 2048])
-def test_masked_tiles_contribute_nothing(masked: int, teacher_mask: float, impl: str) -> None:
-    """Whole tiles of classes that the student masks and the teacher gives no weight."""
-    student, teacher = torch.randn(2, 3000), torch.randn(2, 3000)
-    student[:, :masked] = -torch.inf
-    teacher[:, :masked] = teacher_mask
-    student.requires_grad_()
-    loss = functional.kd_loss(student, teacher, impl=impl)
-    wanted = functional.kd_loss(student.detach()[:, masked:].double(), teacher[:, masked:].double(), impl="reference")
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
-    loss.backward()
-    assert student.grad is not None and student.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_absent_parts_and_detached_teachers_ask_for_no_gradient(impl: str) -> None:
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     parts = functional.cross_entropy_kd(student, teacher, impl=impl)
@@ -293,48 +184,6 @@ def test_absent_parts_and_detached_teachers_ask_for_no_gradient(impl: str) -> No
     assert teacher.grad is None and student.grad is not None
     parts = functional.cross_entropy_kd(student, None, torch.zeros(3).long(), impl=impl)
     assert [part.requires_grad for part in parts] == [True, False, False]
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 3000), (2, 21, 4, 5)], ids=str)
-def test_huge_logits_keep_their_digits(shape: tuple[int, ...], dtype: torch.dtype, impl: str) -> None:
-    student, teacher = ((3e4 + 8 * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(2))
-    labels = torch.randint(shape[1], (shape[0], *shape[2:]))
-    parts = functional.cross_entropy_kd(student, teacher, labels, reduction="none", impl=impl)
-    true_student = student.detach().double().requires_grad_()
-    true = _plain(true_student, teacher.detach().double(), labels, 4.0, 0.0)
-    for name, one, other in zip(PARTS, parts, true, strict=True):
-        assert_close(one, other, other, name, scale=16.0)
-    (parts.ce_student + parts.kd).sum().backward()
-    (true[0] + true[2]).sum().backward()
-    assert student.grad is not None and true_student.grad is not None
-    assert_close(student.grad, true_student.grad, true_student.grad, "gradient", scale=4.0)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(3, 2000), (3, 5), (2, 5, 3, 4)], ids=str)
-def test_nan_is_never_hidden(shape: tuple[int, ...], impl: str) -> None:
-    student = torch.randn(shape)
-    student[1, shape[1] - 1] = float("nan")
-    student.requires_grad_()
-    labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
-    parts = functional.cross_entropy_kd(student, torch.randn(shape), labels, reduction="none", impl=impl)
-    assert parts.ce_student[0].isfinite().all() and parts.kd[0].isfinite().all()
-    assert parts.ce_student[1].isnan().all() and parts.kd[1].isnan().all()
-    (parts.ce_student + parts.kd).sum().backward()
-    assert student.grad is not None and student.grad[0].isfinite().all() and student.grad[1].isnan().any()
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3, 3), (2, 4, 0, 3)], ids=str)
-def test_no_rows(shape: tuple[int, ...], impl: str) -> None:
-    student = torch.randn(shape, requires_grad=True)
-    labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
-    parts = functional.cross_entropy_kd(student, torch.randn(shape), labels, impl=impl)
-    sum(parts).backward()
-    assert [part.item() for part in parts] == [0.0, 0.0, 0.0]
-    assert student.grad is not None and student.grad.shape == student.shape
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -352,29 +201,10 @@ def test_stated_value(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_student_alone(impl: str) -> None:
-    student = torch.randn(5, 7, requires_grad=True)
-    labels = torch.randint(7, (5,))
-    parts = functional.cross_entropy_kd(student, None, labels, impl=impl)
-    torch.testing.assert_close(parts.ce_student, F.cross_entropy(student, labels))
-    assert parts.ce_teacher.item() == 0.0 and parts.kd.item() == 0.0
-    (gradient,) = torch.autograd.grad(parts.ce_student, student)
-    torch.testing.assert_close(gradient, torch.autograd.grad(F.cross_entropy(student, labels), student)[0])
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
 def test_other_integer_labels(dtype: torch.dtype, impl: str) -> None:
     student, labels = torch.randn(5, 7), torch.randint(7, (5,))
     parts = functional.cross_entropy_kd(student, student, labels.to(dtype), impl=impl)
-    torch.testing.assert_close(parts.ce_student, F.cross_entropy(student, labels))
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_strided_labels(impl: str) -> None:
-    student = torch.randn(2, 5, 3, 4)
-    labels = torch.randint(5, (4, 3, 2)).permute(2, 1, 0)
-    parts = functional.cross_entropy_kd(student, student, labels, impl=impl)
     torch.testing.assert_close(parts.ce_student, F.cross_entropy(student, labels))
 
 

@@ -51,20 +51,20 @@ void logits_backward_pixels(
       g.mass = kept * total + static_cast<A>(call.label_smoothing);
     }
     labels[pixel] = g.labels;
-    maximum_s[pixel] = g.statistics[0];
-    maximum_t[pixel] = g.statistics[1];
+    maximum_s[pixel] = g.statistics[kStudentMax];
+    maximum_t[pixel] = g.statistics[kTeacherMax];
     // exp of a single number, by the same function as the lanes, so that both ways through memory agree.
     const auto inverse = [](A log_sum) { return exponential(L::splat(-log_sum))[0]; };
-    scale_s[pixel] = g.grad_student * g.mass * inverse(g.statistics[2]);
-    scale_t[pixel] = g.grad_teacher * g.mass * inverse(g.statistics[3]);
-    kd_s[pixel] = inverse(g.statistics[4]);
-    kd_t[pixel] = inverse(g.statistics[5]);
+    scale_s[pixel] = g.grad_student * g.mass * inverse(g.statistics[kStudentLogSum]);
+    scale_t[pixel] = g.grad_teacher * g.mass * inverse(g.statistics[kTeacherLogSum]);
+    kd_s[pixel] = inverse(g.statistics[kStudentLogSumTempered]);
+    kd_t[pixel] = inverse(g.statistics[kTeacherLogSumTempered]);
     smooth_s[pixel] = g.grad_student * g.smooth_share;
     smooth_t[pixel] = g.grad_teacher * g.smooth_share;
     grad_s[pixel] = g.grad_student * kept;
     grad_t[pixel] = g.grad_teacher * kept;
     grad_kd[pixel] = g.grad_kd;
-    offset[pixel] = g.statistics[5] - g.statistics[4];
+    offset[pixel] = g.statistics[kTeacherLogSumTempered] - g.statistics[kStudentLogSumTempered];
     divergence[pixel] = g.divergence;
   }
   const auto at = [&](const auto* plane, int64 pixel) {

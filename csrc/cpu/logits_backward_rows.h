@@ -24,12 +24,12 @@ inline void differentiate_tile(
   using V = typename L::Vector;
   constexpr Temperature K = P::kTemperature;
   constexpr bool ce = P::kCrossEntropy, teacher = P::kTeacher;
-  const V student_maximum = L::splat(g.statistics[0]), teacher_maximum = L::splat(g.statistics[1]);
+  const V student_maximum = L::splat(g.statistics[kStudentMax]), teacher_maximum = L::splat(g.statistics[kTeacherMax]);
   const V student_plain = L::splat(g.grad_student * g.mass * scale[0]);
   const V teacher_plain = L::splat(g.grad_teacher * g.mass * scale[1]);
   const V student_tempered = L::splat(scale[2]), teacher_tempered = L::splat(scale[3]);
   const V grad_kd = L::splat(g.grad_kd);
-  const A log_offset = g.statistics[5] - g.statistics[4];
+  const A log_offset = g.statistics[kTeacherLogSumTempered] - g.statistics[kStudentLogSumTempered];
   const auto step = [&](int64 k, V student, V other, V share, auto put) __attribute__((always_inline)) {
     const V student_difference = student - student_maximum;
     const auto student_exp = exponentials < K, ce && StudentWanted, teacher > (student_difference, inverse_temperature);
@@ -69,10 +69,10 @@ inline void differentiate_tile(
   }
   if (k < count) {
     const int64 rest = count - k;
-    const V other = teacher ? lanes_at(zt, k, count, g.statistics[1]) : V{};
+    const V other = teacher ? lanes_at(zt, k, count, g.statistics[kTeacherMax]) : V{};
     const V share = P::kExtra && shares != nullptr ? lanes_at(shares, k, count, A(0)) : V{};
     step(
-        k, lanes_at(zs, k, count, g.statistics[0]), other, share,
+        k, lanes_at(zs, k, count, g.statistics[kStudentMax]), other, share,
         [rest](V value, A* out) __attribute__((always_inline)) { store_first(value, out, rest); });
   }
 }
@@ -104,7 +104,9 @@ void logits_backward_row(const Logits& call, const Head& head, int64 head_index,
   A student_gradients[kClassTile], teacher_gradients[kClassTile];
   A scale[4];
   {
-    typename L::Vector log_sums = {-g.statistics[2], -g.statistics[3], -g.statistics[4], -g.statistics[5]};
+    typename L::Vector log_sums = {
+        -g.statistics[kStudentLogSum], -g.statistics[kTeacherLogSum], -g.statistics[kStudentLogSumTempered],
+        -g.statistics[kTeacherLogSumTempered]};
     log_sums = exponential(log_sums);
     for (int lane = 0; lane < 4; ++lane) scale[lane] = log_sums[lane];
   }

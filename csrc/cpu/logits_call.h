@@ -6,6 +6,18 @@
 
 namespace frskd {
 
+// What the forward pass saves of each row for the backward pass. Maxima and log-sums are kept apart, because their sum
+// would lose the log-sum's digits for logits of 1e4.
+enum Statistic {
+  kStudentMax,  // max z
+  kTeacherMax,
+  kStudentLogSum,  // log sum_k exp(z - max)
+  kTeacherLogSum,
+  kStudentLogSumTempered,  // log sum_k exp((z - max) / T)
+  kTeacherLogSumTempered,
+  kStatistics,
+};
+
 // One head of class logits. Absent tensors have a null data pointer.
 struct Head {
   Map student;
@@ -31,7 +43,7 @@ struct Logits {
   std::int64_t ignore_index;
   double temperature;
   void* losses;         // (4, rows)
-  void* statistics;     // (6, rows)
+  void* statistics;     // (kStatistics, rows)
   void* inverse_valid;  // (count,): written forward; read backward, or null
   const void* grads[3];
   std::int64_t grad_strides[3];  // 0 where one number serves all

@@ -114,16 +114,17 @@ inline void write_losses(
     const RowTotals<A>& totals) {
   constexpr bool has_teacher = P::kTeacher;
   A ce_student = 0, ce_teacher = 0, kd = 0, weight = 1;
-  A statistics[6] = {totals.student_max, has_teacher ? totals.teacher_max : A(0), A(0), A(0), A(0), A(0)};
+  A statistics[kStatistics] = {totals.student_max, has_teacher ? totals.teacher_max : A(0), A(0), A(0), A(0), A(0)};
   if (has_teacher) {
-    statistics[4] = totals.student_log_sum_tempered;
-    statistics[5] = totals.teacher_log_sum_tempered;
+    statistics[kStudentLogSumTempered] = totals.student_log_sum_tempered;
+    statistics[kTeacherLogSumTempered] = totals.teacher_log_sum_tempered;
     kd = tempered_divergence(
-        totals.cross, totals.teacher_sum_tempered, statistics[4], statistics[5], static_cast<A>(call.temperature));
+        totals.cross, totals.teacher_sum_tempered, statistics[kStudentLogSumTempered],
+        statistics[kTeacherLogSumTempered], static_cast<A>(call.temperature));
   }
   if (P::kCrossEntropy && has_labels(head)) {
-    statistics[2] = totals.student_log_sum;
-    statistics[3] = has_teacher ? totals.teacher_log_sum : A(0);
+    statistics[kStudentLogSum] = totals.student_log_sum;
+    statistics[kTeacherLogSum] = has_teacher ? totals.teacher_log_sum : A(0);
     const RowLabels<A> labels = row_labels<A>(call, head, at);
     A student_picked[2] = {A(0), A(0)}, teacher_picked[2] = {A(0), A(0)};
     for (int side = 0; side < 2 && head.labels != nullptr; ++side) {
@@ -132,8 +133,8 @@ inline void write_losses(
       if (has_teacher) teacher_picked[side] = to_scalar(teacher[k * head.teacher.stride_c]) - totals.teacher_max;
     }
     const LabelSums<A> sums = label_sums(call, head, labels, totals, student_picked, teacher_picked);
-    ce_student = cross_entropy(statistics[2], sums.mass, sums.student_dot);
-    if (has_teacher) ce_teacher = cross_entropy(statistics[3], sums.mass, sums.teacher_dot);
+    ce_student = cross_entropy(statistics[kStudentLogSum], sums.mass, sums.student_dot);
+    if (has_teacher) ce_teacher = cross_entropy(statistics[kTeacherLogSum], sums.mass, sums.teacher_dot);
     if (head.labels != nullptr) weight = labels.total();
   }
   A* losses = static_cast<A*>(call.losses) + row;
@@ -142,7 +143,7 @@ inline void write_losses(
   losses[call.rows] = ce_teacher;
   losses[2 * call.rows] = kd;
   losses[3 * call.rows] = weight;
-  for (int64 k = 0; k < 6; ++k) saved[k * call.rows] = statistics[k];
+  for (int64 k = 0; k < kStatistics; ++k) saved[k * call.rows] = statistics[k];
 }
 
 // What the backward of one row needs besides its logits.
@@ -153,7 +154,7 @@ struct RowGradient {
   A smooth_share;  // added to every class of the label distribution
   A kept;          // factor of the unsmoothed distribution
   A divergence;    // KD / T^2
-  A statistics[6];
+  A statistics[kStatistics];
   RowLabels<A> labels;
 };
 
@@ -162,7 +163,7 @@ inline RowGradient<A> row_gradient(
     const Logits& call, const Head& head, int64 index, const RowPosition& at, int64 row) {
   RowGradient<A> g = {};
   const A* saved = static_cast<const A*>(call.statistics);
-  for (int64 k = 0; k < 6; ++k) g.statistics[k] = saved[k * call.rows + row];
+  for (int64 k = 0; k < kStatistics; ++k) g.statistics[k] = saved[k * call.rows + row];
   const A temperature = static_cast<A>(call.temperature);
   g.divergence = static_cast<const A*>(call.losses)[2 * call.rows + row] / (temperature * temperature);
   A upstream[3] = {};

@@ -3,7 +3,8 @@
 
 #include "../operations/logits.h"
 #include "feature_view.cuh"
-#include "logits_kernels.cuh"
+#include "logits_backward.cuh"
+#include "logits_forward.cuh"
 #include "runtime.cuh"
 
 namespace frskd::cuda {
