@@ -133,7 +133,7 @@ def host_flags(torch: Torch) -> list[str]:
 
 def cpu_steps(torch: Torch, folder: Path) -> list[Step]:
     compiler = find_compiler()
-    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     command = [*compiler, *host_flags(torch), "-c"]
     target = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
     variants = {"": []} | ({"_avx2": AVX2_FLAGS} if target.startswith(("x86_64", "amd64")) else {})

@@ -37,8 +37,6 @@ ANY = ""
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     (ANY, "cpu"): (_CPU,),
     (ANY, "cuda"): (_GPU,),
-    # PyTorch pools planes twice as fast as the CPU kernel, which is made for channels_last.
-    ("fusion", "cpu"): (_CPU._replace(implementations=(), layouts=("nchw",), forms=("pool", "batch-norm pool")), _CPU),
 }
 
 # The implementations of an operation that not all of them have.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
+from problems._memory import poisoned_memory
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on CPU tensors, interpreted.
@@ -32,24 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_empty() -> Iterator[None]:
     """Fresh memory holds NaN, or from the C library huge numbers, so that an output a kernel forgets to write is caught."""
-
-    def poison(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = function(*args, **kwargs)
-            if tensor.dtype == torch.uint8:  # bytes of packed numbers, which are NaN then
-                return tensor.fill_(0xFF)
-            return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point else tensor
-
-        return wrapped
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    perturb = -6  # M_PERTURB: fill with the complement of a byte, 0 to stop it
-    if mallopt is not None:
-        mallopt(perturb, 0x01)
-    yield
-    if mallopt is not None:
-        mallopt(perturb, 0)
+    with poisoned_memory():
+        yield

@@ -12,7 +12,7 @@ from torch import Tensor
 def attention_map(feature: Tensor, exponent: float = 2.0) -> Tensor:
     """normalize(mean_c |f|^p) over the pixels of each sample: (N, C, H, W) -> (N, H*W)."""
     powers = feature.pow(2) if exponent == 2 else feature.abs().pow(exponent)
-    return F.normalize(powers.mean(1).reshape(feature.shape[0], -1))
+    return F.normalize(powers.mean(1).flatten(1))
 
 
 def attention_rows(students: Sequence[Tensor], teachers: Sequence[Tensor], exponent: float = 2.0) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import formulas
 import pytest
 import torch
-from numerics import assert_close, largest_error
+from layouts import LAYOUTS
+from problems import Problem
+from problems.attention import LARGE_LEVELS, LEVELS, PROBLEMS
 from torch import Tensor
 
 import frskd_fast
@@ -16,114 +17,18 @@ from frskd_fast import functional
 from frskd_fast.ops import attention as attention_ops
 
 IMPLEMENTATIONS = ["reference", "cpu"]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# channels of the student, channels of the teacher, height, width: one pixel, one channel, widths around the vector
-# length 8, channel counts around the blocks of 4 and 32, planes longer than 512 bytes, more pixels than a tile of 1024.
-LEVELS = [(5, 3, 1, 1), (1, 2, 3, 5), (33, 66, 4, 4), (7, 9, 5, 9), (64, 128, 8, 8), (35, 40, 17, 16), (3, 4, 33, 32)]
 
 
-def _channels_last(feature: Tensor) -> Tensor:
-    return feature.contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "auto"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+def test_problems(problem: Problem, implementation: str) -> None:
+    problem.run(implementation, "cpu")
 
 
-def _sliced(feature: Tensor) -> Tensor:
-    n, c, h, w = feature.shape
-    storage = torch.full((n + 1, c + 2, h + 1, 2 * w + 1), 7.0, dtype=feature.dtype)
-    view = storage[1:, 1:-1, 1:, 1::2]
-    view.copy_(feature)
-    return view
-
-
-def _transposed(feature: Tensor) -> Tensor:
-    return feature.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-
-
-def _expanded(feature: Tensor) -> Tensor:
-    return feature[:1].expand(feature.shape)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda feature: feature,
-    "channels_last": _channels_last,
-    "sliced": _sliced,
-    "transposed": _transposed,
-    "expanded": _expanded,
-}
-
-
-def _pyramids(batch: int, dtype: torch.dtype, layout: str) -> tuple[list[Tensor], list[Tensor]]:
-    change = LAYOUTS[layout]
-    students = [change(torch.randn(batch, c, h, w).to(dtype)) for c, _, h, w in LEVELS]
-    teachers = [change(torch.randn(batch, d, h, w).to(dtype)) for _, d, h, w in LEVELS]
+def _pyramids(batch: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    students = [torch.randn(batch, c, h, w).to(dtype) for c, _, h, w in LEVELS + LARGE_LEVELS]
+    teachers = [torch.randn(batch, d, h, w).to(dtype) for _, d, h, w in LEVELS + LARGE_LEVELS]
     return students, teachers
-
-
-def _run(
-    function: Callable[[list[Tensor], list[Tensor]], Tensor],
-    students: list[Tensor],
-    teachers: list[Tensor],
-    grad: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, list[Tensor]]:
-    leaves_s = [x.detach().to(dtype).requires_grad_() for x in students]
-    leaves_t = [x.detach().to(dtype).requires_grad_() for x in teachers]
-    rows = function(leaves_s, leaves_t)
-    rows.backward(grad.to(rows.dtype))
-    gradients = []
-    for leaf in leaves_s + leaves_t:
-        assert leaf.grad is not None
-        gradients.append(leaf.grad)
-    return rows.detach(), gradients
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("exponent", [2.0, 1.0, 1.5, 3.0, 4.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_forward_and_backward(layout: str, dtype: torch.dtype, exponent: float, impl: str) -> None:
-    students, teachers = _pyramids(3, dtype, layout)
-    grad = torch.rand(len(LEVELS), 3, dtype=torch.float64)
-
-    def ours(s: list[Tensor], t: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(s, t, exponent, "none", detach_teacher=False, impl=impl)
-
-    def plain(s: list[Tensor], t: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(s, t, exponent)
-
-    rows, gradients = _run(ours, students, teachers, grad, dtype)
-    plain_rows, plain_gradients = _run(plain, students, teachers, grad, dtype)
-    true_rows, true_gradients = _run(plain, students, teachers, grad, torch.float64)
-    for level in range(len(LEVELS)):
-        assert_close(rows[level], plain_rows[level], true_rows[level], f"loss of level {level}")
-    for index, (mine, other, truth) in enumerate(zip(gradients, plain_gradients, true_gradients, strict=True)):
-        assert mine.dtype == dtype
-        assert_close(mine, other, truth, f"gradient {index}")
-
-
-def test_gradient_keeps_the_memory_format() -> None:
-    feature = _channels_last(torch.randn(2, 6, 4, 4)).requires_grad_()
-    functional.attention_transfer([feature], [torch.randn(2, 3, 4, 4)], impl="cpu").backward()
-    assert feature.grad is not None and feature.grad.stride() == feature.stride()
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "levels", "none"])
-def test_reductions(reduction: str, impl: str) -> None:
-    students, teachers = _pyramids(3, torch.float64, "contiguous")
-    rows = formulas.attention_rows(students, teachers)
-    wanted = {"mean": rows.mean(1).sum(), "sum": rows.sum(), "levels": rows.mean(1), "none": rows}[reduction]
-    leaves = [student.requires_grad_() for student in students]
-    value = functional.attention_transfer(leaves, teachers, reduction=reduction, impl=impl)
-    torch.testing.assert_close(value, wanted)
-    grad = torch.rand_like(value)
-    value.backward(grad)
-    again = [student.detach().requires_grad_() for student in students]
-    rows = formulas.attention_rows(again, teachers)
-    again_value = {"mean": rows.mean(1).sum(), "sum": rows.sum(), "levels": rows.mean(1), "none": rows}[reduction]
-    again_value.backward(grad)
-    for mine, truth in zip(leaves, again, strict=True):
-        torch.testing.assert_close(mine.grad, truth.grad)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -146,60 +51,6 @@ def test_map_gradcheck(impl: str) -> None:
     feature = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda f: functional.attention_map(f, 2.0, impl=impl), [feature])
     assert torch.autograd.gradcheck(lambda f: functional.attention_map(f, 3.0, impl=impl), [feature])
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_map(layout: str, dtype: torch.dtype, impl: str) -> None:
-    for (channels, _, height, width), exponent in itertools.product(LEVELS, (1.0, 2.0, 3.0)):
-        feature = LAYOUTS[layout](torch.randn(3, channels, height, width).to(dtype))
-        ours = functional.attention_map(feature, exponent, impl=impl)
-        truth = formulas.attention_map(feature.double(), exponent)
-        assert_close(ours, formulas.attention_map(feature, exponent), truth, f"map {channels} {height} {width}")
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_large_and_zero_features_are_finite_and_right(layout: str, dtype: torch.dtype, impl: str) -> None:
-    change = LAYOUTS[layout]
-    students = [
-        change((3e4 * torch.randn(2, 16, 4, 4).clamp(-1, 1)).to(dtype)),
-        change(torch.zeros(2, 16, 4, 4, dtype=dtype)),
-    ]
-    teachers = [
-        change((3e4 * torch.randn(2, 8, 4, 4).clamp(-1, 1)).to(dtype)),
-        change(torch.randn(2, 8, 4, 4).to(dtype)),
-    ]
-    leaves = [x.clone().requires_grad_() for x in students]
-    truth = [x.double().requires_grad_() for x in students]
-    # Scaled as by a gradient scaler, so that a float16 gradient of features of 3e4 is not below its range.
-    functional.attention_transfer(leaves, teachers, impl=impl).mul(2.0**16).backward()
-    (formulas.attention_rows(truth, [x.double() for x in teachers]).mean(1).sum() * 2.0**16).backward()
-    for mine, true in zip(leaves, truth, strict=True):
-        assert mine.grad is not None and true.grad is not None
-        assert_close(mine.grad, torch.full_like(mine.grad, float("nan")), true.grad, "gradient")
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_norms_beyond_the_float_range(impl: str) -> None:
-    """Features of 1e12 have maps of 1e24, whose squares pass float32."""
-    feature = 1e12 * torch.randn(2, 4, 3, 3)
-    wanted = formulas.attention_map(feature.double())
-    assert largest_error(functional.attention_map(feature, impl=impl), wanted) < 1e-6
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_nan_is_never_hidden(impl: str) -> None:
-    feature = torch.randn(2, 4, 3, 3)
-    feature[1, 2, 0, 1] = float("nan")
-    leaf = feature.clone().requires_grad_()
-    rows = functional.attention_transfer([leaf], [torch.randn(2, 4, 3, 3)], reduction="none", impl=impl)
-    assert rows[0, 0].isfinite() and rows[0, 1].isnan()
-    rows.sum().backward()
-    assert leaf.grad is not None and leaf.grad[0].isfinite().all() and leaf.grad[1].isnan().any()
 
 
 @pytest.mark.parametrize("batch", [2, 900])
@@ -260,8 +111,8 @@ def test_teacher_is_detached_by_default_and_differentiable_on_request(impl: str)
 
 
 def test_dictionaries_and_single_maps() -> None:
-    students, teachers = _pyramids(2, torch.float32, "contiguous")
-    names = [f"level{index}" for index in range(len(LEVELS))]
+    students, teachers = _pyramids(2, torch.float32)
+    names = [f"level{index}" for index in range(len(students))]
     as_list = functional.attention_transfer(students, teachers)
     as_dict = functional.attention_transfer(
         dict(zip(names, students, strict=True)), dict(zip(names, teachers, strict=True))
@@ -303,7 +154,7 @@ def test_double_backward_is_refused() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     """Also covers the path for fewer samples than threads."""
-    students, teachers = _pyramids(2, torch.float32, "contiguous")
+    students, teachers = _pyramids(2, torch.float32)
 
     def run() -> list[Tensor]:
         leaves = [student.clone().requires_grad_() for student in students]
@@ -337,9 +188,9 @@ def test_large_gradients_are_streamed_to_the_same_values() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("need_teacher", [True, False])
 def test_operators_pass_opcheck(need_teacher: bool, dtype: torch.dtype) -> None:
-    students = [torch.randn(2, 3, 4, 4).to(dtype), _channels_last(torch.randn(2, 5, 2, 2).to(dtype))]
+    students = [torch.randn(2, 3, 4, 4).to(dtype), LAYOUTS["channels_last"](torch.randn(2, 5, 2, 2).to(dtype))]
     teachers = [torch.randn(2, 4, 4, 4).to(dtype), torch.randn(2, 5, 2, 2).to(dtype)]
-    losses, student, _ = attention_ops.raw_forward(students, teachers, 2.0, True, need_teacher, "cpu")
+    losses, student, _ = attention_ops.forward(students, teachers, 2.0, True, need_teacher, "cpu")
     operators = torch.ops.frskd_fast
     torch.library.opcheck(operators.attention_forward.default, (students, teachers, 2.0, True, need_teacher, "cpu"))
     grad = torch.ones_like(losses)

@@ -11,19 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import emulation
-import formulas
 import problems
 import pytest
 import torch
 from layouts import LAYOUTS
 from numerics import assert_close
-from problems import Problem
+from problems import Problem, _raw_fusion
 from torch import Tensor
 
 from frskd_fast import functional
 from frskd_fast.losses import FRSKDLoss
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # channels of the student, of the teacher, height, width: one pixel; one channel; packs of 4 and 8; half packs; no packs; more
 # packs than threads; channels in packs, and with a rest.
 LEVELS = [(5, 3, 1, 1), (1, 2, 3, 5), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (16, 8, 48, 52), (64, 12, 8, 8)]
@@ -95,6 +93,17 @@ def test_problems(operation: str, problem: Problem, monkeypatch: pytest.MonkeyPa
         problem.run(emulation.NAME, "cpu")
 
 
+@pytest.mark.usefixtures("emulated")
+def test_statistics_of_hard_channels_keep_their_digits() -> None:
+    """All of them: one block measures all pixels, and its sums are merged in float64."""
+    for found, truth in _raw_fusion.statistics_of_hard_channels(emulation.raw("fusion"), "cpu"):
+        tolerance = 1e-12 if found.dtype == torch.float64 else 3e-6
+        for row, allowed in ((0, tolerance), (1, 10 * tolerance), (2, 10 * tolerance)):
+            torch.testing.assert_close(
+                found[row].double(), truth[row], rtol=allowed, atol=0 if row else allowed, equal_nan=True
+            )
+
+
 @contextmanager
 def _recorded(operation: str) -> Iterator[list[Tensor]]:
     """What the raw functions of an operation return."""
@@ -150,92 +159,6 @@ def _pyramids(layout: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tenso
     students = [change(torch.randn(2, c, h, w).to(dtype)) for c, _, h, w in LEVELS]
     teachers = [change(torch.randn(2, d, h, w).to(dtype)) for _, d, h, w in LEVELS]
     return students, teachers
-
-
-def _with_gradients(
-    function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-    result = function(leaves)
-    result.backward(grad.to(result.dtype))
-    gradients = []
-    for leaf in leaves:
-        assert leaf.grad is not None
-        gradients.append(leaf.grad)
-    return [result.detach(), *gradients]
-
-
-def _three_way(
-    ours: Callable[[list[Tensor]], Tensor], plain: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], rows: Any
-) -> None:
-    dtype = inputs[0].dtype
-    grad = torch.randn(rows)
-    results = _with_gradients(ours, inputs, grad, dtype)
-    plains = _with_gradients(plain, inputs, grad, dtype)
-    truths = _with_gradients(plain, inputs, grad, torch.float64)
-    for index, (result, plain_result, truth) in enumerate(zip(results, plains, truths, strict=True)):
-        assert_close(result, plain_result, truth, "losses" if index == 0 else f"gradient {index - 1}")
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("multiprocessors", ["1", EVERY_SM_IDLE], ids=["fused", "tiled"])
-@pytest.mark.parametrize("exponent", [2.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention(
-    layout: str, dtype: torch.dtype, exponent: float, multiprocessors: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
-    students, teachers = _pyramids(layout, dtype)
-    count = len(students)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl="emulation"
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
-
-    _three_way(ours, plain, students + teachers, (count, 2))
-
-
-@pytest.mark.usefixtures("emulated")
-def test_attention_of_more_levels_than_one_launch_holds() -> None:
-    students = [torch.randn(2, 3, size, size) for size in range(1, 18)]
-    teachers = [torch.randn(2, 2, size, size) for size in range(1, 18)]
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:17], inputs[17:], 2.0, "none", detach_teacher=False, impl="emulation"
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:17], inputs[17:])
-
-    _three_way(ours, plain, students + teachers, (17, 2))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("size", [60, 80], ids=["more than 48 KB of shared memory", "too many pixels to fuse"])
-def test_attention_of_large_maps(size: int) -> None:
-    inputs = [torch.randn(1, 2, size, size, dtype=torch.float16), torch.randn(1, 3, size, size, dtype=torch.float16)]
-
-    def ours(pair: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(pair[0], pair[1], 2.0, "none", detach_teacher=False, impl="emulation")
-
-    _three_way(ours, lambda pair: formulas.attention_rows(pair[:1], pair[1:]), inputs, (1, 1))
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_map(layout: str, dtype: torch.dtype) -> None:
-    for feature in _pyramids(layout, dtype)[0]:
-        ours = functional.attention_map(feature, impl="emulation")
-        assert_close(
-            ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), str(feature.shape)
-        )
 
 
 # 8 lanes a row; 32; 256, unpacked and packed; a map with classes last; a map with pixels last; a transposed matrix; (N, K, W).

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import formulas
 import problems
 import pytest
 import torch
@@ -23,8 +22,6 @@ pytestmark = pytest.mark.gpu
 
 IMPLEMENTATIONS = ["cuda", "triton"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# channels of the student, of the teacher, height, width
-LEVELS = [(5, 3, 1, 1), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (64, 32, 48, 52), (64, 12, 8, 8), (2, 3, 56, 56)]
 PYRAMID = [(64, 128, 32), (128, 256, 16), (256, 512, 8), (512, 1024, 4)]  # CIFAR ResNet-18 and its self-teacher
 
 
@@ -85,42 +82,6 @@ def test_problems(operation: str, problem: problems.Problem, impl: str) -> None:
     torch.manual_seed(0)
     problem.run(impl, "cuda")
     assert frskd_fast.last_impl().get(operation, impl) == impl
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("batch", [2, 160], ids=["few samples", "many samples"])
-@pytest.mark.parametrize("exponent", [2.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention(layout: str, dtype: torch.dtype, exponent: float, batch: int, impl: str) -> None:
-    """Few samples take the tiled plan of the CUDA kernels, many the fused one."""
-    _skip_unsupported(impl, dtype)
-    change = LAYOUTS[layout]
-    students = [change(torch.randn(batch, c, h, w, device="cuda").to(dtype)) for c, _, h, w in LEVELS]
-    teachers = [change(torch.randn(batch, d, h, w, device="cuda").to(dtype)) for _, d, h, w in LEVELS]
-    count = len(LEVELS)
-
-    def ours(inputs: list[Tensor]) -> Tensor:
-        return functional.attention_transfer(
-            inputs[:count], inputs[count:], exponent, "none", detach_teacher=False, impl=impl
-        )
-
-    def plain(inputs: list[Tensor]) -> Tensor:
-        return formulas.attention_rows(inputs[:count], inputs[count:], exponent)
-
-    _three_way(ours, plain, students + teachers, (count, batch))
-    assert frskd_fast.last_impl()["attention"] == impl
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_map(layout: str, dtype: torch.dtype, impl: str) -> None:
-    _skip_unsupported(impl, dtype)
-    for c, _, h, w in LEVELS:
-        feature = LAYOUTS[layout](torch.randn(3, c, h, w, device="cuda").to(dtype))
-        ours = functional.attention_map(feature, impl=impl)
-        assert_close(ours, formulas.attention_map(feature), formulas.attention_map(feature.double()), f"{(c, h, w)}")
 
 
 def _normal(*shape: int) -> Tensor:

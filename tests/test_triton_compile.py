@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,57 +28,7 @@ from frskd_fast import kernels
 pytest.importorskip("triton", reason="Triton is not installed")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-
-def _attention(layout: str, dtype: torch.dtype, exponent: float, batch: int = 2, device: str = "cpu") -> None:
-    """A wide level, a deep one, and one of ImageNet's whose 196 pixels are no multiple of 16."""
-    from frskd_fast.kernels import attention
-
-    sizes = ((64, 32, 32), (512, 4, 4), (256, 14, 14)) if exponent == 2.0 and device == "cpu" else ((64, 32, 32),)
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    features = [torch.empty(batch, *size, dtype=dtype, device=device, memory_format=memory_format) for size in sizes]
-    losses, coefficients, _ = attention.forward(features, features, exponent, True, True)
-    assert coefficients is not None
-    attention.backward(losses, 1.0, features, coefficients, exponent)
-
-
-def _attention_map() -> None:
-    from frskd_fast.kernels import attention
-
-    attention.attention_map(torch.zeros(2, 64, 32, 32), 2.0)
-
-
-def _combine(rows: int) -> None:
-    from frskd_fast.kernels import combine
-
-    for split in (False, True):
-        combine.forward(torch.zeros(4, 128), torch.zeros(4, rows), 2.0, 100.0, True, split)
-
-
-# Of the operations whose problems do not say what is to be compiled.
-_CASES: dict[str, dict[str, Callable[[], None]]] = {
-    "attention": {
-        "nchw float32": lambda: _attention("nchw", torch.float32, 2.0),
-        "nchw bfloat16": lambda: _attention("nchw", torch.bfloat16, 2.0),
-        "channels_last float32": lambda: _attention("channels_last", torch.float32, 2.0),
-        "channels_last bfloat16": lambda: _attention("channels_last", torch.bfloat16, 2.0),
-        "p=2.3": lambda: _attention("nchw", torch.float32, 2.3),
-        "float64": lambda: _attention("nchw", torch.float64, 2.0),
-        "64-bit offsets": lambda: _attention("nchw", torch.float32, 2.0, batch=40_000, device="meta"),
-        "map": _attention_map,
-    },
-    "combine": {
-        "few rows": lambda: _combine(128),
-        "many rows": lambda: _combine(200_000),
-    },
-}
-OPERATIONS = sorted({operation for operation in problems.operations() if problems.compiled(operation)} | _CASES.keys())
-
-
-def cases(operation: str) -> dict[str, Callable[[], None]]:
-    """Launches of the kernels of an operation, with the block shapes of real calls."""
-    found = problems.compiled(operation) if operation in problems.operations() else {}
-    return found or _CASES[operation]
+OPERATIONS = [operation for operation in problems.operations() if problems.compiled(operation)]
 
 
 class Recorder:
@@ -136,7 +86,7 @@ def _amd_resources(assembly: str) -> dict[str, int]:
 
 def _reports(target: str, operation: str) -> Iterator[dict[str, Any]]:
     cuobjdump = _cuobjdump()
-    for case, run in cases(operation).items():
+    for case, run in problems.compiled(operation).items():
         recorder = Recorder()
         run()
         for kernel, arguments, constants in recorder.calls:
@@ -160,7 +110,7 @@ def test_compiles_without_spills(operation: str, target: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {report["case"] for report in reports} == set(cases(operation))
+    assert {report["case"] for report in reports} == set(problems.compiled(operation))
     if not reports[0]["resources"]:
         pytest.skip("compiled, but no cuobjdump was found to count spilled registers")
     spilling = [

@@ -21,7 +21,9 @@ from typing import Any
 import problems
 import pytest
 import torch
+from numerics import assert_close
 from problems import _raw_fusion
+from problems.attention import Transfer
 from torch import Tensor
 
 from frskd_fast import _dispatch
@@ -190,17 +192,6 @@ def test_problems(problem: problems.Problem) -> None:
     problem.run("triton", DEVICE)
 
 
-def attention_formula(students: Sequence[Tensor], teachers: Sequence[Tensor], exponent: float) -> Tensor:
-    rows = []
-    for student, teacher in zip(students, teachers, strict=True):
-        maps = []
-        for feature in (student, teacher):
-            activity = feature.abs().pow(exponent).mean(1).flatten(1)
-            maps.append(activity / torch.linalg.vector_norm(activity, dim=1, keepdim=True).clamp_min(1e-12))
-        rows.append((maps[0] - maps[1]).square().mean(1))
-    return torch.stack(rows)
-
-
 def by_autograd(
     formula: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype, upstream: Sequence[Tensor], scale: float
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -215,160 +206,17 @@ def by_autograd(
     ]
 
 
-class TestAttention:
-    def compare(
-        self,
-        students: list[Tensor],
-        teachers: list[Tensor],
-        exponent: float,
-        generator: torch.Generator,
-        plain: bool = True,
-    ) -> None:
-        from frskd_fast.kernels import attention
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_attention_with_64_bit_offsets(wide_layouts: None, layout: str) -> None:
+    Transfer(layout=layout, levels=((3, 5, 5, 4),)).run("triton", DEVICE)
 
-        students, teachers = [s.to(DEVICE) for s in students], [t.to(DEVICE) for t in teachers]
-        levels, batch = len(students), students[0].shape[0]
-        dtype = accumulate(students[0].dtype)
-        grad = random(generator, levels, batch, dtype=dtype).to(DEVICE)
-        losses, student_coefficients, teacher_coefficients = attention.forward(students, teachers, exponent, True, True)
-        assert student_coefficients is not None and teacher_coefficients is not None
-        ours = attention.backward(grad, 1.75, students, student_coefficients, exponent)
-        ours += attention.backward(grad, 1.75, teachers, teacher_coefficients, exponent)
 
-        def formula(*features: Tensor) -> tuple[Tensor]:
-            return (attention_formula(features[:levels], features[levels:], exponent),)
+def test_attention_refuses_integers() -> None:
+    from frskd_fast.kernels import attention
 
-        inputs = [*students, *teachers]
-        (truth,), truth_gradients = by_autograd(formula, inputs, torch.float64, [grad], 1.75)
-        (plain_losses,), plain_gradients = by_autograd(formula, inputs, dtype, [grad], 1.75)
-        assert losses.dtype == dtype
-        check(losses, truth, plain_losses if plain else None, "losses")
-        for index, (gradient, wanted, eager, feature) in enumerate(
-            zip(ours, truth_gradients, plain_gradients, inputs, strict=True)
-        ):
-            assert gradient.dtype == feature.dtype
-            assert gradient.stride() == torch.empty_like(feature).stride()
-            check(gradient, wanted, eager if plain else None, f"gradient {index}")
-
-    @pytest.mark.parametrize(
-        ("layout", "dtype", "exponent"),
-        [
-            ("contiguous", torch.float32, 2.0),
-            ("contiguous", torch.float16, 1.0),
-            ("contiguous", torch.bfloat16, 3.0),
-            ("contiguous", torch.float64, 2.0),
-            ("channels_last", torch.float32, 1.5),
-            ("channels_last", torch.bfloat16, 2.0),
-            ("sliced", torch.float32, 3.0),
-            ("sliced", torch.float16, 2.0),
-            ("batch_last", torch.float32, 1.0),
-            ("batch_last", torch.float32, 2.25),
-        ],
-    )
-    def test_levels(self, layout: str, dtype: torch.dtype, exponent: float, generator: torch.Generator) -> None:
-        # One odd level, one of a single channel, one of a single pixel; rectified, so that many values are 0.
-        sizes = (((3, 5, 7), (4, 5, 7)), ((1, 4, 4), (9, 4, 4)), ((6, 1, 1), (2, 1, 1)))
-        students = [arrange(random(generator, 2, *size, dtype=dtype).relu(), layout) for size, _ in sizes]
-        teachers = [arrange(random(generator, 2, *size, dtype=dtype), layout) for _, size in sizes]
-        self.compare(students, teachers, exponent, generator)
-
-    @pytest.mark.parametrize(
-        ("size", "layout"),
-        [
-            ((40, 12, 12), "contiguous"),  # two tiles of pixels, two of channels
-            ((300, 4, 5), "channels_last"),  # two tiles of channels
-            ((2, 33, 32), "contiguous"),  # a map longer than one step of the comparison
-        ],
-    )
-    def test_several_tiles(self, size: tuple[int, int, int], layout: str, generator: torch.Generator) -> None:
-        feature = arrange(random(generator, 1, *size, dtype=torch.float32), layout)
-        teacher = arrange(random(generator, 1, *size, dtype=torch.float32), layout)
-        self.compare([feature], [teacher], 2.0, generator)
-
-    def test_mixed_layouts_and_expanded_teachers(self, generator: torch.Generator) -> None:
-        students = [random(generator, 3, 4, 3, 6, dtype=torch.float32) for _ in range(3)]
-        students[1] = arrange(students[1], "channels_last")
-        students[2] = students[2].transpose(2, 3)
-        teachers = [
-            random(generator, 1, 4, 3, 6, dtype=torch.float32).expand(3, -1, -1, -1),
-            random(generator, 3, 1, 3, 6, dtype=torch.float32).expand(-1, 5, -1, -1),
-            random(generator, 3, 2, 6, 1, dtype=torch.float32).expand(-1, -1, -1, 3),
-        ]
-        self.compare(students, teachers, 2.0, generator)
-
-    def test_more_levels_than_one_launch_takes(self, generator: torch.Generator) -> None:
-        students = [random(generator, 2, 2, 1 + level % 2, 2, dtype=torch.float32) for level in range(9)]
-        teachers = [random(generator, 2, 1, 1 + level % 2, 2, dtype=torch.float32) for level in range(9)]
-        self.compare(students, teachers, 2.0, generator)
-
-    def test_64_bit_offsets(self, wide_layouts: None, generator: torch.Generator) -> None:
-        students, teachers = ([random(generator, 2, 3, 5, 4, dtype=torch.float32)] for _ in range(2))
-        self.compare(students, teachers, 2.0, generator)
-
-    @pytest.mark.parametrize(
-        ("dtype", "magnitude"),
-        [(torch.float16, 3e4), (torch.float32, 1e17), (torch.float32, 1e-7), (torch.bfloat16, 1e15)],
-    )
-    def test_extreme_magnitudes(self, dtype: torch.dtype, magnitude: float, generator: torch.Generator) -> None:
-        # The squares of the map leave the range of float32; plain float32 gives 0 or NaN here.
-        student = (random(generator, 2, 3, 4, 4).clamp(-1, 1) * magnitude).to(dtype)
-        teacher = (random(generator, 2, 3, 4, 4).clamp(-1, 1) * magnitude).to(dtype)
-        self.compare([student], [teacher], 2.0, generator, plain=False)
-
-    @pytest.mark.parametrize("exponent", [1.0, 1.5, 2.0])
-    def test_zero_maps(self, exponent: float, generator: torch.Generator) -> None:
-        zeros = torch.zeros(2, 3, 4, 4)
-        self.compare([zeros, zeros], [zeros, random(generator, 2, 3, 4, 4, dtype=torch.float32)], exponent, generator)
-
-    def test_nan_stays_in_its_sample(self, generator: torch.Generator) -> None:
-        student = random(generator, 3, 2, 3, 3, dtype=torch.float32)
-        student[1, 0, 2, 1] = float("nan")
-        self.compare([student], [random(generator, 3, 2, 3, 3, dtype=torch.float32)], 2.0, generator)
-
-    def test_expanded_upstream_gradient_and_one_side(self, generator: torch.Generator) -> None:
-        from frskd_fast.kernels import attention
-
-        students = [random(generator, 2, 3, 4, 4, dtype=torch.float32).to(DEVICE)] * 2
-        teachers = [random(generator, 2, 3, 4, 4, dtype=torch.float32).to(DEVICE)] * 2
-        _, coefficients, absent = attention.forward(students, teachers, 2.0, True, False)
-        assert coefficients is not None and absent is None
-        _, absent, of_teachers = attention.forward(students, teachers, 2.0, False, True)
-        assert absent is None and of_teachers is not None and of_teachers.isfinite().all()
-        one = torch.tensor(0.5, device=DEVICE)
-        expanded = attention.backward(one.expand(2, 2), 3.0, students, coefficients, 2.0)
-        dense = attention.backward(torch.full((2, 2), 1.5, device=DEVICE), 1.0, students, coefficients, 2.0)
-        for left, right in zip(expanded, dense, strict=True):
-            assert torch.equal(left, right)
-
-    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-    def test_attention_map(self, layout: str, generator: torch.Generator) -> None:
-        from frskd_fast.kernels import attention
-
-        feature = arrange(random(generator, 3, 5, 3, 4, dtype=torch.float32), layout)
-        feature[1] = 0.0
-        attention_map, norm = attention.attention_map(feature.to(DEVICE), 2.0)
-        for dtype in (torch.float64,):
-            activity = feature.to(DEVICE, dtype).square().mean(1).flatten(1)
-            wanted = torch.linalg.vector_norm(activity, dim=1)
-            check(norm, wanted, None, "norm")
-            check(attention_map, activity / wanted.clamp_min(1e-12).unsqueeze(1), None, "map")
-
-    def test_empty_batch(self) -> None:
-        from frskd_fast.kernels import attention
-
-        feature = torch.zeros(0, 3, 4, 4, device=DEVICE)
-        losses, coefficients, _ = attention.forward([feature], [feature], 2.0, True, False)
-        assert losses.shape == (1, 0) and coefficients is not None and coefficients.shape == (0,)
-        assert attention.backward(losses, 1.0, [feature], coefficients, 2.0)[0].shape == feature.shape
-        attention_map, norm = attention.attention_map(feature, 2.0)
-        assert attention_map.shape == (0, 16) and norm.shape == (0,)
-
-    def test_refuses_integers(self) -> None:
-        from frskd_fast.kernels import attention
-
-        feature = torch.zeros(1, 1, 2, 2, dtype=torch.int32, device=DEVICE)
-        with pytest.raises(TypeError, match="int32"):
-            attention.forward([feature], [feature], 2.0, False, False)
+    feature = torch.zeros(1, 1, 2, 2, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(TypeError, match="int32"):
+        attention.forward([feature], [feature], 2.0, False, False)
 
 
 class TestLogits:
@@ -471,9 +319,32 @@ class TestFusionPlans:
         case = _raw_fusion.Case(channels, size, (("none", *size),) * 2, normalised=normalised, batch=1)
         self.solve(case, layout)
 
-    @pytest.mark.usefixtures("small_blocks")
-    def test_statistics_of_several_chunks(self) -> None:
-        _raw_fusion.RawProblem(_raw_fusion._statistics_of_hard_channels).run("triton", DEVICE)
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    def test_statistics(self, layout: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+        from frskd_fast.kernels import _fusion, fusion
+
+        from frskd_fast.reference import fusion as reference
+
+        monkeypatch.setattr(_fusion, "_ENOUGH_PROGRAMS", 1)
+        forget_plans()
+        # Channels far from 0, constant, with an outlier in front, with a NaN; and a second, smaller image.
+        x = random(generator, 3, 5, 9, 15)
+        x[:, 0] += 3e3
+        x[:, 1] = 7.0
+        x[0, 2, 0, 0] = 1e4
+        x[1, 3, 4, 4] = float("nan")
+        images = [arrange(one.float(), layout).to(DEVICE) for one in (x, random(generator, 3, 2, 1, 2))]
+        for image, found in zip(images, fusion.batch_statistics(images, [1e-5, 1e-3]), strict=True):
+            epsilon = 1e-5 if image is images[0] else 1e-3
+            plain, truth = (
+                reference.batch_statistics(image.to(kind), epsilon) for kind in (torch.float32, torch.float64)
+            )
+            assert torch.equal(found.isnan(), truth.isnan())
+            for row, name in enumerate(("mean", "inverse deviation", "variance")):
+                for channel in range(image.shape[1]):
+                    if not truth[row, channel].isnan():
+                        assert_close(found[row, channel], plain[row, channel], truth[row, channel], f"{name} {channel}")
+        forget_plans()
 
     @pytest.mark.usefixtures("wide_layouts")
     def test_64_bit_offsets(self) -> None:
@@ -483,47 +354,3 @@ class TestFusionPlans:
     def solve(self, case: _raw_fusion.Case, layout: str) -> None:
         tensors = _raw_fusion.make(case, [layout] * 4, torch.float32, DEVICE)
         _raw_fusion.three_way(layout, _dispatch.raw("fusion", "triton"), case, tensors)
-
-
-class TestCombine:
-    @pytest.mark.parametrize(
-        ("levels", "batch", "rows"), [(3, 5, 7), (0, 5, 5), (1, 1, 1), (4, 600, 2100), (2, 3, 40_000), (2, 0, 0)]
-    )
-    @pytest.mark.parametrize("has_targets", [True, False])
-    def test_parts(self, levels: int, batch: int, rows: int, has_targets: bool, generator: torch.Generator) -> None:
-        from frskd_fast.kernels import combine
-
-        attention_losses = random(generator, levels, batch, dtype=torch.float32).abs().to(DEVICE)
-        logits_losses = random(generator, 4, rows, dtype=torch.float32).abs().to(DEVICE)
-        logits_losses[3] = (logits_losses[3] > 0.5).float()
-        parts, (total,) = combine.forward(attention_losses, logits_losses, 2.0, 100.0, has_targets, split=False)
-        assert torch.equal(total, parts[0])
-        again, apart = combine.forward(attention_losses, logits_losses, 2.0, 100.0, has_targets, split=True)
-        assert torch.equal(again, parts)
-        assert torch.equal(torch.stack(apart), parts[1:4])
-        exact = logits_losses.double()
-        valid = exact[3].sum() if has_targets else torch.zeros(())
-        inverse = 1.0 / valid if valid > 0 else torch.zeros(())
-        kd = exact[2].sum() / max(rows, 1)
-        feature = attention_losses.double().sum() / max(batch, 1)
-        student, teacher = (exact[row].sum() * inverse for row in (0, 1))
-        wanted = [student + teacher + 2.0 * kd + 100.0 * feature, student, teacher, kd, feature, inverse]
-        for part, value in zip(parts, wanted, strict=True):
-            check(part.reshape(1), value.double().reshape(1), None, "part")
-
-    def test_no_valid_row(self) -> None:
-        from frskd_fast.kernels import combine
-
-        losses = torch.zeros(4, 3, device=DEVICE)
-        losses[2] = 1.0
-        parts, _ = combine.forward(torch.zeros(0, 3, device=DEVICE), losses, 2.0, 100.0, True, split=False)
-        assert parts.tolist() == [2.0, 0.0, 0.0, 1.0, 0.0, 0.0]
-
-    def test_nan_is_not_hidden(self) -> None:
-        from frskd_fast.kernels import combine
-
-        losses = torch.zeros(4, 3, device=DEVICE)
-        losses[0, 1] = float("nan")
-        losses[3] = 1.0
-        parts, _ = combine.forward(torch.zeros(1, 3, device=DEVICE), losses, 2.0, 100.0, True, split=False)
-        assert parts.isnan().tolist() == [True, True, False, False, False, False]

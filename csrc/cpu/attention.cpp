@@ -1,7 +1,5 @@
 // Entry points of the attention operation on the CPU.
-#include <torch/csrc/stable/library.h>
-
-#include <optional>
+#include "../operations/attention.h"
 
 #include "attention_call.h"
 #include "checks.h"
@@ -34,117 +32,95 @@ Pyramid pyramid_of(const std::vector<Tensor>& features, Element element, const c
   return pyramid;
 }
 
-// As working_tensor; half-precision features may go with packed coefficients, `numel` of them in uint8.
-Coefficients coefficients_of(const Tensor& tensor, Element element, std::int64_t numel, const char* name) {
-  const bool half = element == Element::kBFloat16 || element == Element::kFloat16;
-  if (!half || tensor.scalar_type() != ScalarType::Byte) return {working_tensor(tensor, element, numel, name), 0};
-  check_on_cpu(tensor, name);
+void attention_forward(const AttentionForward& call) {
+  check_number(call.exponent, 1.0, "exponent");
   STD_TORCH_CHECK(
-      tensor.numel() == 3 * numel && tensor.is_contiguous(), name, " has shape ", shape_text(tensor), ", but ",
-      3 * numel, " contiguous bytes were wanted.");
-  return {tensor.data_ptr(), numel};
-}
-
-void attention_forward(
-    std::vector<Tensor> students,
-    std::vector<Tensor> teachers,
-    double exponent,
-    Tensor losses,
-    std::optional<Tensor> student_coefficients,
-    std::optional<Tensor> teacher_coefficients,
-    std::optional<Tensor>) {
-  check_number(exponent, 1.0, "exponent");
-  STD_TORCH_CHECK(
-      students.size() == teachers.size(), "teachers has ", teachers.size(), " levels, but students has ",
-      students.size(), ".");
-  if (students.empty()) return;
-  const Element element = element_of(students[0], "students");
-  const Pyramid student = pyramid_of(students, element, "students");
-  const Pyramid teacher = pyramid_of(teachers, element, "teachers");
+      call.students.size() == call.teachers.size(), "teachers has ", call.teachers.size(), " levels, but students has ",
+      call.students.size(), ".");
+  if (call.students.empty()) return;
+  const Element element = element_of(call.students[0], "students");
+  const Pyramid student = pyramid_of(call.students, element, "students");
+  const Pyramid teacher = pyramid_of(call.teachers, element, "teachers");
   STD_TORCH_CHECK(student.batch == teacher.batch, "teachers has another batch size than students.");
   for (std::size_t level = 0; level < student.maps.size(); ++level) {
     STD_TORCH_CHECK(
         student.maps[level].height == teacher.maps[level].height &&
             student.maps[level].width == teacher.maps[level].width,
-        "teachers[", level, "] has shape ", shape_text(teachers[level]), ", but the pixels of students[", level, "] ",
-        shape_text(students[level]), " were wanted.");
+        "teachers[", level, "] has shape ", shape_text(call.teachers[level]), ", but the pixels of students[", level,
+        "] ", shape_text(call.students[level]), " were wanted.");
   }
-  const std::int64_t levels = static_cast<std::int64_t>(students.size());
-  const std::int64_t numel = student.batch * student.pixels;
-  AttentionForward call{student.maps.data(), teacher.maps.data(), levels, student.batch, exponent, nullptr, {}, {}};
-  call.losses = working_tensor(losses, element, levels * student.batch, "losses");
-  if (student_coefficients) {
-    call.student_coefficients = coefficients_of(*student_coefficients, element, numel, "student_coefficients");
-  }
-  if (teacher_coefficients) {
-    call.teacher_coefficients = coefficients_of(*teacher_coefficients, element, numel, "teacher_coefficients");
-  }
-  kernels<AttentionKernels>().forward(call, element, run_parallel, thread_count());
+  const std::int64_t levels = static_cast<std::int64_t>(call.students.size());
+  const auto coefficients = [&](const std::optional<Tensor>& tensor, const char* name) -> void* {
+    return tensor ? working_tensor(*tensor, element, student.batch * student.pixels, name) : nullptr;
+  };
+  const AttentionForwardCall kernel_call{
+      student.maps.data(),
+      teacher.maps.data(),
+      levels,
+      student.batch,
+      call.exponent,
+      working_tensor(call.losses, element, levels * student.batch, "losses"),
+      coefficients(call.student_coefficients, "student_coefficients"),
+      coefficients(call.teacher_coefficients, "teacher_coefficients")};
+  kernels<AttentionKernels>().forward(kernel_call, element, run_parallel, thread_count());
 }
 
-void attention_backward(
-    Tensor grad,
-    double scale,
-    std::vector<Tensor> features,
-    Tensor coefficients,
-    double exponent,
-    std::vector<Tensor> gradients) {
-  check_number(exponent, 1.0, "exponent");
+void attention_backward(const AttentionBackward& call) {
+  check_number(call.exponent, 1.0, "exponent");
   STD_TORCH_CHECK(
-      features.size() == gradients.size(), "gradients has ", gradients.size(), " levels, but features has ",
-      features.size(), ".");
-  if (features.empty()) return;
-  const Element element = element_of(features[0], "features");
-  const Pyramid feature = pyramid_of(features, element, "features");
-  const Pyramid gradient = pyramid_of(gradients, element, "gradients");
-  const std::int64_t levels = static_cast<std::int64_t>(features.size());
+      call.features.size() == call.gradients.size(), "gradients has ", call.gradients.size(),
+      " levels, but features has ", call.features.size(), ".");
+  if (call.features.empty()) return;
+  const Element element = element_of(call.features[0], "features");
+  const Pyramid feature = pyramid_of(call.features, element, "features");
+  const Pyramid gradient = pyramid_of(call.gradients, element, "gradients");
+  const std::int64_t levels = static_cast<std::int64_t>(call.features.size());
   std::int64_t bytes = 0;
-  for (std::size_t level = 0; level < features.size(); ++level) {
+  for (std::size_t level = 0; level < call.features.size(); ++level) {
     const Map& in = feature.maps[level];
     const Map& out = gradient.maps[level];
     STD_TORCH_CHECK(
         gradient.batch == feature.batch && in.channels == out.channels && in.height == out.height &&
             in.width == out.width,
-        "gradients[", level, "] has shape ", shape_text(gradients[level]), ", but that of features[", level, "] ",
-        shape_text(features[level]), " was wanted.");
-    bytes += gradients[level].numel() * (element == Element::kFloat64 ? 8 : element == Element::kFloat32 ? 4 : 2);
+        "gradients[", level, "] has shape ", shape_text(call.gradients[level]), ", but that of features[", level, "] ",
+        shape_text(call.features[level]), " was wanted.");
+    bytes += call.gradients[level].numel() * (element == Element::kFloat64 ? 8 : element == Element::kFloat32 ? 4 : 2);
   }
-  check_on_cpu(grad, "grad");
+  check_on_cpu(call.grad, "grad");
   STD_TORCH_CHECK(
-      grad.dim() == 2 && grad.sizes()[0] == levels && grad.sizes()[1] == feature.batch &&
-          grad.scalar_type() == accumulate_type(element),
-      "grad has shape ", shape_text(grad), ", but (levels, batch) = (", levels, ", ", feature.batch,
+      call.grad.dim() == 2 && call.grad.sizes()[0] == levels && call.grad.sizes()[1] == feature.batch &&
+          call.grad.scalar_type() == accumulate_type(element),
+      "grad has shape ", shape_text(call.grad), ", but (levels, batch) = (", levels, ", ", feature.batch,
       ") in the accumulate dtype was wanted.");
-  AttentionBackward call{
-      grad.data_ptr(),
-      grad.strides()[0],
-      grad.strides()[1],
-      scale,
+  const AttentionBackwardCall kernel_call{
+      call.grad.data_ptr(),
+      call.grad.strides()[0],
+      call.grad.strides()[1],
+      call.scale,
       feature.maps.data(),
       gradient.maps.data(),
-      coefficients_of(coefficients, element, feature.batch * feature.pixels, "coefficients"),
+      working_tensor(call.coefficients, element, feature.batch * feature.pixels, "coefficients"),
       levels,
       feature.batch,
-      exponent,
+      call.exponent,
       bytes > kStreamingBytes};
-  kernels<AttentionKernels>().backward(call, element, run_parallel, thread_count());
+  kernels<AttentionKernels>().backward(kernel_call, element, run_parallel, thread_count());
 }
 
-void attention_map(Tensor feature, double exponent, Tensor map, Tensor norm) {
-  check_number(exponent, 1.0, "exponent");
-  const Element element = element_of(feature, "feature");
-  const Pyramid pyramid = pyramid_of({feature}, element, "feature");
-  const AttentionMap call{
-      pyramid.maps[0], pyramid.batch, exponent, working_tensor(map, element, pyramid.batch * pyramid.pixels, "map"),
-      working_tensor(norm, element, pyramid.batch, "norm")};
-  kernels<AttentionKernels>().map(call, element, run_parallel, thread_count());
+void attention_map(const AttentionMap& call) {
+  check_number(call.exponent, 1.0, "exponent");
+  const Element element = element_of(call.feature, "feature");
+  const Pyramid pyramid = pyramid_of({call.feature}, element, "feature");
+  const AttentionMapCall kernel_call{
+      pyramid.maps[0], pyramid.batch, call.exponent,
+      working_tensor(call.map, element, pyramid.batch * pyramid.pixels, "map"),
+      working_tensor(call.norm, element, pyramid.batch, "norm")};
+  kernels<AttentionKernels>().map(kernel_call, element, run_parallel, thread_count());
 }
+
+FRSKD_CPU_OPERATION(attention_forward)
+FRSKD_CPU_OPERATION(attention_backward)
+FRSKD_CPU_OPERATION(attention_map)
 
 }  // namespace
 }  // namespace frskd
-
-STABLE_TORCH_LIBRARY_IMPL(frskd_fast_native, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&frskd::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&frskd::attention_backward));
-  m.impl("attention_map", TORCH_BOX(&frskd::attention_map));
-}

@@ -6,39 +6,32 @@
 
 namespace frskd {
 
-// Numbers of the accumulate type; or, where `packed` is not 0, that many float32 ones in three bytes each: all their
-// upper halves, then all their third bytes.
-struct Coefficients {
-  void* data;  // level blocks of (batch, H * W), or null
-  std::int64_t packed;
-};
-
-struct AttentionForward {
+struct AttentionForwardCall {
   const Map* students;
   const Map* teachers;
   std::int64_t levels;
   std::int64_t batch;
   double exponent;
-  void* losses;  // (levels, batch)
-  Coefficients student_coefficients;
-  Coefficients teacher_coefficients;
+  void* losses;                // (levels, batch)
+  void* student_coefficients;  // level blocks of (batch, H * W), or null
+  void* teacher_coefficients;
 };
 
-struct AttentionBackward {
+struct AttentionBackwardCall {
   const void* grad;  // (levels, batch)
   std::int64_t grad_stride_level;
   std::int64_t grad_stride_sample;
   double scale;
   const Map* features;
   const Map* gradients;
-  Coefficients coefficients;
+  const void* coefficients;  // level blocks of (batch, H * W)
   std::int64_t levels;
   std::int64_t batch;
   double exponent;
   bool stream;  // the gradients together do not fit the cache
 };
 
-struct AttentionMap {
+struct AttentionMapCall {
   Map feature;
   std::int64_t batch;
   double exponent;
@@ -47,9 +40,9 @@ struct AttentionMap {
 };
 
 struct AttentionKernels {
-  void (*forward)(const AttentionForward&, Element, ParallelFor, int threads);
-  void (*backward)(const AttentionBackward&, Element, ParallelFor, int threads);
-  void (*map)(const AttentionMap&, Element, ParallelFor, int threads);
+  void (*forward)(const AttentionForwardCall&, Element, ParallelFor, int threads);
+  void (*backward)(const AttentionBackwardCall&, Element, ParallelFor, int threads);
+  void (*map)(const AttentionMapCall&, Element, ParallelFor, int threads);
 };
 FRSKD_DECLARE_KERNELS(AttentionKernels)
 

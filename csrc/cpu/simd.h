@@ -26,7 +26,6 @@ typedef float Float4 __attribute__((vector_size(16)));
 typedef std::int32_t Int8 __attribute__((vector_size(32)));
 typedef std::uint32_t UInt8 __attribute__((vector_size(32)));
 typedef std::uint16_t UShort8 __attribute__((vector_size(16)));
-typedef std::uint8_t UByte8 __attribute__((vector_size(8)));
 typedef double Double4 __attribute__((vector_size(32)));
 typedef std::int64_t Long4 __attribute__((vector_size(32)));
 

@@ -1,8 +1,9 @@
-// Host side of the attention-transfer operations: checks, plan, launches. Registered in bindings.cu.
+// Host side of the attention-transfer operations: checks, plan, launches.
 #include <algorithm>
 
-#include "attention_kernels.cuh"
-#include "operations.cuh"
+#include "../operations/attention.h"
+#include "attention_backward.cuh"
+#include "attention_forward.cuh"
 #include "runtime.cuh"
 
 namespace frskd::cuda {
@@ -212,16 +213,8 @@ void gradient_levels(
       parameters);
 }
 
-}  // namespace
-
-void attention_forward(
-    const std::vector<Tensor>& students,
-    const std::vector<Tensor>& teachers,
-    double exponent,
-    const Tensor& losses,
-    const std::optional<Tensor>& student_coefficients,
-    const std::optional<Tensor>& teacher_coefficients,
-    const std::optional<Tensor>& workspace) {
+void attention_forward(const AttentionForward& call) {
+  const std::vector<Tensor>&students = call.students, &teachers = call.teachers;
   STD_TORCH_CHECK(!students.empty(), "students is empty, but at least one level was wanted.");
   check_count(teachers.size(), "teachers", students.size());
   const Tensor& first = students[0];
@@ -240,28 +233,28 @@ void attention_forward(
   }
   const int64_t samples = first.size(0);
   const int64_t levels = static_cast<int64_t>(students.size());
-  check_contiguous(losses, "losses", first, accumulate, {levels, samples});
+  check_contiguous(call.losses, "losses", first, accumulate, {levels, samples});
   const auto pointer = [&](const std::optional<Tensor>& tensor, const char* name, int64_t numel) -> void* {
     if (!tensor.has_value()) return nullptr;
     check_contiguous(*tensor, name, first, accumulate, {numel});
     return tensor->data_ptr();
   };
-  void* student_pointer = pointer(student_coefficients, "student_coefficients", samples * pixels);
-  void* teacher_pointer = pointer(teacher_coefficients, "teacher_coefficients", samples * pixels);
-  void* workspace_pointer = pointer(workspace, "workspace", 2 * samples * pixels);
+  void* student_pointer = pointer(call.student_coefficients, "student_coefficients", samples * pixels);
+  void* teacher_pointer = pointer(call.teacher_coefficients, "teacher_coefficients", samples * pixels);
+  void* workspace_pointer = pointer(call.workspace, "workspace", 2 * samples * pixels);
   if (samples == 0) return;
 
   const DeviceGuard guard(first);
   const cudaStream_t stream = guard.stream();
-  const bool fused = prefers_fused(students, teachers, samples, workspace.has_value(), guard.multiprocessors());
+  const bool fused = prefers_fused(students, teachers, samples, call.workspace.has_value(), guard.multiprocessors());
   STD_TORCH_CHECK(
-      fused || workspace.has_value(), "workspace is None, but maps of this size need one of ", 2 * samples * pixels,
-      " elements.");
+      fused || call.workspace.has_value(), "workspace is None, but maps of this size need one of ",
+      2 * samples * pixels, " elements.");
   dispatch_floating(dtype, "students[0]", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulate_t<T>;
     ForwardOutputs<T> outputs{};
-    outputs.losses = static_cast<A*>(losses.data_ptr());
+    outputs.losses = static_cast<A*>(call.losses.data_ptr());
     outputs.student_coefficients = static_cast<A*>(student_pointer);
     outputs.teacher_coefficients = static_cast<A*>(teacher_pointer);
     if (workspace_pointer != nullptr) {
@@ -271,19 +264,15 @@ void attention_forward(
     int64_t offset = 0;
     for (size_t begin = 0; begin < students.size(); begin += kMaxLevels) {
       const size_t end = std::min(begin + kMaxLevels, students.size());
-      forward_levels<T>(students, teachers, begin, end, offset, exponent, fused, outputs, stream);
+      forward_levels<T>(students, teachers, begin, end, offset, call.exponent, fused, outputs, stream);
       for (size_t level = begin; level < end; ++level) offset += samples * pixels_of(students[level]);
     }
   });
 }
 
-void attention_backward(
-    const Tensor& grad,
-    double scale,
-    const std::vector<Tensor>& features,
-    const Tensor& coefficients,
-    double exponent,
-    const std::vector<Tensor>& gradients) {
+void attention_backward(const AttentionBackward& call) {
+  const std::vector<Tensor>&features = call.features, &gradients = call.gradients;
+  const Tensor& grad = call.grad;
   STD_TORCH_CHECK(!features.empty(), "features is empty, but at least one level was wanted.");
   check_count(gradients.size(), "gradients", features.size());
   const Tensor& first = features[0];
@@ -299,7 +288,7 @@ void attention_backward(
     pixels += pixels_of(features[level]);
   }
   const int64_t samples = first.size(0);
-  check_contiguous(coefficients, "coefficients", first, accumulate, {samples * pixels});
+  check_contiguous(call.coefficients, "coefficients", first, accumulate, {samples * pixels});
   check_device(grad, "grad", first);
   check_dtype(grad, "grad", accumulate);
   STD_TORCH_CHECK(
@@ -311,16 +300,17 @@ void attention_backward(
   const cudaStream_t stream = guard.stream();
   dispatch_floating(dtype, "features[0]", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const accumulate_t<T>* level_coefficients = static_cast<const accumulate_t<T>*>(coefficients.data_ptr());
+    const accumulate_t<T>* level_coefficients = static_cast<const accumulate_t<T>*>(call.coefficients.data_ptr());
     for (size_t begin = 0; begin < features.size(); begin += kMaxLevels) {
       const size_t end = std::min(begin + kMaxLevels, features.size());
-      gradient_levels<T>(grad, scale, features, begin, end, level_coefficients, exponent, gradients, stream);
+      gradient_levels<T>(grad, call.scale, features, begin, end, level_coefficients, call.exponent, gradients, stream);
       for (size_t level = begin; level < end; ++level) level_coefficients += samples * pixels_of(features[level]);
     }
   });
 }
 
-void attention_map(const Tensor& feature, double exponent, const Tensor& map, const Tensor& norm) {
+void attention_map(const AttentionMap& call) {
+  const Tensor &feature = call.feature, &map = call.map, &norm = call.norm;
   const ScalarType dtype = feature.scalar_type();
   check_feature(feature, "feature", feature, dtype);
   const int64_t samples = feature.size(0);
@@ -334,10 +324,10 @@ void attention_map(const Tensor& feature, double exponent, const Tensor& map, co
     using T = typename decltype(tag)::type;
     using A = accumulate_t<T>;
     TileParameters<A> tile_parameters{};
-    tile_parameters.exponent = static_cast<A>(exponent);
+    tile_parameters.exponent = static_cast<A>(call.exponent);
     int64_t blocks = 0;
-    add_tiles<T>(tile_parameters, blocks, view_of(feature, exponent), samples, static_cast<A*>(map.data_ptr()));
-    launch_tiles<T>(tile_parameters, blocks, exponent == 2.0, stream);
+    add_tiles<T>(tile_parameters, blocks, view_of(feature, call.exponent), samples, static_cast<A*>(map.data_ptr()));
+    launch_tiles<T>(tile_parameters, blocks, call.exponent == 2.0, stream);
     NormaliseParameters<A> normalise{};
     normalise.maps = static_cast<A*>(map.data_ptr());
     normalise.norms = static_cast<A*>(norm.data_ptr());
@@ -345,5 +335,11 @@ void attention_map(const Tensor& feature, double exponent, const Tensor& map, co
     launch(attention_normalise<A>, samples, kFinishThreads, 0, stream, normalise);
   });
 }
+
+FRSKD_CUDA_OPERATION(attention_forward)
+FRSKD_CUDA_OPERATION(attention_backward)
+FRSKD_CUDA_OPERATION(attention_map)
+
+}  // namespace
 
 }  // namespace frskd::cuda

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from frskd_fast.native import needs_workspace
-from frskd_fast.reference.attention import coefficient_format
 from frskd_fast.reference.dtypes import accumulate_dtype
 
 _ops = torch.ops.frskd_fast_native
@@ -28,9 +27,8 @@ def forward(
     batch = first.shape[0]
     numel = batch * sum(student.shape[2] * student.shape[3] for student in students)
     losses = torch.empty((len(students), batch), dtype=dtype, device=device)
-    form, size = coefficient_format(first.dtype, device.type)
-    student_coefficients = torch.empty(size * numel, dtype=form, device=device) if need_student else None
-    teacher_coefficients = torch.empty(size * numel, dtype=form, device=device) if need_teacher else None
+    student_coefficients = torch.empty(numel, dtype=dtype, device=device) if need_student else None
+    teacher_coefficients = torch.empty(numel, dtype=dtype, device=device) if need_teacher else None
     workspace = torch.empty(2 * numel, dtype=dtype, device=device) if needs_workspace(first) else None
     _ops.attention_forward.default(
         students, teachers, exponent, losses, student_coefficients, teacher_coefficients, workspace
@@ -42,7 +40,7 @@ def backward(
     grad: Tensor,  # (L, N), may be expanded
     scale: float,
     features: Sequence[Tensor],  # L x (N, C_l, H_l, W_l)
-    coefficients: Tensor,  # (N * sum_l H_l * W_l,) in the accumulate dtype, or as ``coefficient_format`` says
+    coefficients: Tensor,  # (N * sum_l H_l * W_l,) in the accumulate dtype
     exponent: float,
 ) -> list[Tensor]:
     """Gradients of the features, in their dtype and memory format."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frskd_fast import _dispatch
-from frskd_fast.ops import _checks, _library
+from frskd_fast.ops import _checks, _table
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.reference import attention as reference
 from frskd_fast.reference.dtypes import accumulate_dtype
@@ -17,7 +17,7 @@ from frskd_fast.reference.dtypes import accumulate_dtype
 REDUCTIONS = ("mean", "sum", "levels", "none")
 
 
-def raw_forward(
+def _forward(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     exponent: float,
@@ -25,8 +25,7 @@ def raw_forward(
     need_teacher: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw forward of implementation ``impl``; coefficients that are not needed come back empty."""
-    _dispatch.record("attention", impl)
+    """Losses (L, N) and the coefficients of both sides' gradients; those that are not needed come back empty."""
     losses, student, teacher = _dispatch.raw("attention", impl).forward(
         students, teachers, exponent, need_student, need_teacher
     )
@@ -37,7 +36,25 @@ def raw_forward(
     )
 
 
-def raw_backward(
+def _fake_forward(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    exponent: float,
+    need_student: bool,
+    need_teacher: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = students[0]
+    losses = first.new_empty((len(students), first.shape[0]), dtype=accumulate_dtype(first.dtype))
+    numel = first.shape[0] * sum(student.shape[2] * student.shape[3] for student in students)
+    return (
+        losses,
+        losses.new_empty((numel if need_student else 0,)),
+        losses.new_empty((numel if need_teacher else 0,)),
+    )
+
+
+def _backward(
     grad: Tensor,
     weight: float,
     mean_over_batch: bool,
@@ -52,32 +69,6 @@ def raw_backward(
     return gradients
 
 
-def raw_map(feature: Tensor, exponent: float, impl: str) -> tuple[Tensor, Tensor]:
-    """Normalised map (N, H*W) and its norm (N,) by implementation ``impl``."""
-    _dispatch.record("attention", impl)
-    attention, norm = _dispatch.raw("attention", impl).attention_map(feature, exponent)
-    return attention, norm
-
-
-def _fake_forward(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    exponent: float,
-    need_student: bool,
-    need_teacher: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    first = students[0]
-    dtype = accumulate_dtype(first.dtype)
-    form, size = reference.coefficient_format(first.dtype, impl)
-    numel = size * first.shape[0] * sum(student.shape[2] * student.shape[3] for student in students)
-    return (
-        first.new_empty((len(students), first.shape[0]), dtype=dtype),
-        first.new_empty((numel,), dtype=form) if need_student else first.new_empty((0,), dtype=dtype),
-        first.new_empty((numel,), dtype=form) if need_teacher else first.new_empty((0,), dtype=dtype),
-    )
-
-
 def _fake_backward(
     grad: Tensor,
     weight: float,
@@ -90,41 +81,31 @@ def _fake_backward(
     return [torch.empty_like(feature) for feature in features]
 
 
+def _map(feature: Tensor, exponent: float, impl: str) -> tuple[Tensor, Tensor]:
+    """Normalised map (N, H*W) and its norm (N,)."""
+    attention, norm = _dispatch.raw("attention", impl).attention_map(feature, exponent)
+    return attention, norm
+
+
 def _fake_map(feature: Tensor, exponent: float, impl: str) -> tuple[Tensor, Tensor]:
-    dtype = accumulate_dtype(feature.dtype)
     batch, _, height, width = feature.shape
-    return feature.new_empty((batch, height * width), dtype=dtype), feature.new_empty((batch,), dtype=dtype)
+    norm = feature.new_empty((batch,), dtype=accumulate_dtype(feature.dtype))
+    return norm.new_empty((batch, height * width)), norm
 
 
-_forward_operator = _library.register(
-    "attention_forward(Tensor[] students, Tensor[] teachers, float exponent, bool need_student, bool need_teacher, "
-    "str impl) -> (Tensor, Tensor, Tensor)",
-    raw_forward,
-    _fake_forward,
-)
-_backward_operator = _library.register(
-    "attention_backward(Tensor grad, float weight, bool mean_over_batch, Tensor[] features, Tensor coefficients, "
-    "float exponent, str impl) -> Tensor[]",
-    raw_backward,
-    _fake_backward,
-)
-_map_operator = _library.register(
-    "attention_map(Tensor feature, float exponent, str impl) -> (Tensor, Tensor)", raw_map, _fake_map
-)
+forward = _table.register("attention", _forward, _fake_forward)
+backward = _table.register("attention", _backward, _fake_backward)
+normalised_map = _table.register("attention", _map, _fake_map)
 
 
-def forward_call(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``raw_forward``, through the registered operator while tracing."""
-    result: tuple[Tensor, Tensor, Tensor] = (
-        _forward_operator(*args) if torch.compiler.is_compiling() else raw_forward(*args)
-    )
-    return result
-
-
-def backward_call(*args: Any) -> list[Tensor]:
-    """``raw_backward``, through the registered operator while tracing."""
-    result: list[Tensor] = _backward_operator(*args) if torch.compiler.is_compiling() else raw_backward(*args)
-    return result
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    """One of `REDUCTIONS` of the losses (L, N); the means are over the batch, the sum over the levels."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    total = losses.sum() if reduction == "mean" else losses.sum(1)
+    return total / max(losses.shape[1], 1)
 
 
 class _AttentionTransfer(torch.autograd.Function):
@@ -140,19 +121,14 @@ class _AttentionTransfer(torch.autograd.Function):
         students, teachers = list(features[:levels]), list(features[levels:])
         need_student = any(ctx.needs_input_grad[4 : 4 + levels])
         need_teacher = any(ctx.needs_input_grad[4 + levels :])
-        losses, student_coefficients, teacher_coefficients = forward_call(
+        losses, student_coefficients, teacher_coefficients = forward(
             students, teachers, exponent, need_student, need_teacher, impl
         )
         saved = (students if need_student else []) + (teachers if need_teacher else [])
         ctx.save_for_backward(student_coefficients, teacher_coefficients, *saved)
         ctx.settings = (levels, exponent, reduction, impl, need_student, need_teacher)
         ctx.batch = losses.shape[1]
-        if reduction == "none":
-            return losses
-        if reduction == "sum":
-            return losses.sum()
-        total = losses.sum() if reduction == "mean" else losses.sum(1)
-        return total / max(losses.shape[1], 1)
+        return _reduced(losses, reduction)
 
     @staticmethod
     @once_differentiable
@@ -166,9 +142,9 @@ class _AttentionTransfer(torch.autograd.Function):
         students: list[Any] = [None] * levels
         teachers: list[Any] = [None] * levels
         if need_student:
-            students = backward_call(grad, 1.0, mean_over_batch, saved[:levels], student_coefficients, exponent, impl)
+            students = backward(grad, 1.0, mean_over_batch, saved[:levels], student_coefficients, exponent, impl)
         if need_teacher:
-            teachers = backward_call(grad, 1.0, mean_over_batch, saved[-levels:], teacher_coefficients, exponent, impl)
+            teachers = backward(grad, 1.0, mean_over_batch, saved[-levels:], teacher_coefficients, exponent, impl)
         return (None, None, None, None, *students, *teachers)
 
 
@@ -221,27 +197,20 @@ def attention_transfer(
     students, teachers = checked_pyramids(student_feats, teacher_feats, resize)
     if detach_teacher:
         teachers = tuple(teacher.detach() for teacher in teachers)
-    first = students[0]
-    name = _dispatch.choose_for("attention", impl, first)
-    if name != "reference":
+    name = _dispatch.choose_for("attention", impl, students[0])
+    if not _dispatch.is_plain(name):
         result: Tensor = _AttentionTransfer.apply(len(students), exponent, reduction, name, *students, *teachers)
         return result
     if not torch.compiler.is_compiling():
         _dispatch.record("attention", name)
-    losses = reference.attention_transfer(students, teachers, exponent)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    total = losses.sum() if reduction == "mean" else losses.sum(1)
-    return total / max(losses.shape[1], 1)
+    return _reduced(reference.attention_transfer(students, teachers, exponent), reduction)
 
 
 class _AttentionMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, feature: Tensor, exponent: float, impl: str) -> Tensor:
-        call = _map_operator if torch.compiler.is_compiling() else raw_map
-        attention, norm = call(feature, exponent, impl)
+        attention: Tensor
+        attention, norm = normalised_map(feature, exponent, impl)
         ctx.save_for_backward(feature, attention, norm)
         ctx.settings = (exponent, impl)
         return attention
@@ -257,7 +226,7 @@ class _AttentionMap(torch.autograd.Function):
         divisor = norm.clamp_min(reference.NORM_FLOOR).unsqueeze(1)
         coefficients = (grad - radial) / divisor * (exponent / feature.shape[1])
         ones = coefficients.new_ones(()).expand(1, feature.shape[0])
-        gradients = backward_call(ones, 1.0, False, [feature], coefficients.flatten(), exponent, impl)
+        gradients = backward(ones, 1.0, False, [feature], coefficients.flatten(), exponent, impl)
         return gradients[0], None, None
 
 
@@ -266,7 +235,7 @@ def attention_map(feature: Any, exponent: float, impl: str) -> Tensor:
     feature = _checks.feature_map(feature, "feature")
     exponent = _checks.attention_exponent(exponent)
     name = _dispatch.choose_for("attention", impl, feature)
-    if name != "reference":
+    if not _dispatch.is_plain(name):
         result: Tensor = _AttentionMap.apply(feature, exponent, name)
         return result
     if not torch.compiler.is_compiling():

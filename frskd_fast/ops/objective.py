@@ -48,7 +48,7 @@ class _Objective(torch.autograd.Function):
         losses, statistics, inverse_valid = logits.forward(heads, objective.logits, impl)
         need_features = any(ctx.needs_input_grad[6 + target_end : 6 + student_end])
         if levels:
-            attention_losses, coefficients, _ = attention.forward_call(
+            attention_losses, coefficients, _ = attention.forward(
                 students, teachers, objective.exponent, need_features, False, impl
             )
         else:
@@ -87,7 +87,7 @@ class _Objective(torch.autograd.Function):
             teacher_gradient = gradients[-1] if need_teacher else None
         students: list[Any] = [None] * levels
         if need_features:
-            students = attention.backward_call(
+            students = attention.backward(
                 grad.expand(levels, ctx.batch), objective.beta, True, tensors[target_end:], coefficients,
                 objective.exponent, impl,
             )  # fmt: skip

@@ -15,16 +15,6 @@ from frskd_fast.reference.dtypes import accumulate_dtype
 NORM_FLOOR = 1e-12
 
 
-def coefficient_format(dtype: torch.dtype, processor: str) -> tuple[torch.dtype, int]:
-    """What the kernels of a processor ("cpu", "cuda") keep a coefficient between the passes in, and how many of those.
-
-    On a CPU, beside half-precision maps, it is three bytes: a gradient of theirs has 8 or 11 bits of mantissa, and these 16.
-    """
-    if processor == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        return torch.uint8, 3
-    return accumulate_dtype(dtype), 1
-
-
 def attention_map(feature: Tensor, exponent: float = 2.0) -> Tensor:
     """q = a / max(||a||_2, 1e-12) with a = mean_c |f|^p; feature (N, C, H, W) -> map (N, H*W)."""
     values = feature.to(accumulate_dtype(feature.dtype))

@@ -1,8 +1,7 @@
-// Runs the blocks and threads of a grid on the CPU, and registers csrc/cuda under frskd_fast_emulated for CPU tensors.
+// Runs the blocks and threads of a grid on the CPU. The files of csrc/cuda register themselves for CPU tensors.
 #include <cuda_runtime.h>
 #include <setjmp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -13,8 +12,6 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include "../../csrc/cuda/operations.cuh"
 
 namespace frskd::cuda {
 
@@ -237,9 +234,3 @@ void torch_c10_cuda_free_error_msg(char*) {}
 int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
 
 }  // extern "C"
-
-STABLE_TORCH_LIBRARY_IMPL(frskd_fast_emulated, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&frskd::cuda::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&frskd::cuda::attention_backward));
-  m.impl("attention_map", TORCH_BOX(&frskd::cuda::attention_map));
-}

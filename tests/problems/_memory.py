@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,8 +23,13 @@ def _poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside the ``with`` block ``torch.empty`` and ``torch.empty_like`` return NaN."""
+    """Inside the ``with`` block ``torch.empty`` and ``torch.empty_like`` return NaN, and the C library huge numbers."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    perturb = -6  # M_PERTURB: fill with the complement of a byte, 0 to stop it
     with ExitStack() as stack:
         for name in ("empty", "empty_like"):
             stack.enter_context(mock.patch.object(torch, name, _poisoned(getattr(torch, name))))
+        if mallopt is not None:
+            mallopt(perturb, 0x01)
+            stack.callback(mallopt, perturb, 0)
         yield
