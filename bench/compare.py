@@ -45,7 +45,7 @@ class Side:
     def __init__(self, name: str, library: Path, warm: bool, **start: Any) -> None:
         self.name = name
         environment = warm_environment() if warm else dict(os.environ)
-        environment["PYTHONPATH"] = str(library)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(library), environment.get("PYTHONPATH")]))
         command = [sys.executable, "-P", str(Path(__file__).with_name("compare_worker.py"))]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"

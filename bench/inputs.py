@@ -65,7 +65,11 @@ def digit_images(count: int) -> tuple[Tensor, Tensor, str]:
 
 @lru_cache(maxsize=1)
 def network_inputs(batch: int) -> DistillationInputs:
-    """Features and logits of a freshly initialised cifarresnet18 and its self-teacher BiFPNc, in training mode."""
+    """Features and logits of a freshly initialised cifarresnet18 and its self-teacher BiFPNc, in training mode.
+
+    In the original's order of operations, so that two commits that round differently get the same.
+    """
+    from bench.cases.self_teacher import original
     from frskd_fast.models import BiFPNc, cifarresnet18
 
     images, labels, source = digit_images(batch)
@@ -75,7 +79,7 @@ def network_inputs(batch: int) -> DistillationInputs:
         self_teacher = BiFPNc(backbone.channels, num_classes=CLASSES, width=TEACHER_WIDTH)
     with torch.no_grad():
         student_features, student_logits = backbone(images)
-        teacher_features, teacher_logits = self_teacher(student_features)
+        teacher_features, teacher_logits = original(self_teacher, student_features)
     sentence = f"features and logits of an untrained cifarresnet18 with BiFPNc on {source}, 32 x 32 x 3"
     return DistillationInputs(
         tuple(student_features), tuple(teacher_features), student_logits, teacher_logits, labels, sentence

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from bench import machine, results  # noqa: E402
 from bench.cases import SUITES, cases_of, in_order  # noqa: E402
-from bench.names import DEFAULT_IMPLEMENTATIONS, DEVICES, FLOAT_BYTES, FORCED, IMPLEMENTATIONS, LAYOUTS, is_ours  # noqa: E402
+from bench.names import DEFAULT_IMPLEMENTATIONS, DEVICES, FLOAT_BYTES, FORCED, IMPLEMENTATIONS, LAYOUTS, OURS, is_ours  # noqa: E402
 
 CHOICES = {"device": DEVICES, "dtype": tuple(FLOAT_BYTES), "layout": LAYOUTS, "impl": IMPLEMENTATIONS}
 
@@ -257,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
         command_line.error("--quick and --full exclude each other")
     if arguments.base and (arguments.plot or arguments.check_auto):
         command_line.error("--base compares two commits; --plot and --check-auto look at one")
+    if arguments.base and not any(map(is_ours, arguments.impl or ("auto",))):
+        named = ",".join(arguments.impl)
+        command_line.error(f"--base times frskd_fast alone, but --impl is {named}; add one of {', '.join(OURS)}")
     for path in (arguments.json, arguments.plot):
         if path is not None and not path.absolute().parent.is_dir():
             command_line.error(f"the folder of {path} does not exist; create it or name another path")

@@ -10,58 +10,42 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
 
 import yaml
-from training_utils import PLAIN, SCHEDULES, SmallNet, epochs, same_weights, small_run, steps, weights
+from safetensors.torch import load_file
+from toy_method import ToyNet, ToyTask
+from training_utils import PLAIN, SCHEDULES, epochs, same_weights, small_run, steps, weights
 
 import frskd_fast.losses
 import frskd_fast.tasks
 import frskd_fast.training
-from frskd_fast.tasks.base import Task
 from frskd_fast.training.class_paths import build
 from frskd_fast.training.cli import expanded, main, run
 from frskd_fast.training.export import load_student
+from frskd_fast.training.module import DistillationModule
 from frskd_fast.training.recipe_files import recipe, recipe_names
 
 SOURCES = sorted(Path(frskd_fast.training.__file__).parent.rglob("*.py"))
 DOCUMENT = Path(__file__).parents[1] / "docs" / "training.md"
 
 
-class PullTogether(Task):
-    """loss = CE(student) + CE(peer) + r * MSE(logits), r = weight * (epochs begun / epochs): a method of somebody else.
+class TurnedTask(ToyTask):
+    """A method that learns from rotated images."""
 
-    The ramp is in no checkpoint, and the peer's parameters decay more: the trainer has to ask for both.
-    """
-
-    def __init__(self, backbone: nn.Module, weight: float = 1.0, peer: nn.Module | None = None) -> None:
-        super().__init__()
-        self.backbone, self.channels_last, self.weight = backbone, False, weight
-        self.peer = SmallNet(10, dropout=0.0) if peer is None else peer
-        self.register_buffer("ramp", torch.zeros(()), persistent=False)
-
-    def start_epoch(self, epoch: int, epochs: int | None) -> None:
-        self.ramp: Tensor
-        self.ramp.fill_((epoch + 1) / (epochs or 1))
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": list(self.backbone.parameters())},
-            {"params": list(self.peer.parameters()), "weight_decay": 0.5},
-        ]
+    views = "rotations"
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
-        output = self.backbone(images)[1]
-        if targets is None or not self.training:
-            return {"output": output}
-        peer = self.peer(images)[1]
-        ce, together = nn.CrossEntropyLoss(), nn.functional.mse_loss(output, peer)
-        loss = ce(output, targets) + ce(peer, targets) + self.weight * self.ramp * together
-        return {"loss": loss, "output": output, "together": together.detach(), "peer_output": peer}
+        if self.training:
+            assert len(images) == 4 * len(targets)
+            assert torch.equal(images[1::4], images[::4].rot90(1, (2, 3)))
+            images = images[::4]
+        return super().forward(images, targets)
 
 
 def small_recipe(folder: Path, **settings: Any) -> list[str]:
@@ -72,30 +56,33 @@ def small_recipe(folder: Path, **settings: Any) -> list[str]:
     return ["fit", "--config", str(path), "--data.mixup", "0"]
 
 
-def test_a_task_from_outside_trains_resumes_and_exports(
+def test_a_method_from_outside_trains_resumes_and_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ramps: list[float] = []
-    original = PullTogether.forward
+    told: list[tuple[int, int | None]] = []
+    original = ToyTask.start_epoch
 
-    def watched(self: PullTogether, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
-        if self.training:
-            ramps.append(float(self.ramp))
-        return original(self, images, targets)
+    def watched(self: ToyTask, epoch: int, epochs: int | None) -> None:
+        told.append((epoch, epochs))
+        original(self, epoch, epochs)
 
-    monkeypatch.setattr(PullTogether, "forward", watched)
-    task = {"class_path": "test_any_task.PullTogether", "init_args": {"weight": 3.0}}
+    monkeypatch.setattr(ToyTask, "start_epoch", watched)
+    settings: dict[str, Any] = {
+        "task": {"class_path": "toy_method.ToyTask", "init_args": {"weight": 3.0, "head_weight_decay": 0.5}},
+        "model": {"backbone": "ToyNet", "backbone_args": {"width": 5}},
+    }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert main(small_recipe(whole, task=task)) == 0
-    assert ramps == [ramp for ramp in (0.25, 0.5, 0.75, 1.0) for _ in range(4)]
-    words = small_recipe(stopped, task=task)
+    assert main(small_recipe(whole, **settings)) == 0
+    assert list(dict.fromkeys(told)) == [(epoch, 4) for epoch in range(4)]
+    words = small_recipe(stopped, **settings)
     assert main([*words, "--trainer.max_steps", "6"]) == 0  # within the second epoch
+    told.clear()
     assert main(words) == 0
-    assert ramps[16:] == ramps[:16], "also in the epoch that a resumed run goes on with"
+    assert list(dict.fromkeys(told)) == [(1, 4), (2, 4), (3, 4)], "also the epoch that a resumed run goes on with"
     assert steps(stopped) == steps(whole) and epochs(stopped) == epochs(whole)
-    assert same_weights(weights(stopped), weights(whole))
-    assert set(steps(whole)[0]) == {"step", "epoch", "loss", "together"}
-    assert {"train/accuracy", "train/peer_accuracy"} <= set(epochs(whole)[0])
+    assert same_weights(weights(stopped), weights(whole)) and weights(whole)["task.ramp"] == 1
+    assert set(steps(whole)[0]) == {"step", "epoch", "loss", "ce_student", "ce_teacher", "hint"}
+    assert {"train/accuracy", "train/teacher_accuracy"} <= set(epochs(whole)[0])
     groups = torch.load(whole / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [5e-3, 0.5]
 
@@ -103,14 +90,24 @@ def test_a_task_from_outside_trains_resumes_and_exports(
     assert "task.init_args.weight was 3.0 and is 4.0" in capsys.readouterr().err
     out = tmp_path / "student.safetensors"
     assert main(["export", "--checkpoint", str(whole / "last.ckpt"), "--out", str(out)]) == 0
-    student = load_student(whole / "last.ckpt").student
-    assert set(student.state_dict()) == {f"backbone.{name}" for name in SmallNet(10).state_dict()}
+    assert load_file(out).keys() == ToyNet(10, width=5).state_dict().keys()
+    images = torch.randn(2, 3, 16, 16)
+    module = DistillationModule.load_from_checkpoint(whole / "last.ckpt", map_location="cpu").eval()
+    assert torch.equal(load_student(whole / "last.ckpt").student(images), module(images))
+
+
+def test_a_task_gets_the_views_that_it_asks_for(tmp_path: Path) -> None:
+    turned, upright = tmp_path / "turned", tmp_path / "upright"
+    for folder, name in ((turned, "test_any_task.TurnedTask"), (upright, "toy_method.ToyTask")):
+        settings: dict[str, Any] = {"task": {"class_path": name}, "model": {"backbone": "ToyNet"}}
+        assert main([*small_recipe(folder, **settings), "--trainer.max_epochs", "2"]) == 0
+    assert steps(turned) == steps(upright) and epochs(turned) == epochs(upright)
 
 
 def test_no_source_of_the_trainer_names_a_method_a_loss_or_a_task() -> None:
     """But for docstrings, which may say where a number comes from."""
     roots = {frskd_fast.losses, frskd_fast.tasks}
-    names = {name for root in roots for name in root.__all__} - {"Student", "Task"}
+    names = {name for root in roots for name in root.__all__} - {"FrozenTeacher", "Student", "Task"}
     assert {"FRSKDLoss", "ClassificationTask", "build_frskd"} <= names
     methods = set(recipe_names().values())
     assert {"frskd", "plain"} <= methods
@@ -210,9 +207,9 @@ def test_schedules_by_steps_and_by_plateaus(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"model": {"beta": 50}}, "Write --task.beta (in a YAML file task.init_args.beta) instead"),
-        ({"model": {"method": "plain"}}, "Write --task (in a YAML file task.class_path) instead"),
-        ({"model": {"learning_rate": 1}}, "Write --optimizer.lr (in a YAML file optimizer.init_args.lr) instead"),
+        ({"model": {"beta": 50}}, "arguments are --task.beta and the like (in a YAML file task.class_path and"),
+        ({"model": {"method": "plain"}}, "model.method is no setting of the model. The method is --task, and its"),
+        ({"model": {"learning_rate": 1}}, "weight decay are --optimizer.lr, --optimizer.momentum and"),
     ],
 )
 def test_settings_of_earlier_versions_are_named(

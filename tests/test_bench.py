@@ -531,7 +531,14 @@ def test_help_runs_from_another_folder(script: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--dtype", "fp8"], ["nothing"], ["--batch", "0"], ["--suite", "nothing"], ["--base", "HEAD", "--check-auto"]],
+    [
+        ["--dtype", "fp8"],
+        ["nothing"],
+        ["--batch", "0"],
+        ["--suite", "nothing"],
+        ["--base", "HEAD", "--check-auto"],
+        ["--base", "HEAD", "--impl", "eager,compile"],
+    ],
 )
 def test_command_line_refuses_unknown_names(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refusal:

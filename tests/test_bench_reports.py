@@ -145,6 +145,14 @@ def test_the_readme_shows_auto_and_else_what_was_forced(document: dict[str, Any]
         report.readme_table([{**document, "rows": []}])
 
 
+def test_every_result_file_is_named_by_a_page_or_by_the_dispatch() -> None:
+    """What nothing quotes is superseded and goes."""
+    readers = [ROOT / "README.md", ROOT / "frskd_fast" / "_dispatch.py", *(ROOT / "docs").rglob("*.md")]
+    named = "\n".join(path.read_text(encoding="utf-8") for path in readers)
+    files = sorted(path.name for path in (ROOT / "bench" / "results").iterdir())
+    assert files and [name for name in files if name not in named] == []
+
+
 def test_result_files_hold_no_path_of_the_machine(document: dict[str, Any], tmp_path: Path) -> None:
     document["command"] = ["bench/run.py", "--json", str(tmp_path / "mine.json"), f"--plot={ROOT}/bench/results/x.png"]
     document["rows"][-1]["note"] = (

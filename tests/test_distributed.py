@@ -30,7 +30,7 @@ from frskd_fast.training.export import load_student
 
 COMMON = {
     "model__backbone": "training_utils.NormalisedByGroups",
-    "model__schedule": "constant",
+    "lr_scheduler": "null",
     "data__mixup": 0.0,
     "trainer__max_epochs": 2,
     "trainer__precision": "64-true",

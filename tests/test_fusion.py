@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import formulas
@@ -36,7 +37,7 @@ from problems.fusion import (
 from torch import Tensor, nn
 
 import frskd_fast
-from frskd_fast import functional
+from frskd_fast import _dispatch, functional
 from frskd_fast.ops import fusion as fusion_ops
 from frskd_fast.ops.batch_norm import Folding, batch_statistics
 from frskd_fast.reference import fusion as reference
@@ -935,6 +936,41 @@ def test_last_impl_tells_which_ran(impl: str) -> None:
     with frskd_fast.use_impl(impl):
         functional.weighted_fusion([x], weighting="sum")
     assert frskd_fast.last_impl()["fusion"] == impl
+
+
+@pytest.mark.parametrize("chosen", IMPLEMENTATIONS)
+def test_auto_takes_what_the_table_says(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By form and layout of the node, with the bits of the implementation that it names; also in a traced graph."""
+    torch.compiler.reset()
+    order = () if chosen == "reference" else (chosen,)
+    line = _dispatch.Line(order, layouts=("nchw",), forms=("pool", "batch-norm up"), evidence="nothing: a test")
+    other = _dispatch.Line(("cpu",) if chosen == "reference" else (), evidence="nothing: a test")
+    monkeypatch.setitem(_dispatch.TABLE, ("fusion", "cpu"), (line, other))
+    left = "cpu" if chosen == "reference" else "reference"
+    pooled = Shapes(8, ((4, 4), (7, 8)), ("none", "pool"), (4, 4))
+    enlarged = Shapes(8, ((4, 4), (2, 2)), ("none", "up"), (4, 4))
+    for shapes, normalised, layout, expected in [
+        (pooled, False, "contiguous", chosen),
+        (enlarged, True, "contiguous", chosen),
+        (enlarged, False, "contiguous", left),
+        (pooled, True, "contiguous", left),
+        (pooled, False, "channels_last", left),
+    ]:
+        inputs, grad = maps(shapes, 3, torch.float32, layout), torch.randn(3, 8, *shapes.size)
+        batch_norms = [random_batch_norm(8) if normalised else None for _ in inputs]
+
+        def node(
+            given: list[Tensor], raw: Tensor, norms: list[Any], impl: str = "auto", shapes: Shapes = shapes
+        ) -> Tensor:
+            return functional.weighted_fusion(given, raw, resample=shapes.resample, batch_norms=norms, impl=impl)
+
+        case = (inputs, torch.tensor([0.4, 0.8]), batch_norms, grad, torch.float32)
+        wanted, found = collect(partial(node, impl=expected), *case), collect(node, *case)
+        assert frskd_fast.last_impl()["fusion"] == expected
+        for name, value in wanted.items():
+            assert torch.equal(value, found[name]), (name, expected)
+        if expected == "reference":
+            torch.testing.assert_close(collect(torch.compile(node, fullgraph=True), *case), wanted)
 
 
 # Errors

@@ -22,8 +22,6 @@ pytestmark = pytest.mark.gpu
 
 IMPLEMENTATIONS = ["cuda", "triton"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# channels of the student, of the teacher, height, width
-LEVELS = [(5, 3, 1, 1), (33, 66, 4, 4), (9, 6, 6, 6), (7, 9, 5, 9), (64, 32, 48, 52), (64, 12, 8, 8), (2, 3, 56, 56)]
 PYRAMID = [(64, 128, 32), (128, 256, 16), (256, 512, 8), (512, 1024, 4)]  # CIFAR ResNet-18 and its self-teacher
 
 

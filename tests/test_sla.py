@@ -165,6 +165,33 @@ def test_loss_and_gradients_are_those_of_the_formula(kind: str, passes: str, imp
         torch.testing.assert_close(got, gradients, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_distillation_alone_takes_what_the_original_hands_to_its_criterion(kind: str) -> None:
+    """Its script concatenates by itself: logits [z, v], 2N rows, and the maps of images and rotations, 5N of them."""
+    loss = built(kind).double()
+    upright, rotated = outputs(3), outputs(12)
+    parts = called(loss, upright, rotated, None, return_parts=True)
+    students, teachers = (
+        [torch.cat(pair) for pair in zip(upright[side], rotated[side], strict=True)]
+        for side in ("students", "teachers")
+    )
+    last = [
+        (x.relu() if loss.needs_preact else x).mean((2, 3)) for x in (rotated["students"][-1], rotated["teachers"][-1])
+    ]
+    logits = [
+        torch.cat([z, aggregate_rotations(head(pooled))])
+        for z, head, pooled in zip(upright["logits"], (loss.fc1, loss.fc2), last, strict=True)
+    ]
+    alone = loss.distillation(*logits, students, teachers, return_parts=True)
+    torch.testing.assert_close((alone.kd, alone.feature), (parts.kd, parts.feature), rtol=1e-10, atol=1e-14)
+    leaves = [*leaves_of(rotated), upright["logits"][0], *upright["students"], *loss.parameters()]
+    wanted = parts.loss - loss.weight * plain_sla(loss, upright, rotated, lambda z, _: z.new_zeros(()))["sla"]
+    got, gradients = (
+        torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True) for value in (alone.loss, wanted)
+    )
+    torch.testing.assert_close(got, gradients, rtol=1e-9, atol=1e-11)
+
+
 def test_label_smoothing_and_ignored_labels_hold_for_every_cross_entropy() -> None:
     loss = built("att", label_smoothing=0.1, ignore_index=-1).double()
     upright, rotated = outputs(3), outputs(12)

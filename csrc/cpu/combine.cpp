@@ -20,8 +20,9 @@ void combine_typed(
     A* const* scalars,
     std::size_t scalar_count) {
   double sums[4] = {0, 0, 0, 0};
-  for (int part = 0; part < 4; ++part) {
-    for (std::int64_t row = 0; row < rows; ++row) sums[part] += logits[part * rows + row];
+  // Every sum waits for its previous addition, so four at a time take as long as one.
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (int part = 0; part < 4; ++part) sums[part] += logits[part * rows + row];
   }
   double feature = 0;
   for (std::int64_t index = 0; index < levels * batch; ++index) feature += attention[index];

@@ -112,7 +112,7 @@ void convolve_forward(const Fusion& call, const FusedConvolution& convolution, P
         for (int64 sample = channels.first_sample; sample < channels.last_sample; ++sample) {
           const Slice slice{sample, channels.first_channel, channels.channels};
           for (int64 y = 0; y <= call.out.height; ++y) {
-            if (y < call.out.height) fused.fuse(slice, y, convolved.row(y), false);
+            if (y < call.out.height) fused.fuse(slice, y, 1, convolved.row(y), false);
             if (y == 0) continue;
             const Lines<T> out = row_of<T>(call.out, slice, y - 1);
             convolved.convolve(slice, y - 1, out.data, out.stride);
@@ -152,12 +152,12 @@ class ConvolutionGradientRows {
     for (int64 k = 0; k < node_.padded(run.channels) * kTaps; ++k) totals_[k] = weight_sums_.data[k] = 0;
   }
 
-  Lines<const A> row(const Slice& slice, int64 y) {
+  Lines<const A> rows(const Slice& slice, int64 y, int64) {
     const int64 height = node_.call.out.height;
     if (y == 0) load_gradient(slice, 0);
     if (y + 1 < height) load_gradient(slice, y + 1);
     const Lines<const A> result = convolve(slice, y);
-    fused_.fuse(slice, y, sums_.data, false);
+    fused_.fuse(slice, y, 1, sums_.data, false);
     add_weight_gradient(slice, y);
     pending_ += node_.call.out.width;
     if (pending_ >= kRowsBeforeDouble) settle(slice.channels);

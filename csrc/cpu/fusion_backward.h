@@ -3,12 +3,11 @@
 // reaches it.
 #pragma once
 
-#include "fusion_node.h"
+#include "fusion_pool.h"
 
 namespace frskd {
 namespace {
 
-constexpr int64 kRowsBeforeDouble = 32;  // elements added in float before they join the total in double
 constexpr int64 kRowsInFlight = 4;  // of an input's gradient behind a pool: those of a window, and one to keep places
 
 enum class FusionPass { kGradient, kSums, kWeightOnly };
@@ -81,36 +80,36 @@ void gradient_lines(
 template <typename T, typename A>
 class UpstreamRows {
  public:
-  explicit UpstreamRows(const NodeRows<T, A>& node) : node_(node), row_(node.longest_row()) {}
+  explicit UpstreamRows(const NodeRows<T, A>& node) : node_(node), rows_(node.strip * node.longest_row()) {}
 
   void begin(int64, const ChannelRun&) {}  // of a unit's channels
   void end_of_map(const Slice&) {}
 
-  // Where the gradient has the accumulate type and lies in lines, the lines are its own.
-  Lines<const A> row(const Slice& slice, int64 y) {
+  // `rows` rows from y on. Where the gradient has the accumulate type and lies in lines, the lines are its own.
+  Lines<const A> rows(const Slice& slice, int64 y, int64 rows) {
     const Map& map = node_.call.out;
     if constexpr (sizeof(T) == sizeof(A)) {
-      if (node_.along_channels || map.stride_w == 1) {
-        return {row_start<const T>(map, slice, y), nullptr, map.stride_w};
-      }
+      if (node_.along_channels) return row_of<const T>(map, slice, y);
+      if (map.stride_w == 1) return rows_of<const T>(map, slice, y);
     }
     const int64 count = node_.line_elements(map, slice), pitch = node_.pitch_of(map, slice);
-    const Lines<const T> given = node_.along_channels
-                                     ? row_of<const T>(map, slice, y)
-                                     : Lines<const T>{node_.gathered(map, slice, y, node_.kUpstreamPlace), nullptr, 0};
-    for (int64 k = 0; k < node_.lines_of(map); ++k) {
+    const Lines<const T> given =
+        node_.along_channels
+            ? row_of<const T>(map, slice, y)
+            : Lines<const T>{node_.gathered(map, slice, y, node_.kUpstreamPlace), nullptr, map.stride_h};
+    for (int64 k = 0; k < node_.lines_of(map, rows); ++k) {
       const T* from = given.line(k);
-      A* to = row_.data + k * pitch;
+      A* to = rows_.data + k * pitch;
       for (int64 element = 0; element < count; element += node_.kWidth) {
         store(load_some(from + element, count - element, node_.kWidth), to + element);
       }
     }
-    return {row_.data, nullptr, pitch};
+    return {rows_.data, nullptr, pitch};
   }
 
  private:
   const NodeRows<T, A>& node_;
-  Scratch<A> row_;
+  Scratch<A> rows_;
 };
 
 // What one thread adds up and writes for the inputs of a node.
@@ -124,7 +123,8 @@ class GradientRows {
         line_(node.longest_line()),
         totals_(2 * line_ * node.call.count),
         buffers_((kRowsInFlight * node.longest_row() + 2 * line_) * node.call.count),
-        written_(line_) {
+        written_(line_),
+        pooled_(node) {
     A* next = buffers_.data;
     const auto take = [&next](int64 count) {
       A* taken = next;
@@ -151,7 +151,7 @@ class GradientRows {
   double total_dy(int i, int64 k) const { return total_dy_[i][k]; }
   double total_dot(int i, int64 k) const { return total_dot_[i][k]; }
 
-  // All rows of one slice, in order; upstream.row(slice, y) gives dL / ds of row y.
+  // All rows of one slice, in order; upstream.rows(slice, y, rows) gives dL / ds of `rows` rows from y on.
   template <typename Upstream>
   void walk(const Slice& slice, Upstream& upstream) {
     const Fusion& call = node_.call;
@@ -160,16 +160,24 @@ class GradientRows {
       if (call.inputs[i].resample == kResampleNone || !wanted(i)) continue;
       for (int64 k = 0; k < kRowsInFlight * row_of_upstream(i, slice); ++k) upstream_[i][k] = 0;
     }
-    for (int64 y = 0; y < call.out.height; ++y) {
-      const Lines<const A> slopes = upstream.row(slice, y);
+    for (int64 y = 0; y < call.out.height; y += node_.strip) {
+      const int64 rest = call.out.height - y, rows = rest < node_.strip ? rest : node_.strip;
+      const Lines<const A> slopes = upstream.rows(slice, y, rows);
       for (int i = 0; i < call.count; ++i) {
         if (!wanted(i)) continue;
-        if (call.inputs[i].resample == kResampleNone) {
-          finish_row<false>(i, slopes, slice, y);
-        } else if (call.inputs[i].resample == kResampleUp) {
-          undo_up(i, slopes, slice, y, next_row[i]);
-        } else {
-          undo_pool(i, slopes, slice, y, next_row[i]);
+        const int resample = call.inputs[i].resample;
+        if (resample == kResampleNone) {
+          finish_rows<false>(i, slopes, slice, y, rows);
+          continue;
+        }
+        for (int64 row = 0; row < rows; ++row) {
+          // Along channels there is one row, whose lines these are.
+          const Lines<const A> of_row{slopes.data + row * slopes.stride, nullptr, slopes.stride};
+          if (resample == kResampleUp) {
+            undo_up(i, of_row, slice, y + row, next_row[i]);
+          } else {
+            undo_pool(i, of_row, slice, y + row, next_row[i]);
+          }
         }
       }
     }
@@ -186,7 +194,8 @@ class GradientRows {
   const int64 line_;
   Scratch<double> totals_;
   Scratch<A> buffers_;
-  Scratch<T> written_;              // a row of a gradient whose elements do not lie together
+  Scratch<T> written_;  // a row of a gradient whose elements do not lie together
+  PooledRow<T, A> pooled_;
   A* upstream_[kMostFusionInputs];  // up: a row of the input; pool: the rows in flight, row y in place y % 4
   A* sum_dy_[kMostFusionInputs];    // (a line), as total_dy in the accumulate type
   A* sum_dot_[kMostFusionInputs];
@@ -202,12 +211,13 @@ class GradientRows {
 
   int64 row_of_upstream(int i, const Slice& slice) const { return node_.row_elements(node_.call.inputs[i].map, slice); }
 
-  // Gradients of one row of input i, whose `given` is dL / ds summed over its outputs (or dL / dy: Direct).
+  // Gradients of `rows` rows of input i from `row` on, whose `given` is dL / ds summed over the outputs that read them
+  // (or dL / dy: Direct).
   template <bool Direct>
-  void finish_row(int i, const Lines<const A>& given, const Slice& slice, int64 row) {
+  void finish_rows(int i, const Lines<const A>& given, const Slice& slice, int64 row, int64 rows) {
     const FusionInput& input = node_.call.inputs[i];
-    const int64 lines = node_.lines_of(input.map), count = node_.line_elements(input.map, slice);
-    const Lines<const T> x = node_.input_row(i, slice, row, nullptr);
+    const int64 lines = node_.lines_of(input.map, rows), count = node_.line_elements(input.map, slice);
+    const Lines<const T> x = node_.input_rows(i, slice, row, nullptr);
     V derivatives = {};
     const auto run = [&](auto normalised, auto pre, auto pass, const Lines<T>& out) {
       gradient_lines<
@@ -225,17 +235,20 @@ class GradientRows {
         if constexpr (!Direct) run(normalised, pre, Constant<static_cast<int>(FusionPass::kWeightOnly)>{}, Lines<T>{});
         return;
       }
-      const Lines<T> out = row_of<T>(input.gradient, slice, row);
-      if (node_.along_channels || input.gradient.stride_w == 1) {
-        run(normalised, pre, Constant<static_cast<int>(FusionPass::kGradient)>{}, out);
-        return;
+      const Constant<static_cast<int>(FusionPass::kGradient)> pass{};
+      if (node_.along_channels) {
+        run(normalised, pre, pass, row_of<T>(input.gradient, slice, row));
+      } else if (input.gradient.stride_w == 1) {
+        run(normalised, pre, pass, rows_of<T>(input.gradient, slice, row));
+      } else {
+        run(normalised, pre, pass, Lines<T>{written_.data, nullptr, 0});
+        const Lines<T> pixels = row_of<T>(input.gradient, slice, row);
+        for (int64 column = 0; column < input.map.width; ++column) *pixels.line(column) = written_.data[column];
       }
-      run(normalised, pre, Constant<static_cast<int>(FusionPass::kGradient)>{}, Lines<T>{written_.data, nullptr, 0});
-      for (int64 column = 0; column < input.map.width; ++column) *out.line(column) = written_.data[column];
     });
     derivative[i] += horizontal_sum(derivatives);
     if (input.sums_out != nullptr) {
-      pending_[i] += lines > 1 ? lines : 1;
+      pending_[i] += lines;
       if (pending_[i] >= kRowsBeforeDouble) settle(i, count);
     }
   }
@@ -270,7 +283,7 @@ class GradientRows {
     while (next_row < map.height &&
            first_destination(
                static_cast<int>(next_row + 1), static_cast<int>(map.height), static_cast<int>(out.height)) <= y + 1) {
-      finish_row<false>(i, Lines<const A>{upstream_[i], nullptr, node_.pitch_of(map, slice)}, slice, next_row);
+      finish_rows<false>(i, Lines<const A>{upstream_[i], nullptr, node_.pitch_of(map, slice)}, slice, next_row, 1);
       for (int64 k = 0; k < row_of_upstream(i, slice); ++k) upstream_[i][k] = 0;
       ++next_row;
     }
@@ -298,19 +311,50 @@ class GradientRows {
     const Map& map = node_.call.inputs[i].map;
     const int64 row = row_of_upstream(i, slice);
     node_.with_input(i, [&](auto normalised, auto pre) {
-      scatter_pool<decltype(normalised)::kValue != 0, decltype(pre)::kValue != 0>(i, slopes, slice, y, row);
+      constexpr bool Normalised = decltype(normalised)::kValue != 0, Silu = decltype(pre)::kValue != 0;
+      if (node_.along_channels) {
+        scatter_pooled_pixels<Normalised, Silu>(i, slopes, slice, y, row);
+      } else {
+        scatter_pooled_row<Normalised, Silu>(i, slopes.data, slice, y, row);
+      }
     });
     const bool last = y + 1 == node_.call.out.height;
     const int64 reached = last ? map.height : kWindowStride * (y + 1) - map.height % 2;
     for (; next_row < reached; ++next_row) {
       A* ready = upstream_[i] + next_row % kRowsInFlight * row;
-      finish_row<true>(i, Lines<const A>{ready, nullptr, node_.pitch_of(map, slice)}, slice, next_row);
+      finish_rows<true>(i, Lines<const A>{ready, nullptr, node_.pitch_of(map, slice)}, slice, next_row, 1);
       for (int64 k = 0; k < row; ++k) ready[k] = 0;
     }
   }
 
   template <bool Normalised, bool Silu>
-  void scatter_pool(int i, const Lines<const A>& slopes, const Slice& slice, int64 y, int64 row) {
+  void scatter_pooled_row(int i, const A* slopes, const Slice& slice, int64 y, int64 row) {
+    const Map& map = node_.call.inputs[i].map;
+    const V weight = L::splat(node_.weights.normalised[i]), threshold = threshold_of<A>(node_.call.pre);
+    const int64 top = kWindowStride * y - map.height % 2, left = -(map.width % 2), width = node_.call.out.width;
+    V derivatives = {};
+    pooled_.template load_columns<Normalised>(i, slice, y);
+    for (int64 x = 0; x < width; x += kWidth) {
+      const int64 rest = width - x < kWidth ? width - x : kWidth;
+      V of_row, of_column;
+      const V best = pooled_.winners(x, of_row, of_column), grad = load_some(slopes + x, rest, kWidth);
+      derivatives += grad * activated<Silu>(best, threshold);
+      A dy[kWidth], rows[kWidth], columns[kWidth];
+      store(weight * times_slope<Silu>(grad, best, threshold), dy);
+      store(of_row, rows);
+      store(of_column, columns);
+      for (int64 k = 0; k < rest; ++k) {
+        const int64 to_row = top + static_cast<int64>(rows[k]);
+        const int64 to_column = left + kWindowStride * (x + k) + static_cast<int64>(columns[k]);
+        const bool inside = to_row >= 0 && to_row < map.height && to_column >= 0 && to_column < map.width;
+        if (inside) upstream_[i][to_row % kRowsInFlight * row + to_column] += dy[k];
+      }
+    }
+    derivative[i] += horizontal_sum(derivatives);
+  }
+
+  template <bool Normalised, bool Silu>
+  void scatter_pooled_pixels(int i, const Lines<const A>& slopes, const Slice& slice, int64 y, int64 row) {
     using M = typename L::Mask;
     const Map& map = node_.call.inputs[i].map;
     const LineNumbers<A>& numbers = node_.numbers[i];
@@ -324,25 +368,6 @@ class GradientRows {
       const T* taps[kWindowTaps];
       node_.window(map, base, y, x, taps);
       const int64 left = left_of_first + kWindowStride * x;
-      if (!node_.along_channels) {
-        A best = 0;
-        int chosen = 0;
-        for (int t = 0; t < kWindowTaps; ++t) {
-          const A value = node_.template scalar_tap<Normalised>(taps[t], numbers);
-          if (t == 0 || value > best || value != value) {
-            best = value;
-            chosen = t;
-          }
-        }
-        const V value = V{best}, grad = V{slopes.data[x]};
-        derivative[i] += (grad * activated<Silu>(value, threshold))[0];
-        if (taps[chosen] != nullptr) {
-          const int64 column = left + chosen % kWindowSide;
-          upstream_[i][(top + chosen / kWindowSide) % kRowsInFlight * row + column] +=
-              weight * times_slope<Silu>(grad, value, threshold)[0];
-        }
-        continue;
-      }
       for (int64 element = 0; element < channels; element += kWidth) {
         const int64 rest = channels - element;
         V best = node_.template tap_value<Normalised, V>(taps[0], numbers, element, rest);

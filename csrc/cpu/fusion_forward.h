@@ -1,7 +1,8 @@
-// The fused map of a node, row by row. A row stays in a buffer in the cache while its inputs are added.
+// The fused map of a node, row by row, or in strips of rows of a plane. A strip stays in a buffer in the cache while
+// its inputs are added.
 #pragma once
 
-#include "fusion_node.h"
+#include "fusion_pool.h"
 
 namespace frskd {
 namespace {
@@ -57,36 +58,47 @@ void add_lines(
 template <typename T, typename A>
 class FusedRows {
  public:
-  explicit FusedRows(const NodeRows<T, A>& node) : node_(node), values_(node.longest_row()) {}
+  explicit FusedRows(const NodeRows<T, A>& node) : node_(node), values_(node.longest_row()), pooled_(node) {}
 
-  // sums = sum_i w_i * pre(v_i) for row y. With `write` the row goes to the output, in which case `sums` is only room.
-  void fuse(const Slice& slice, int64 y, A* sums, bool write) {
+  // sums = sum_i w_i * pre(v_i) for `rows` rows from y on. With `write` they go to the output, in which case `sums` is
+  // only room.
+  void fuse(const Slice& slice, int64 y, int64 rows, A* sums, bool write) {
     const Fusion& call = node_.call;
+    const int64 pitch = node_.pitch_of(call.out, slice);
     if (!starts_sums(0)) {
-      for (int64 k = 0; k < node_.row_elements(call.out, slice); ++k) sums[k] = 0;
+      for (int64 k = 0; k < node_.lines_of(call.out, rows) * pitch; ++k) sums[k] = 0;
     }
     bool written = false;
     for (int i = 0; i < call.count; ++i) {
       node_.with_input(i, [&](auto normalised, auto pre) {
         constexpr bool Normalised = decltype(normalised)::kValue != 0;
         constexpr bool Silu = decltype(pre)::kValue != 0;
-        if (call.inputs[i].resample == kResamplePool) {
-          add_pooled<Normalised, Silu>(i, slice, y, sums);
-        } else if (call.inputs[i].resample == kResampleUp && !node_.along_channels) {
-          add_enlarged_row<Normalised, Silu>(i, slice, y, sums);
-        } else {
+        const int resample = call.inputs[i].resample;
+        if (resample == kResampleNone || (resample == kResampleUp && node_.along_channels)) {
           written = write && i == call.count - 1 && (node_.along_channels || call.out.stride_w == 1);
-          add_pixels<Normalised, Silu>(i, slice, y, sums, written);
+          add_pixels<Normalised, Silu>(i, slice, y, rows, sums, written);
+          return;
+        }
+        for (int64 row = 0; row < rows; ++row) {
+          if (resample == kResampleUp) {
+            add_enlarged_row<Normalised, Silu>(i, slice, y + row, sums + row * pitch);
+          } else if (node_.along_channels) {
+            add_pooled_pixels<Normalised, Silu>(i, slice, y, sums);
+          } else {
+            add_pooled_row<Normalised, Silu>(i, slice, y + row, sums + row * pitch);
+          }
         }
       });
     }
-    if (write && !written) write_row(slice, y, sums);
+    if (write && !written) write_rows(slice, y, rows, sums);
   }
 
  private:
+  using V = typename Lanes<A>::Vector;
   static constexpr int64 kWidth = Lanes<A>::kWidth;
   const NodeRows<T, A>& node_;
   Scratch<A> values_;  // (a row) of an input that is to be up-sampled
+  PooledRow<T, A> pooled_;
 
   // Whether input i stores its term and need not find zeros.
   bool starts_sums(int i) const {
@@ -103,13 +115,15 @@ class FusedRows {
 
   // An input that lines of the output read line by line: as it is, or up-sampled along channels.
   template <bool Normalised, bool Silu>
-  void add_pixels(int i, const Slice& slice, int64 y, A* sums, bool write) {
+  void add_pixels(int i, const Slice& slice, int64 y, int64 rows, A* sums, bool write) {
     const Map& map = node_.call.out;
-    const Lines<const T> given = node_.input_row(i, slice, source_row(i, y), node_.source[i]);
-    const Lines<T> out = write ? row_of<T>(map, slice, y) : Lines<T>{};
+    const Lines<const T> given = node_.input_rows(i, slice, source_row(i, y), node_.source[i]);
+    const Lines<T> out = !write                 ? Lines<T>{}
+                         : node_.along_channels ? row_of<T>(map, slice, y)
+                                                : rows_of<T>(map, slice, y);
     const auto add = [&](auto first, auto last) {
       add_lines<Normalised, Silu, decltype(first)::kValue != 0, decltype(last)::kValue != 0>(
-          given, out, node_.lines_of(map), node_.line_elements(map, slice), node_.pitch_of(map, slice),
+          given, out, node_.lines_of(map, rows), node_.line_elements(map, slice), node_.pitch_of(map, slice),
           node_.numbers[i], node_.weights.normalised[i], threshold_of<A>(node_.call.pre), sums);
     };
     if (starts_sums(i)) {
@@ -123,14 +137,24 @@ class FusedRows {
   void add_enlarged_row(int i, const Slice& slice, int64 y, A* sums) {
     const int64 width = node_.call.inputs[i].map.width;
     add_lines<Normalised, Silu, true, false>(
-        node_.input_row(i, slice, source_row(i, y), nullptr), Lines<T>{}, 1, width, node_.padded(width),
+        node_.input_rows(i, slice, source_row(i, y), nullptr), Lines<T>{}, 1, width, node_.padded(width),
         node_.numbers[i], node_.weights.normalised[i], threshold_of<A>(node_.call.pre), values_.data);
-    for (int64 x = 0; x < node_.call.out.width; ++x) sums[x] += values_.data[node_.source[i][x]];
+    const int64* source = node_.source[i];
+    const A* values = values_.data;
+    for (int64 x = 0; x < node_.call.out.width; ++x) sums[x] += values[source[x]];
   }
 
   template <bool Normalised, bool Silu>
-  void add_pooled(int i, const Slice& slice, int64 y, A* sums) {
-    using V = typename Lanes<A>::Vector;
+  void add_pooled_row(int i, const Slice& slice, int64 y, A* sums) {
+    const V weight = Lanes<A>::splat(node_.weights.normalised[i]), threshold = threshold_of<A>(node_.call.pre);
+    pooled_.template load_columns<Normalised>(i, slice, y);
+    for (int64 x = 0; x < node_.call.out.width; x += kWidth) {
+      store(load(sums + x) + weight * activated<Silu>(pooled_.values(x), threshold), sums + x);
+    }
+  }
+
+  template <bool Normalised, bool Silu>
+  void add_pooled_pixels(int i, const Slice& slice, int64 y, A* sums) {
     const Map& map = node_.call.inputs[i].map;
     const LineNumbers<A>& numbers = node_.numbers[i];
     const A weight = node_.weights.normalised[i];
@@ -140,15 +164,6 @@ class FusedRows {
     for (int64 x = 0; x < node_.call.out.width; ++x) {
       const T* taps[kWindowTaps];
       node_.window(map, base, y, x, taps);
-      if (!node_.along_channels) {
-        A best = 0;
-        for (int t = 0; t < kWindowTaps; ++t) {
-          const A value = node_.template scalar_tap<Normalised>(taps[t], numbers);
-          if (t == 0 || value > best || value != value) best = value;
-        }
-        sums[x] += (weight * activated<Silu>(V{best}, threshold))[0];
-        continue;
-      }
       for (int64 element = 0; element < channels; element += kWidth) {
         const int64 rest = channels - element;
         V best = node_.template tap_value<Normalised, V>(taps[0], numbers, element, rest);
@@ -162,17 +177,17 @@ class FusedRows {
     }
   }
 
-  void write_row(const Slice& slice, int64 y, const A* sums) {
+  void write_rows(const Slice& slice, int64 y, int64 rows, const A* sums) {
     const Map& out = node_.call.out;
     const int64 count = node_.line_elements(out, slice), pitch = node_.pitch_of(out, slice);
-    const Lines<T> row = row_of<T>(out, slice, y);
+    const Lines<T> lines = node_.along_channels ? row_of<T>(out, slice, y) : rows_of<T>(out, slice, y);
     if (!node_.along_channels && out.stride_w != 1) {
-      for (int64 x = 0; x < count; ++x) from_scalar(sums[x], row.data + x * out.stride_w);
+      for (int64 x = 0; x < count; ++x) from_scalar(sums[x], lines.data + x * out.stride_w);
       return;
     }
-    for (int64 k = 0; k < node_.lines_of(out); ++k) {
+    for (int64 k = 0; k < node_.lines_of(out, rows); ++k) {
       const A* from = sums + k * pitch;
-      T* to = row.line(k);
+      T* to = lines.line(k);
       int64 element = 0;
       for (; element + kWidth <= count; element += kWidth) store(load(from + element), to + element);
       if (element < count) store_first(load(from + element), to + element, count - element);
@@ -189,13 +204,16 @@ void fuse_forward(const Fusion& given, ParallelFor run) {
   parallel(run, plan.units(), 1, [&](int64 begin, int64 end) {
     NodeRows<T, A> node(call, plan, weights);
     FusedRows<T, A> fused(node);
-    Scratch<A> sums(node.longest_row());
+    Scratch<A> sums(node.strip * node.longest_row());
     for (int64 unit = begin; unit < end; ++unit) {
       for_each_run(call, plan, unit, [&](const ChannelRun& channels) {
         node.prepare(channels);
         for (int64 sample = channels.first_sample; sample < channels.last_sample; ++sample) {
           const Slice slice{sample, channels.first_channel, channels.channels};
-          for (int64 y = 0; y < call.out.height; ++y) fused.fuse(slice, y, sums.data, true);
+          for (int64 y = 0; y < call.out.height; y += plan.strip) {
+            const int64 rest = call.out.height - y;
+            fused.fuse(slice, y, rest < plan.strip ? rest : plan.strip, sums.data, true);
+          }
         }
       });
     }

@@ -25,6 +25,8 @@ constexpr int64 kLineGap = 64;  // bytes, between lines that a depthwise convolu
 constexpr int kWindowTaps = 9;  // of a pooling window
 constexpr int kWindowSide = 3;  // the same, along an axis
 constexpr int kWindowStride = 2;
+// Elements added in float before they join the total in double; no more rows of a plane are computed in one go.
+constexpr int64 kRowsBeforeDouble = 32;
 
 template <typename V>
 inline __attribute__((always_inline)) V sigmoid(V value) {
@@ -91,10 +93,21 @@ inline bool channels_are_contiguous(const Map& map) { return map.stride_c == 1 |
 struct FusionPlan {
   bool along_channels;  // a line is the channels of a pixel
   bool convolved;       // a depthwise convolution reads the fused rows
+  int64 strip;          // rows of the output that are computed in one go
   int64 block_channels;
   int64 groups, blocks;
   int64 units() const { return groups * blocks; }
 };
+
+inline bool has_contiguous_rows(const Fusion& call) {
+  bool contiguous = call.out.stride_w == 1;
+  for (int i = 0; i < call.count; ++i) {
+    const FusionInput& input = call.inputs[i];
+    contiguous =
+        contiguous && input.map.stride_w == 1 && (input.gradient.data == nullptr || input.gradient.stride_w == 1);
+  }
+  return contiguous;
+}
 
 inline FusionPlan plan_fusion(const Fusion& call, bool with_gradients, bool convolved) {
   FusionPlan plan;
@@ -122,6 +135,11 @@ inline FusionPlan plan_fusion(const Fusion& call, bool with_gradients, bool conv
     plan.groups = groups < plan.groups ? groups : plan.groups;
   }
   plan.blocks = (call.out.channels + plan.block_channels - 1) / plan.block_channels;
+  plan.strip = 1;
+  if (!plan.along_channels && has_contiguous_rows(call)) {
+    plan.strip = kFusionBuffer / (call.out.width > 0 ? call.out.width : 1);
+    plan.strip = plan.strip < 1 ? 1 : plan.strip > kRowsBeforeDouble ? kRowsBeforeDouble : plan.strip;
+  }
   return plan;
 }
 
@@ -161,6 +179,12 @@ Lines<T> row_of(const Map& map, const Slice& slice, int64 y, const int64* offset
   return {row_start<T>(map, slice, y), offsets, map.stride_w};
 }
 
+// Rows of a plane, whose elements are contiguous, as lines.
+template <typename T>
+Lines<T> rows_of(const Map& map, const Slice& slice, int64 y) {
+  return {row_start<T>(map, slice, y), nullptr, map.stride_h};
+}
+
 template <typename A>
 FusionWeights<A> weights_of(const Fusion& call) {
   return normalise_fusion_weights(
@@ -179,6 +203,7 @@ class NodeRows {
   const Fusion& call;
   const FusionWeights<A>& weights;
   const bool along_channels;
+  const int64 strip;  // rows of the output that are computed in one go
   LineNumbers<A> numbers[kMostFusionInputs];
   int64* source[kMostFusionInputs];  // the input column that an output column reads
 
@@ -186,12 +211,13 @@ class NodeRows {
       : call(call),
         weights(weights),
         along_channels(plan.along_channels),
+        strip(plan.strip),
         gap_(plan.convolved ? kLineGap / static_cast<int64>(sizeof(A)) : 0),
         longest_line_(padded(plan.along_channels ? plan.block_channels : widest_of(call))),
         longest_row_(
             plan.along_channels ? widest_of(call) * (padded(plan.block_channels) + gap_) : padded(widest_of(call))),
         of_channels_(kNumbersOfAChannel * longest_line_ * call.count),
-        copies_((kMostFusionInputs + 1) * longest_line_),
+        copies_((kWindowPlace + kWindowSide) * longest_line_),
         columns_(call.out.width * call.count) {
     A* next = of_channels_.data;
     const auto take = [&next, this] {
@@ -216,8 +242,9 @@ class NodeRows {
   int64 longest_line() const { return longest_line_; }  // elements, padded
   int64 longest_row() const { return longest_row_; }    // elements of a row buffer, lines padded
 
-  // A row of `map`: its lines, the elements of each, and those from one line of a row buffer to the next.
-  int64 lines_of(const Map& map) const { return along_channels ? map.width : 1; }
+  // The lines of a row (along channels) or of `rows` rows, the elements of each, and those from one line of a buffer to
+  // the next.
+  int64 lines_of(const Map& map, int64 rows = 1) const { return along_channels ? map.width : rows; }
   int64 line_elements(const Map& map, const Slice& slice) const { return along_channels ? slice.channels : map.width; }
   int64 pitch_of(const Map& map, const Slice& slice) const { return padded(line_elements(map, slice)) + gap_; }
   int64 row_elements(const Map& map, const Slice& slice) const { return lines_of(map) * pitch_of(map, slice); }
@@ -258,13 +285,14 @@ class NodeRows {
     for (int64 x = 0; x < map.width; ++x) copy[x] = start[x * map.stride_w];
     return copy;
   }
-  static constexpr int kUpstreamPlace = kMostFusionInputs;  // of the upstream gradient; inputs have their position
+  static constexpr int kUpstreamPlace = kMostFusionInputs;    // of the upstream gradient; inputs have their position
+  static constexpr int kWindowPlace = kMostFusionInputs + 1;  // of the rows of a pooling window
 
-  // Row y of input i.
-  Lines<const T> input_row(int i, const Slice& slice, int64 y, const int64* offsets) const {
+  // Row y of input i, or the rows from it on where those of a plane are computed in one go.
+  Lines<const T> input_rows(int i, const Slice& slice, int64 y, const int64* offsets) const {
     const Map& map = call.inputs[i].map;
     if (along_channels) return row_of<const T>(map, slice, y, offsets);
-    return {gathered(map, slice, y, i), nullptr, 0};
+    return {gathered(map, slice, y, i), nullptr, map.stride_h};
   }
 
   // body(Normalised, Silu) with what input i needs, as compile-time constants.
@@ -302,13 +330,6 @@ class NodeRows {
     const V x = load_some(tap + element, rest, kWidth);
     if constexpr (!Normalised) return x;
     return (x - load(k.mean + element)) * load(k.scale + element) + load(k.beta + element);
-  }
-
-  template <bool Normalised>
-  static A scalar_tap(const T* tap, const LineNumbers<A>& k) {
-    if (tap == nullptr) return A(0);
-    const A x = to_scalar(*tap);
-    return Normalised ? (x - k.mean[0]) * k.scale[0] + k.beta[0] : x;
   }
 
  private:

@@ -54,7 +54,8 @@ Head head_of(
     head.labels = labels_of(*target, student, head.label_strides, "targets");
     if (target_b != nullptr) head.labels_b = labels_of(*target_b, student, head.label_b_strides, "targets_b");
   } else {
-    STD_TORCH_CHECK(target_b == nullptr, "targets_b goes with class indices, but targets holds probabilities.");
+    STD_TORCH_CHECK(
+        target_b == nullptr, "targets_b is given with class probabilities, but it belongs to class indices.");
     check_same_shape(*target, student, "targets");
     head.probabilities =
         map_of(*target, element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32, 2, "targets");

@@ -65,11 +65,13 @@ def _flatten(arguments: Sequence[Any]) -> list[Any]:
     return flat
 
 
-def _gather(annotation: Any, flat: Iterator[Any]) -> Any:
-    """One argument from the flat arguments that stand for it."""
+def _gatherer(annotation: Any) -> Callable[[Iterator[Any]], Any]:
+    """What takes one argument from the flat arguments that stand for it. Made once: looking up annotations is slow."""
     if not _is_group(annotation):
-        return next(flat)
-    return annotation(*(_gather(field, flat) for field in typing.get_type_hints(annotation).values()))
+        return next
+    fields = [_gatherer(field) for field in typing.get_type_hints(annotation).values()]
+    make = annotation._make
+    return lambda flat: make([take(flat) for take in fields])
 
 
 def register(operation: str, raw: Callable[..., Any], fake: Callable[..., Any], name: str = "") -> Callable[..., Any]:
@@ -95,9 +97,11 @@ def register(operation: str, raw: Callable[..., Any], fake: Callable[..., Any], 
     outputs = ", ".join(map(_schema_type, results))
     schema = f"{name}({', '.join(arguments)}) -> ({outputs})"
 
+    gatherers = [_gatherer(kind) for kind in kinds]
+
     def gathered(flat: Sequence[Any]) -> list[Any]:
         rest = iter(flat)
-        return [_gather(kind, rest) for kind in kinds]
+        return [take(rest) for take in gatherers]
 
     def run(*given: Any) -> Any:
         _dispatch.record(operation, given[-1])

@@ -82,7 +82,8 @@ def _reduced(saved: Saved, heads: Heads, call: _Call) -> tuple[Tensor, Tensor, T
     losses = saved.losses
     if call.reduction == "none":
         return losses[0].clone(), losses[1].clone(), losses[2].clone()
-    if call.reduction == "batchmean" and len(heads.students) == 1:
+    one_mean = call.reduction == "batchmean" and len(heads.students) == 1
+    if one_mean and not _dispatch.left_to_compiler("logits_means"):
         no_attention = losses.new_empty((0, 1))
         _, (ce_student, ce_teacher, kd) = combine(no_attention, losses, 1.0, 0.0, bool(heads.targets), True, call.impl)
         return ce_student, ce_teacher, kd

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Settings = str | Mapping[str, Any]
+# The parts of a training that are chosen by class, besides the data; with the argument that the trainer gives.
+PARTS = {"task": "backbone", "optimizer": "params", "lr_scheduler": "optimizer"}
 
 
 def imported(path: str) -> Callable[..., Any]:

@@ -11,11 +11,12 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import recipe_files
+from .class_paths import PARTS
 from .errors import Refusal
 from .recipe_files import RecipeError
 
@@ -42,21 +43,8 @@ RECIPE is a name from `frskd-fast recipes` or a YAML file; without --config it i
   frskd-fast fit --help                              all of them
 """
 DEFAULT_RECIPE = "digits"
-# Parts of the training that are chosen by class, and what a class looks like on the command line.
-PARTS = ("--task", "--optimizer", "--lr_scheduler")
+# What a class looks like on the command line.
 CLASS = re.compile(r"(?!null$)[A-Za-z_][\w.]*")
-# Where settings of the model were in earlier versions, if not in the task's arguments.
-MOVED = {
-    "method": "task",
-    "learning_rate": "optimizer.lr",
-    "momentum": "optimizer.momentum",
-    "weight_decay": "optimizer.weight_decay",
-    "nesterov": "optimizer.nesterov",
-    "schedule": "lr_scheduler",
-    "milestones": "lr_scheduler.milestones",
-    "gamma": "lr_scheduler.gamma",
-    "warmup_epochs": "lr_scheduler.warmup_epochs",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,14 +134,15 @@ def expanded(words: Sequence[str]) -> tuple[list[str], str]:
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag not in ("--config", "-c", *PARTS):
+        part = flag.removeprefix("--")
+        if flag not in ("--config", "-c") and part not in PARTS:
             others.append(word)
             continue
         if not equals:
             value = next(rest, "")
-        if flag in PARTS:
+        if part in PARTS:
             others += [flag, value]
-            chosen[flag.removeprefix("--")] = value
+            chosen[part] = value
         elif value:
             recipes.append(value)
         else:
@@ -187,27 +176,24 @@ def run(stage: str, words: Sequence[str]) -> CommandLine:
     except ImportError as error:
         raise Refusal(f"{error.name} cannot be imported; pip install 'frskd_fast[train]'.") from error
     _quieten()
-    _check_model_keys(arguments, list(inspect.signature(DistillationModule).parameters))
+    _check_model_keys(arguments, inspect.signature(DistillationModule).parameters)
     try:
         return CommandLine(name, [stage, *arguments])
     except DataFileError as error:
         raise Refusal(str(error)) from error
 
 
-def _check_model_keys(words: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse settings of the model that it does not have, naming where they are now."""
+def _check_model_keys(words: Sequence[str], known: Container[str]) -> None:
+    """Refuse settings of the model that it does not have, naming where those of earlier versions are now."""
     keys = [word.removeprefix("--model.").partition("=")[0] for word in words if word.startswith("--model.")]
     for word, following in itertools.pairwise(words):
-        if word == "--config":
-            keys += json.loads(following).get("model") or {}
+        keys += (json.loads(following).get("model") or {}) if word == "--config" else []
     for key in keys:
         if key.partition(".")[0] not in known:
-            new = MOVED.get(key, f"task.{key}")
-            part, _, argument = new.partition(".")
-            in_yaml = f"{part}.init_args.{argument}" if argument else f"{part}.class_path"
             raise Refusal(
-                f"model.{key} is no setting of the model. Write --{new} (in a YAML file {in_yaml}) instead: the method's "
-                "arguments belong to the task, those of training to optimizer and lr_scheduler; "
+                f"model.{key} is no setting of the model. The method is --task, and its arguments are --task.{key} and the "
+                "like (in a YAML file task.class_path and task.init_args); learning rate, momentum and weight decay are "
+                "--optimizer.lr, --optimizer.momentum and --optimizer.weight_decay, the schedule is --lr_scheduler. "
                 f"`frskd-fast recipes {DEFAULT_RECIPE}` shows the form."
             )
 

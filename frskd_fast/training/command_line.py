@@ -18,13 +18,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from frskd_fast.tasks.base import Task
+from frskd_fast.tasks import Task
 
-from .beginning import Beginning
+from .beginning import Beginning, Interrupt
 from .checkpoints import AtomicCheckpointIO, Found, RunCheckpoint, find_checkpoint
+from .class_paths import PARTS
 from .data import ImageData
 from .errors import Refusal, sentence_of
-from .interrupt import Interrupt
 from .loggers import loggers
 from .module import DistillationModule
 from .panels import Panels
@@ -38,12 +38,8 @@ if TYPE_CHECKING:
 
 # What constructors and readers raise of wrong settings.
 MISTAKES = (ValueError, TypeError, ImportError, FileNotFoundError, MisconfigurationException, ExportError)
-# Built by the module: their class, whether one is needed, and the argument that the module gives.
-PARTS: dict[str, tuple[Any, bool, str]] = {
-    "task": (Task, True, "backbone"),
-    "optimizer": (Optimizer, True, "params"),
-    "lr_scheduler": (LRSchedulerTypeTuple, False, "optimizer"),
-}
+# The parts that the module builds, by their classes.
+CLASSES: dict[str, Any] = {"task": Task, "optimizer": Optimizer, "lr_scheduler": LRSchedulerTypeTuple}
 
 
 @rank_zero_only
@@ -83,10 +79,9 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the parts that the module builds, and the options of a run."""
-        for name, (parent, needed, given) in PARTS.items():
-            parser.add_subclass_arguments(
-                parent, name, required=needed, instantiate=False, fail_untyped=False, skip={given}
-            )
+        for name, given in PARTS.items():
+            settings: dict[str, Any] = {"required": name != "lr_scheduler", "instantiate": False, "fail_untyped": False}
+            parser.add_subclass_arguments(CLASSES[name], name, skip={given}, **settings)
             parser.link_arguments(name, f"model.{name}", compute_fn=_plain)
         parser.add_argument(
             "--run_dir",

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frskd_fast.models import create_model
 from frskd_fast.tasks import Student
 
-from .backbones import build_backbone
 from .weights import STATE, ExportError, classes_in, load_backbone_weights, load_file
 
 FORMATS = (".safetensors", ".pt2", ".onnx")
@@ -49,7 +49,7 @@ def load_student(
 
     Args:
         path: the checkpoint. Those of `frskd-fast fit` say themselves what network they hold; for others give
-        backbone: its name, see `frskd_fast.training.backbones.build_backbone`.
+        backbone: its name, see `frskd_fast.models.create_model`.
         num_classes: number of logits; None reads it from the last linear layer of a foreign checkpoint.
         size: side, or height and width, of the images to export for; None takes the training's, else 32 (224 for the
             networks with an ImageNet stem).
@@ -73,7 +73,7 @@ def load_student(
     if classes is None:
         raise ExportError(f"The number of classes in {path} was not found; give --num_classes.")
     try:
-        network = build_backbone(name, int(classes), **arguments)
+        network = create_model(name, int(classes), **arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise ExportError(str(error)) from error
     load_backbone_weights(network, path)
@@ -167,7 +167,7 @@ def _safetensors(exported: Export, path: Path, images: Tensor) -> Any:
         ),
     }
     path.write_bytes(save(tensors, metadata))
-    network = build_backbone(exported.backbone, exported.num_classes, **exported.backbone_args)
+    network = create_model(exported.backbone, exported.num_classes, **exported.backbone_args)
     network.load_state_dict(load_safetensors(path))
     return Student(network.eval(), channels_last=exported.student.channels_last)
 

@@ -13,16 +13,7 @@ from .errors import Refusal
 
 
 def loggers(folder: Path, tensorboard: bool | None, project: str | None) -> list[Any]:
-    """The loggers of a run, as asked for.
-
-    Args:
-        folder: of the run.
-        tensorboard: whether to write TensorBoard's events; None does where it can be imported.
-        project: of Weights & Biases; None does without.
-
-    Raises:
-        Refusal: when what was asked for cannot be imported.
-    """
+    """The loggers of a run: TensorBoard's, with None where it can be imported, and that of a project of Weights & Biases."""
     result: list[Any] = []
     if tensorboard is not False:
         try:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from frskd_fast.tasks.base import Task
+from frskd_fast.mixing import rotate4
+from frskd_fast.models import create_model
+from frskd_fast.tasks import Task
 
-from .backbones import build_backbone
 from .class_paths import Settings, build
 from .metrics import MeanOfParts
 from .weights import STATE, load_backbone_weights
@@ -29,7 +30,7 @@ class DistillationModule(LightningModule):
     Args:
         num_classes: number of logits K. The command line takes it from the data.
         task: settings of a task, called with the student's network first.
-        backbone: name of the student's network, see `frskd_fast.training.backbones.build_backbone`.
+        backbone: name of the student's network, see `frskd_fast.models.create_model`.
         backbone_args: further arguments of that network.
         optimizer: settings of the optimiser, called with the task's `parameter_groups()` first.
         lr_scheduler: settings of the schedule, called with the optimiser first; None leaves the learning rate as it is. A
@@ -70,7 +71,7 @@ class DistillationModule(LightningModule):
         super().__init__()
         # A checkpoint holds the weights themselves; the file need not be there when it is loaded.
         self.save_hyperparameters(ignore=["weights"])
-        network = build_backbone(backbone, num_classes, **(backbone_args or {}))
+        network = create_model(backbone, num_classes, **(backbone_args or {}))
         if weights is not None:
             load_backbone_weights(network, weights, skip_other_classifier=True)
         self.task: Task = build(task, network)
@@ -136,7 +137,7 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> dict[str, Tensor]:
         """The loss with its graph, and its parts without."""
         images, targets = batch
-        outputs = self.task(images, targets)
+        outputs = self.task(rotate4(images) if self.task.views == "rotations" else images, targets)
         parts = {name: value for name, value in outputs.items() if value.dim() == 0}
         with torch.no_grad():
             measured = {

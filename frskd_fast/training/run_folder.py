@@ -6,27 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .class_paths import PARTS
 from .errors import Refusal
 from .recipe_files import CONFIG
 
 # What a run that goes on must have in common with its beginning.
-KEPT = ("seed_everything", "task", "model", "optimizer", "lr_scheduler", "data")
+KEPT = ("seed_everything", "model", "data", *PARTS)
 # Settings of the data that change how fast batches come, not which.
-HARMLESS = {f"data.init_args.{name}" for name in (
-    "root", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size"
-)}  # fmt: skip
+HARMLESS = ("root", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size")
 
 
 def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with a run whose task, model, optimiser, schedule, data or seed were set differently.
-
-    Args:
-        folder: of the run.
-        settings: those of the command.
-
-    Raises:
-        Refusal: as a sentence.
-    """
+    """Refuse to go on with a run whose task, model, optimiser, schedule, data or seed were set differently."""
     before = _settings_of(folder)
     if before is None:
         return
@@ -39,7 +30,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         difference
         for part in KEPT
         for difference in _differences(part, before.get(part), settings.get(part))
-        if difference[0] not in HARMLESS
+        if difference[0].removeprefix("data.init_args.") not in HARMLESS
     ]
     if differences:
         listed = "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in differences[:4])

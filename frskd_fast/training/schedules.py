@@ -1,34 +1,27 @@
-"""Schedules of the learning rate by epochs, with a linear warm-up; any class of PyTorch's can take their place."""
+"""Schedules of the learning rate by epochs, with a linear warm-up; any class of PyTorch's can take their place.
+
+During W warm-up epochs the rate of epoch e is lr * (e + 1) / (W + 1). Step the schedulers once an epoch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    MultiStepLR,
-    SequentialLR,
-)
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 
 def multistep(
     optimizer: Optimizer, milestones: Sequence[int] = (100, 150), gamma: float = 0.1, warmup_epochs: int = 0
 ) -> LRScheduler:
-    """rate(e) = lr * gamma^(milestones <= e); during the W warm-up epochs lr * (e + 1) / (W + 1).
+    """rate(e) = lr * gamma^(milestones <= e).
 
     Args:
         optimizer: whose learning rate to change.
         milestones: epochs, counted from 0 whether or not there is a warm-up, from which on the rate is multiplied by gamma
-            once more.
+            once more. Without any it is constant.
         gamma: the factor.
         warmup_epochs: W; 0 is none.
-
-    Returns:
-        A scheduler to step once an epoch.
 
     Example:
         >>> import torch
@@ -40,41 +33,22 @@ def multistep(
         >>> rates
         [0.5, 1.0, 0.1, 0.1]
     """
-    main = MultiStepLR(optimizer, [max(int(m) - warmup_epochs, 0) for m in milestones], gamma)
+    main = MultiStepLR(optimizer, [max(int(milestone) - warmup_epochs, 0) for milestone in milestones], gamma)
     return _after_warmup(optimizer, main, warmup_epochs)
 
 
 def cosine(optimizer: Optimizer, max_epochs: int | None = None, warmup_epochs: int = 0) -> LRScheduler:
-    """rate(e) = lr * (1 + cos(pi (e - W) / (E - W))) / 2; during the W warm-up epochs lr * (e + 1) / (W + 1).
+    """rate(e) = lr * (1 + cos(pi (e - W) / (E - W))) / 2.
 
     Args:
         optimizer: whose learning rate to change.
         max_epochs: E. The trainer gives the number of its epochs where this is None.
         warmup_epochs: W; 0 is none.
-
-    Returns:
-        A scheduler to step once an epoch.
-
-    Raises:
-        ValueError: without a number of epochs.
     """
     if max_epochs is None or max_epochs < 1:
         raise ValueError(f"max_epochs is {max_epochs}, but a cosine ends with them; give trainer.max_epochs a number.")
     main = CosineAnnealingLR(optimizer, max(max_epochs - warmup_epochs, 1))
     return _after_warmup(optimizer, main, warmup_epochs)
-
-
-def constant(optimizer: Optimizer, warmup_epochs: int = 0) -> LRScheduler:
-    """rate(e) = lr; during the W warm-up epochs lr * (e + 1) / (W + 1).
-
-    Args:
-        optimizer: whose learning rate to change.
-        warmup_epochs: W; 0 is none.
-
-    Returns:
-        A scheduler to step once an epoch.
-    """
-    return _after_warmup(optimizer, ConstantLR(optimizer, factor=1.0, total_iters=0), warmup_epochs)
 
 
 def _after_warmup(optimizer: Optimizer, main: LRScheduler, warmup_epochs: int) -> LRScheduler:
