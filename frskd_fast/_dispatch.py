@@ -182,6 +182,10 @@ def choose(
         name = _forced[-1]
     if name != "auto":
         reason = problem(name, device_type, dtype)
+        if reason is None and not (is_plain(name) or implements(operation, name)):
+            reason = (
+                f"{operation} has no such kernels; use one of {', '.join(map(repr, ONLY[operation]))}, or 'reference'"
+            )
         if reason is not None:
             raise RuntimeError(f"impl={name!r} was asked for, but {reason}.")
         return name
@@ -194,7 +198,7 @@ def choose(
         ):
             continue
         for candidate in line.implementations:
-            if problem(candidate, device_type, dtype) is None:
+            if implements(operation, candidate) and problem(candidate, device_type, dtype) is None:
                 return candidate
         break
     return PLAIN

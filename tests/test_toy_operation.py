@@ -101,3 +101,15 @@ def test_what_has_no_counterpart_in_a_schema_is_refused() -> None:
 
     with pytest.raises(TypeError, match="has no counterpart in an operator's schema"):
         _table.register("unknown", raw, raw)
+
+
+def test_what_an_operation_lacks_is_a_sentence(
+    compiled: None, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_dispatch.ONLY, "toy", ("triton",))
+    numbers = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(
+        RuntimeError, match="impl='cpu' was asked for, but toy has no such kernels; use one of 'triton'"
+    ):
+        toy.toy(numbers, numbers, impl="cpu")
+    assert _dispatch.choose_for("toy", "auto", numbers) == "reference"
