@@ -17,7 +17,7 @@ def _combine(
     split: bool,
     impl: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(total, ce_student, ce_teacher, kd, feature, inverse_valid), and as scalars the total or the three of the logits."""
+    """(total, ce_student, ce_teacher, kd, feature), and as scalars the total or the three of the logits."""
     parts, scalars = _dispatch.raw("combine", impl).forward(
         attention_losses, logits_losses, alpha, beta, has_targets, split
     )
@@ -33,7 +33,7 @@ def _fake_combine(
     split: bool,
     impl: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    return logits_losses.new_empty((6,)), [logits_losses.new_empty(()) for _ in range(3 if split else 1)]
+    return logits_losses.new_empty((5,)), [logits_losses.new_empty(()) for _ in range(3 if split else 1)]
 
 
 combine = _table.register("combine", _combine, _fake_combine, name="combine")
