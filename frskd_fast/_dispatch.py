@@ -120,7 +120,7 @@ def last_impl() -> dict[str, str]:
 
 
 def record(operation: str, name: str) -> None:
-    """Remember for ``last_impl`` that ``operation`` ran by implementation ``name``; a graph that is being traced does not run."""
+    """Remember for ``last_impl`` that ``operation`` ran by implementation ``name``; what is only traced did not run."""
     if not torch.compiler.is_compiling():
         _last[operation] = name
 
