@@ -171,26 +171,19 @@ void logits_forward(const LogitsForward& call) {
 void logits_backward(const LogitsBackward& call) {
   const LogitsRows checked = check(call, Device::kCuda);
   const std::vector<Tensor>&students = call.heads.students, &teachers = call.heads.teachers;
-  const std::vector<Tensor>&student_gradients = call.student_gradients, &teacher_gradients = call.teacher_gradients;
   const std::vector<Tensor>& grads = call.upstream.grads;
   const std::vector<double>& scales = call.upstream.scales;
   const int64_t head_stride = call.upstream.head_stride, row_stride = call.upstream.row_stride;
   const std::optional<Tensor>& inverse_valid = call.inverse_valid;
   const double temperature = call.settings.temperature;
   const LabelKind label_kind = label_kind_of(call.heads);
-  const bool writes_student = !student_gradients.empty(), writes_teacher = !teacher_gradients.empty();
+  const bool writes_student = !call.student_gradients.empty(), writes_teacher = !call.teacher_gradients.empty();
 
   // A term counts only where its scale is not 0, its inputs are there and one of the wanted gradients has it.
   const bool has_labels = label_kind != LabelKind::kNone;
   const bool term_wanted[3] = {
       writes_student && has_labels, writes_teacher && has_labels,
       !teachers.empty() && (writes_student || (writes_teacher && call.kd_to_teacher))};
-  bool term_used[3] = {};
-  for (size_t head = 0; head < students.size(); ++head) {
-    for (size_t term = 0; term < 3; ++term) {
-      term_used[term] = term_used[term] || (term_wanted[term] && scales[3 * head + term] != 0.0);
-    }
-  }
   if (checked.rows == 0 || (!writes_student && !writes_teacher)) return;
 
   const DeviceGuard guard(students[0]);
@@ -204,7 +197,6 @@ void logits_backward(const LogitsBackward& call) {
       BackwardParameters<A> parameters{};
       parameters.labels = label_options<A>(label_kind, call.settings);
       for (size_t term = 0; term < 3; ++term) {
-        if (!term_used[term]) continue;
         const int64_t step = grads[term].dim() == 0 ? 0 : grads[term].stride(0);
         parameters.grad_strides[term][0] = head_stride * step;
         parameters.grad_strides[term][1] = row_stride * step;
@@ -227,16 +219,13 @@ void logits_backward(const LogitsBackward& call) {
         target.head = make_head(call.heads, label_kind, index, first_row);
         assign_blocks(target.head, blocks);
         first_row += target.head.rows;
-        if (writes_student) {
-          target.student_gradient = view_of(student_gradients[index]);
-          target.head.packed =
-              target.head.packed && allows_packs(target.student_gradient, target.head.classes, sizeof(T));
-        }
-        if (writes_teacher) {
-          target.teacher_gradient = view_of(teacher_gradients[index]);
-          target.head.packed =
-              target.head.packed && allows_packs(target.teacher_gradient, target.head.classes, sizeof(T));
-        }
+        const auto add_gradient = [&](LogitsView& view, const std::vector<Tensor>& gradients) {
+          if (gradients.empty()) return;
+          view = view_of(gradients[index]);
+          target.head.packed = target.head.packed && allows_packs(view, target.head.classes, sizeof(T));
+        };
+        add_gradient(target.student_gradient, call.student_gradients);
+        add_gradient(target.teacher_gradient, call.teacher_gradients);
         for (size_t term = 0; term < 3; ++term) {
           target.scales[term] = term_wanted[term] ? static_cast<A>(scales[3 * index + term]) : A(0);
         }
