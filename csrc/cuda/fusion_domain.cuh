@@ -80,7 +80,6 @@ constexpr int64_t kMostElementBlocks = 4096;   // of one input in a pass that wr
 constexpr int64_t kLeastSumPositions = 16;     // of a thread in a pass that sums per channel
 constexpr int64_t kLeastElementPositions = 4;  // of a thread in a pass that writes elements
 constexpr int64_t kMostLanes = 64;             // threads side by side along channels
-constexpr int64_t kLimit = int64_t{1} << 30;   // elements of one sample: its positions are numbered by 31 bits
 
 inline FusionMap map_of(const Tensor& tensor) {
   const auto stride = [&](int64_t axis) { return tensor.size(axis) == 1 ? 0 : tensor.stride(axis); };

@@ -17,6 +17,9 @@ using torch::headeronly::ScalarType;
 
 enum class Device { kCpu, kCuda };
 
+// The kernels of a GPU number the positions of a map, and the elements of a fused sample, by 31 bits.
+constexpr std::int64_t kLimit = std::int64_t{1} << 30;
+
 // An argument or an entry of one: "students[1]", which becomes text only where something is wrong.
 struct Name {
   const char* argument;
@@ -112,7 +115,6 @@ inline void check_map(const Tensor& map, const Name& name, const Kind& kind) {
   STD_TORCH_CHECK(
       channels > 0 && height > 0 && width > 0, name, " has shape ", shape_text(map),
       ", but at least one channel and one pixel were wanted.");
-  constexpr std::int64_t kLimit = std::int64_t{1} << 30;
   STD_TORCH_CHECK(
       kind.device == Device::kCpu ||
           (channels <= kLimit && height <= kLimit && width <= kLimit && height * width <= kLimit),

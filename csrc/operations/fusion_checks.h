@@ -16,7 +16,6 @@ inline void check_fusion_map(const Tensor& map, const Name& name, const Kind& ki
   STD_TORCH_CHECK(
       map.size(0) == first.size(0) && map.size(1) == first.size(1), name, " has shape ", shape_text(map),
       ", but batch size ", first.size(0), " and ", first.size(1), " channels, those of inputs[0], were wanted.");
-  constexpr std::int64_t kLimit = std::int64_t{1} << 30;
   STD_TORCH_CHECK(
       kind.device == Device::kCpu || (map.size(0) <= kLimit && map.size(1) * map.size(2) * map.size(3) <= kLimit), name,
       " has shape ", shape_text(map), ", but at most 2^30 samples of at most 2^30 elements were wanted.");

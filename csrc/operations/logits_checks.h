@@ -64,7 +64,7 @@ inline LogitsRows check(const LogitsHeads& heads, const LogitsSettings& settings
         student.dim() >= 2 && student.dim() <= 4, name, " has shape ", shape_text(student),
         ", but (N, K), (N, K, W) or (N, K, H, W) was wanted.");
     STD_TORCH_CHECK(
-        student.size(1) > 0 && student.size(1) <= (std::int64_t{1} << 30), name, " has shape ", shape_text(student),
+        student.size(1) > 0 && student.size(1) <= kLimit, name, " has shape ", shape_text(student),
         ", but from 1 to 2^30 classes were wanted.");
     if (!teachers.empty()) check_like(teachers[head], {"teachers", head}, kind, kind.dtype, student);
     if (indices) check_class_indices(targets[head], {"targets", head}, kind, student);
