@@ -13,6 +13,7 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import channels_last, contiguous, strided, transposed
 from numerics import assert_close, largest_error
 from problems.fusion import (
     ACTIVATIONS,
@@ -25,14 +26,10 @@ from problems.fusion import (
     FusionProblem,
     Results,
     Shapes,
-    channels_last,
     collect,
     compare,
-    contiguous,
     maps,
     random_batch_norm,
-    strided,
-    transposed,
 )
 from torch import Tensor, nn
 
@@ -74,17 +71,6 @@ def _threads(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_problems(problem: FusionProblem, implementation: str) -> None:
     problem.run(implementation, "cpu")
-
-
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("impl", "layout"), LAYOUTS_OF)
-def test_forward_and_backward(layout: str, dtype: torch.dtype, impl: str) -> None:
-    """Every node; activations and weightings take turns, each layout and dtype from another start."""
-    for shapes, pre, weighting in zip(
-        NODES, _turns(ACTIVATIONS, layout, dtype), _turns(WEIGHTINGS, layout, dtype), strict=False
-    ):
-        compare(impl, shapes, maps(shapes, 2, dtype, layout), pre, *weighting)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
