@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from layouts import channels_last, contiguous, strided, transposed
 from numerics import assert_close, largest_error
+from problems import Problem
 from problems.fusion import (
     ACTIVATIONS,
     DTYPES,
@@ -22,6 +23,7 @@ from problems.fusion import (
     MANY_RESAMPLES,
     NODES,
     PROBLEMS,
+    RAW_PROBLEMS,
     WEIGHTINGS,
     FusionProblem,
     Results,
@@ -71,6 +73,12 @@ def _threads(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_problems(problem: FusionProblem, implementation: str) -> None:
     problem.run(implementation, "cpu")
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("problem", RAW_PROBLEMS, ids=lambda problem: problem.name)
+def test_problems_of_raw_functions(problem: Problem) -> None:
+    problem.run("cpu", "cpu")
 
 
 @pytest.mark.usefixtures("poisoned_empty")
