@@ -33,7 +33,9 @@ class Line(NamedTuple):
 _CPU = Line(("cpu",), evidence="2026-11-26-cpu-amd-epyc-zen4.json")
 _GPU = Line(("cuda", "triton"))
 
-# The first line that fits decides; (operation, kind of device) -> lines. `ANY` serves the operations that are not named.
+# The first line that fits decides; (operation, kind of device) -> lines. `ANY` serves those that are not named. Besides the
+# operations there are lines for what is built of several and chosen as a whole: "objective" (FRSKD's loss: attention, logits
+# and combine), "self_teacher" and "hints".
 ANY = ""
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     (ANY, "cpu"): (_CPU,),
@@ -46,6 +48,9 @@ PLAIN_WHEN_TRACED = ("logits_means",)
 
 # The layout to which maps are brought before an operation takes many steps: one copy costs far less than planes do.
 MAPS = {("self_teacher", "cpu"): torch.channels_last}
+
+# Where the weight gradient of a 1x1 convolution of channels_last maps is taken as a matrix product, which on a CPU is faster.
+MATRIX_PRODUCTS = ("cpu",)
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -113,8 +118,9 @@ def last_impl() -> dict[str, str]:
 
 
 def record(operation: str, name: str) -> None:
-    """Remember for ``last_impl`` that ``operation`` ran by implementation ``name``."""
-    _last[operation] = name
+    """Remember for ``last_impl`` that ``operation`` ran by implementation ``name``; what is only traced did not run."""
+    if not torch.compiler.is_compiling():
+        _last[operation] = name
 
 
 def problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:

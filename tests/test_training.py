@@ -350,7 +350,7 @@ def test_panels_can_be_drawn_again(trained: Path, monkeypatch: pytest.MonkeyPatc
         assert all(line.get_marker() == "o" for line in axes.lines), "two points"
         assert all(float(tick).is_integer() for tick in axes.get_xticks())
     names = {text.get_text() for axes in figure.axes[:2] for text in axes.get_legend().get_texts()}
-    assert {"student accuracy, training", "self-teacher accuracy, training", "student cross-entropy"} <= names
+    assert {"student accuracy, training", "teacher accuracy, training", "student cross-entropy"} <= names
     monkeypatch.undo()
     plots.close(figure)
 

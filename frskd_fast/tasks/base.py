@@ -26,14 +26,11 @@ class Task(nn.Module):
         channels_last: whether images are brought to `torch.channels_last`.
         views: "plain" for images (N, C, H, W); "rotations" for their four rotations (4N, C, H, W), in the order of
             `frskd_fast.mixing.rotate4`. Targets are those of the N images. In evaluation images are plain.
-        crop_each_view: with "rotations", whether each view is cropped by itself, after it was turned; else the image is
-            cropped before.
     """
 
     backbone: nn.Module
     channels_last: bool
     views: str = "plain"
-    crop_each_view: bool = False
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
         """The loss and what to log.
@@ -57,6 +54,10 @@ class Task(nn.Module):
 
         Hold such a weight in a buffer and write it in place (`self.ramp.fill_(...)`): a compiled step does not compile anew.
         """
+
+    def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """Feature maps (N, C, H, W) by the network that they are of, finest first, for pictures of where it looks."""
+        return {"student": features_and_logits(self.backbone, laid_out(images, self.channels_last))[0]}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile this module's calls: one graph for forward, loss and backward, and one for every batch size.

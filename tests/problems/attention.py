@@ -313,7 +313,7 @@ def _launch(layout: str, dtype: torch.dtype, exponent: float, batch: int = 2, de
     features = [LAYOUTS[layout](torch.empty((batch, *size), dtype=dtype, device=device)) for size in sizes]
     losses, coefficients, _ = attention.forward(features, features, exponent, True, True)
     assert coefficients is not None
-    attention.backward(losses, 1.0, features, coefficients, exponent)
+    attention.backward(losses, 1.0, False, features, coefficients, exponent)
 
 
 def _launch_map() -> None:
