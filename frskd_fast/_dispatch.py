@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,15 +33,14 @@ class Line(NamedTuple):
 _CPU = Line(("cpu",), evidence="2026-11-26-cpu-amd-epyc-zen4.json")
 _GPU = Line(("cuda", "triton"))
 
-# The first line that fits decides; (operation, kind of device) -> lines. `ANY` serves the operations that are not named.
+# The first line that fits decides; (operation, kind of device) -> lines. `ANY` serves those that are not named. Besides the
+# operations there are lines for what is built of several and chosen as a whole: "objective" (FRSKD's loss: attention, logits
+# and combine), "self_teacher" and "hints".
 ANY = ""
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     (ANY, "cpu"): (_CPU,),
     (ANY, "cuda"): (_GPU,),
 }
-
-# The implementations of an operation that not all of them have.
-ONLY = {"fused_convolution": ("cpu",)}
 
 # What a compiler fuses by itself, while a kernel of ours is opaque to it: the means of one head of logits take 173 us instead
 # of 190 in a compiled call with (128, 100) logits on a CPU, forward and backward.
@@ -48,6 +48,9 @@ PLAIN_WHEN_TRACED = ("logits_means",)
 
 # The layout to which maps are brought before an operation takes many steps: one copy costs far less than planes do.
 MAPS = {("self_teacher", "cpu"): torch.channels_last}
+
+# Where the weight gradient of a 1x1 convolution of channels_last maps is taken as a matrix product, which on a CPU is faster.
+MATRIX_PRODUCTS = ("cpu",)
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -115,8 +118,9 @@ def last_impl() -> dict[str, str]:
 
 
 def record(operation: str, name: str) -> None:
-    """Remember for ``last_impl`` that ``operation`` ran by implementation ``name``."""
-    _last[operation] = name
+    """Remember for ``last_impl`` that ``operation`` ran by implementation ``name``; what is only traced did not run."""
+    if not torch.compiler.is_compiling():
+        _last[operation] = name
 
 
 def problem(name: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -182,10 +186,9 @@ def choose(
         name = _forced[-1]
     if name != "auto":
         reason = problem(name, device_type, dtype)
-        if reason is None and not (is_plain(name) or implements(operation, name)):
-            reason = (
-                f"{operation} has no such kernels; use one of {', '.join(map(repr, ONLY[operation]))}, or 'reference'"
-            )
+        if reason is None and not (is_plain(name) or _serves(operation, name)):
+            offered = [repr(other) for other in IMPLEMENTATIONS if implements(operation, other)]
+            reason = f"{operation} has no such kernels; use {' or '.join([*offered, repr(PLAIN)])}"
         if reason is not None:
             raise RuntimeError(f"impl={name!r} was asked for, but {reason}.")
         return name
@@ -198,7 +201,7 @@ def choose(
         ):
             continue
         for candidate in line.implementations:
-            if implements(operation, candidate) and problem(candidate, device_type, dtype) is None:
+            if _serves(operation, candidate) and problem(candidate, device_type, dtype) is None:
                 return candidate
         break
     return PLAIN
@@ -229,7 +232,31 @@ def left_to_compiler(operation: str) -> bool:
 
 def implements(operation: str, name: str) -> bool:
     """Whether implementation ``name`` has raw functions of ``operation``."""
-    return not is_plain(name) and name in ONLY.get(operation, IMPLEMENTATIONS)
+    return (operation, name) in _modules or _in_package(operation, name)
+
+
+implements._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _serves(operation: str, name: str) -> bool:
+    """Whether implementation ``name`` may be chosen: what has no raw functions at all is composed of operations that have."""
+    return implements(operation, name) or not any(implements(operation, other) for other in IMPLEMENTATIONS)
+
+
+@functools.cache
+def _in_package(operation: str, name: str) -> bool:
+    """Whether the package has a file of ``operation`` for implementation ``name``; that of Triton is found, not imported."""
+    module = _module_name(operation, name)
+    if is_plain(name) or importlib.util.find_spec(module.rpartition(".")[0]) is None:
+        return False
+    if importlib.util.find_spec(module) is None:
+        return False
+    return name == "triton" or name in getattr(importlib.import_module(module), "DEVICES", ("cpu", "cuda"))
+
+
+def _module_name(operation: str, name: str) -> str:
+    package = "kernels" if name == "triton" else "native"
+    return f"frskd_fast.{package}.{operation}"
 
 
 def memory_format_of(operation: str, name: str) -> torch.memory_format | None:
@@ -242,8 +269,7 @@ def raw(operation: str, name: str) -> ModuleType:
     key = (operation, name)
     module = _modules.get(key)
     if module is None:
-        package = "frskd_fast.kernels" if name == "triton" else "frskd_fast.native"
-        module = provide(operation, name, importlib.import_module(f"{package}.{operation}"))
+        module = provide(operation, name, importlib.import_module(_module_name(operation, name)))
     return module
 
 

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from frskd_fast.reference.attention import upstream_scale
+
 from ._attention import NUM_WARPS, absolute_power, plan, power_of
 from ._common import (
     aligned,
@@ -144,7 +146,8 @@ def _gradient_kernel(
 
 def backward(
     grad: Tensor,  # (L, N), may be expanded
-    scale: float,
+    weight: float,
+    mean_over_batch: bool,
     features: Sequence[Tensor],  # L x (N, C_l, H_l, W_l)
     coefficients: Tensor,  # (N * sum_l H_l * W_l,)
     exponent: float,
@@ -154,6 +157,7 @@ def backward(
     first = features[0]
     if coefficients.numel() == 0:
         return gradients
+    scale = upstream_scale(weight, mean_over_batch, first.shape[0])
     square, whole, fraction = power_of(exponent)
     begin = 0
     for part in chunks(len(features)):

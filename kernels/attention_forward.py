@@ -286,8 +286,8 @@ def forward(
     exponent: float,  # p >= 1
     need_student: bool,
     need_teacher: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses (L, N) and the backward coefficients of the sides that need a gradient; two launches for 8 levels."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (L, N) and the backward coefficients of both sides, empty where not needed; two launches for 8 levels."""
     first = students[0]
     batch, device = first.shape[0], first.device
     dtype = accumulate_dtype(first.dtype)
@@ -295,8 +295,8 @@ def forward(
     pixels = [student.shape[2] * student.shape[3] for student in students]
     numel = batch * sum(pixels)
     losses = torch.empty((len(students), batch), dtype=dtype, device=device)
-    student_coefficients = torch.empty(numel, dtype=dtype, device=device) if need_student else None
-    teacher_coefficients = torch.empty(numel, dtype=dtype, device=device) if need_teacher else None
+    student_coefficients = torch.empty(numel if need_student else 0, dtype=dtype, device=device)
+    teacher_coefficients = torch.empty(numel if need_teacher else 0, dtype=dtype, device=device)
     if numel == 0:
         return losses, student_coefficients, teacher_coefficients
     begin = 0
@@ -308,8 +308,8 @@ def forward(
             _compare_kernel, (part.stop - part.start) * batch, device,
             activity, tail(losses, part.start),
             # Absent coefficients are not written; the argument only fills the place.
-            losses if student_coefficients is None else tail(student_coefficients, begin),
-            losses if teacher_coefficients is None else tail(teacher_coefficients, begin),
+            tail(student_coefficients, begin) if need_student else losses,
+            tail(teacher_coefficients, begin) if need_teacher else losses,
             tuple(pixels[part]),
             tuple([student.shape[1] for student in students[part]]),
             tuple([teacher.shape[1] for teacher in teachers[part]]),

@@ -17,7 +17,7 @@ def test_problems(problem: Problem, implementation: str) -> None:
 @pytest.mark.parametrize("split", [False, True])
 def test_the_operator_passes_opcheck(split: bool) -> None:
     losses = torch.rand(3, 5), torch.rand(4, 7)
-    torch.library.opcheck(torch.ops.frskd_fast.combine.default, (*losses, 2.0, 100.0, True, split, "cpu"))
+    torch.library.opcheck(torch.ops.frskd_fast.combine_forward.default, (*losses, 2.0, 100.0, True, split, "cpu"))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -266,7 +266,7 @@ def test_settings_that_are_no_numbers_are_refused(
 def test_combine_passes_opcheck() -> None:
     for split in (False, True):
         arguments = (torch.rand(3, 4), torch.rand(4, 4), 2.0, 100.0, True, split, "cpu")
-        torch.library.opcheck(torch.ops.frskd_fast.combine.default, arguments)
+        torch.library.opcheck(torch.ops.frskd_fast.combine_forward.default, arguments)
 
 
 def test_deterministic_over_runs() -> None:

@@ -880,7 +880,7 @@ def test_operators_pass_opcheck() -> None:
     positions = [reference.RESAMPLES.index(name) for name in shapes.resample]
     settings = Settings(positions, ACTIVATIONS.index("relu"), reference.WEIGHTINGS.index("relu"), 1e-6)
     inputs, grad = maps(shapes, 2, torch.float32, "mixed"), torch.randn(2, 5, *shapes.size)
-    _opcheck("fusion_statistics", inputs, [1e-5] * 4, "cpu")
+    _opcheck("fusion_batch_statistics", inputs, [1e-5] * 4, "cpu")
     statistics = batch_statistics(inputs, [1e-5] * 4, "cpu")
     empty = torch.zeros(0)
 

@@ -88,7 +88,7 @@ def test_the_task_keeps_the_protocol() -> None:
     groups = task.parameter_groups()
     assert [group.get("weight_decay") for group in groups] == [None, 0.25]
     assert sum(len(group["params"]) for group in groups) == len(list(task.parameters()))
-    assert (task.views, task.crop_each_view) == ("plain", False)
+    assert task.views == "plain"
     losses = trained(task, epochs=4)
     assert task.ramp == 1.0 and losses[-1] < losses[0]
     assert type(task.student()) is Student and type(task.get_eval_model()) is Student

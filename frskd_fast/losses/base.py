@@ -136,7 +136,7 @@ class DistillationLoss(Loss[FRSKDLossParts]):
         students, teachers = checked_outputs(
             student_logits, teacher_logits, student_feats, teacher_feats, self.resize, one_batch=targets is not None
         )
-        name = _dispatch.choose_for("combine", self.impl, student_logits)
+        name = _dispatch.choose_for("objective", self.impl, student_logits)
         labels = checked_labels(
             targets, (student_logits,), False, self.ignore_index, check_range=_dispatch.is_plain(name)
         )

@@ -18,7 +18,6 @@ from frskd_fast.losses.base import (
 from frskd_fast.losses.frskd import FRSKDLoss
 from frskd_fast.losses.hints import wide_range
 from frskd_fast.mixing import joint_labels
-from frskd_fast.models._checks import check_positive_integer
 from frskd_fast.ops import _checks, attention
 from frskd_fast.ops.labels import is_mix, mixed_probabilities
 from frskd_fast.reference.dtypes import accumulate_dtype
@@ -146,7 +145,7 @@ class SLALoss(Loss[SLALossParts]):
             ("teacher_width", teacher_width),
             ("num_classes", num_classes),
         ):
-            check_positive_integer(name, count)
+            _checks.check_positive_integer(name, count)
         if passes not in PASSES:
             raise ValueError(f"passes is {passes!r}, but 'two' or 'one' was wanted.")
         self.distillation = distillation

@@ -6,14 +6,6 @@ import torch
 from torch import Tensor
 
 
-def check_positive_integer(name: str, value: int) -> None:
-    """Raise unless `value` is an integer of at least 1 (booleans are not integers here)."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, but is {value!r} of type {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, but is {value}.")
-
-
 def check_images(images: Tensor, channels: int) -> None:
     """Raise unless `images` is a floating-point batch of shape (N, channels, H, W)."""
     if images.dim() != 4:

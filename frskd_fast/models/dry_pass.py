@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_positive_integer
+from frskd_fast.ops._checks import check_positive_integer
 
 # Sides of the dry pass's square images where nothing says which to take: 64 leaves a pyramid to networks that divide by
 # 32; networks with a fixed window or a fixed patch grid accept 32 or 224 only.

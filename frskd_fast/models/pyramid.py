@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._checks import check_positive_integer
+from frskd_fast.ops._checks import check_positive_integer
 
 # FRSKD's residual networks hand out four maps. A finer one costs the self-teacher more than all the others together.
 MAX_LEVELS = 4

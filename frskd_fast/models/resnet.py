@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_images, check_positive_integer
+from frskd_fast.ops._checks import check_positive_integer
+
+from ._checks import check_images
 from .registry import register_model
 
 # Up to this many pixels a side, a stem that divides the size by four leaves almost nothing to the last stages.

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import fusion
+from frskd_fast.ops._checks import check_positive_integer
 from frskd_fast.ops.batch_norm import Folding, Normalisation, foldable, has_hooks
 from frskd_fast.ops.convolution import pointwise_backward
 from frskd_fast.reference import fusion as fusion_reference
 from frskd_fast.reference import self_teacher as reference
 from frskd_fast.reference.dtypes import accumulate_dtype
 
-from ._checks import check_features, check_positive_integer
+from ._checks import check_features
 
 RELU = fusion_reference.ACTIVATIONS.index("relu")
 NONE = fusion_reference.ACTIVATIONS.index("none")

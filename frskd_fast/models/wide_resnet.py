@@ -6,7 +6,9 @@ Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016, in the form FRSKD us
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_images, check_positive_integer
+from frskd_fast.ops._checks import check_positive_integer
+
+from ._checks import check_images
 from .registry import register_model
 
 

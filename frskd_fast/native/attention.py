@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from frskd_fast.native import needs_workspace
+from frskd_fast.reference.attention import upstream_scale
 from frskd_fast.reference.dtypes import accumulate_dtype
 
 _ops = torch.ops.frskd_fast_native
@@ -19,32 +20,40 @@ def forward(
     exponent: float,  # p >= 1
     need_student: bool,
     need_teacher: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses (L, N) and the backward coefficients of the sides that need a gradient."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (L, N) and the backward coefficients of both sides, empty where no gradient is needed."""
     first = students[0]
     dtype = accumulate_dtype(first.dtype)
     device = first.device
     batch = first.shape[0]
     numel = batch * sum(student.shape[2] * student.shape[3] for student in students)
     losses = torch.empty((len(students), batch), dtype=dtype, device=device)
-    student_coefficients = torch.empty(numel, dtype=dtype, device=device) if need_student else None
-    teacher_coefficients = torch.empty(numel, dtype=dtype, device=device) if need_teacher else None
+    student_coefficients = torch.empty(numel if need_student else 0, dtype=dtype, device=device)
+    teacher_coefficients = torch.empty(numel if need_teacher else 0, dtype=dtype, device=device)
     workspace = torch.empty(2 * numel, dtype=dtype, device=device) if needs_workspace(first) else None
     _ops.attention_forward.default(
-        students, teachers, exponent, losses, student_coefficients, teacher_coefficients, workspace
+        students,
+        teachers,
+        exponent,
+        losses,
+        student_coefficients if need_student else None,
+        teacher_coefficients if need_teacher else None,
+        workspace,
     )
     return losses, student_coefficients, teacher_coefficients
 
 
 def backward(
     grad: Tensor,  # (L, N), may be expanded
-    scale: float,
+    weight: float,
+    mean_over_batch: bool,
     features: Sequence[Tensor],  # L x (N, C_l, H_l, W_l)
     coefficients: Tensor,  # (N * sum_l H_l * W_l,) in the accumulate dtype
     exponent: float,
 ) -> list[Tensor]:
     """Gradients of the features, in their dtype and memory format."""
     gradients = [torch.empty_like(feature) for feature in features]
+    scale = upstream_scale(weight, mean_over_batch, features[0].shape[0])
     _ops.attention_backward.default(grad, scale, features, coefficients, exponent, gradients)
     return gradients
 

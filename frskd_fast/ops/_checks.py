@@ -40,6 +40,14 @@ def whole_number(value: Any, name: str) -> int:
     return int(number)
 
 
+def check_positive_integer(name: str, value: int) -> None:
+    """Raise unless `value` is an integer of at least 1 (booleans are not integers here)."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, but is {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, but is {value}.")
+
+
 def positive_number(value: Any, name: str) -> float:
     """``value`` as a Python float greater than 0."""
     if type(value) is float and 0.0 < value < math.inf:

@@ -1,27 +1,27 @@
 """The table of operations: registering a raw function gives back the one callable that everybody uses.
 
 In eager mode it calls the raw function directly, because crossing PyTorch's dispatcher costs more than a small kernel. While
-``torch.compile`` traces, it goes through an operator ``torch.ops.frskd_fast.*``, whose schema is derived from the raw
-function's annotations. The implementation's name is the last argument, a string, and is thereby fixed in the graph.
+``torch.compile`` traces, it goes through an operator ``torch.ops.frskd_fast.*``, whose schema is derived from annotations. The
+implementation's name is the last argument, a string, and is thereby fixed in the graph.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from frskd_fast import _dispatch
 
-_library = torch.library.Library("frskd_fast", "FRAGMENT")
+P = ParamSpec("P")
+R = TypeVar("R")
 
-# Registered operators by operation, for instance {"combine": ["combine"], "logits": ["logits_forward", "logits_backward"]}.
-OPERATORS: dict[str, list[str]] = {}
+_library = torch.library.Library("frskd_fast", "FRAGMENT")
 
 # Whole numbers may depend on a dynamic batch.
 _SCALARS = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str"}
@@ -74,49 +74,50 @@ def _gatherer(annotation: Any) -> Callable[[Iterator[Any]], Any]:
     return lambda flat: make([take(flat) for take in fields])
 
 
-def register(operation: str, raw: Callable[..., Any], fake: Callable[..., Any], name: str = "") -> Callable[..., Any]:
-    """Register ``raw`` as the operator ``frskd_fast::<name>`` and return the callable to use in its place.
+def register(operation: str, function: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a fake: the callable that takes its place runs the raw function ``function`` of ``operation``.
+
+    The fake is the annotated signature, the docstring, and the results for tensors without data, with the strides that the
+    results will have. Its arguments are those of the raw function (tensors, numbers, lists of them, and NamedTuples of all
+    these), all positional, and behind them ``impl``, the name of the implementation. The operator is called
+    ``frskd_fast::<operation>_<function>``, or by the function's name where that begins with the operation's.
 
     Args:
         operation: the operation it belongs to; ``last_impl`` reports on it by this name.
-        raw: the annotated function. Its arguments are tensors, numbers, lists of them, and NamedTuples of all these; the
-            last one is ``impl``, the name of the implementation. It returns tensors or lists of tensors.
-        fake: the same for tensors without data, with the same strides: gradients are allocated like their inputs.
-        name: of the operator; "" takes ``raw``'s without a leading underscore or "raw\\_", after the operation's.
-
-    Returns:
-        A callable with ``raw``'s arguments, all of them positional.
+        function: name of the raw function in the modules of the implementations; "" is the fake's own.
     """
-    name = name or f"{operation}_{raw.__name__.removeprefix('_').removeprefix('raw_')}"
-    hints = typing.get_type_hints(raw)
-    kinds = [hints[parameter] for parameter in inspect.signature(raw).parameters]
-    arguments = [field for parameter, kind in zip(inspect.signature(raw).parameters, kinds, strict=True)
-                 for field in _fields(parameter, kind)]  # fmt: skip
-    returned = hints["return"]
-    results = typing.get_args(returned) if typing.get_origin(returned) is tuple else (returned,)
-    outputs = ", ".join(map(_schema_type, results))
-    schema = f"{name}({', '.join(arguments)}) -> ({outputs})"
 
-    gatherers = [_gatherer(kind) for kind in kinds]
+    def registered(fake: Callable[P, R]) -> Callable[P, R]:
+        raw_name = function or fake.__name__
+        name = raw_name if raw_name.startswith(operation) else f"{operation}_{raw_name}"
+        hints = typing.get_type_hints(fake)
+        returned = hints.pop("return")
+        arguments = ", ".join(field for parameter, kind in hints.items() for field in _fields(parameter, kind))
+        results = typing.get_args(returned) if typing.get_origin(returned) is tuple else (returned,)
+        gatherers = [_gatherer(kind) for kind in hints.values()]
 
-    def gathered(flat: Sequence[Any]) -> list[Any]:
-        rest = iter(flat)
-        return [take(rest) for take in gatherers]
+        def gathered(flat: Sequence[Any]) -> list[Any]:
+            rest = iter(flat)
+            return [take(rest) for take in gatherers]
 
-    def run(*given: Any) -> Any:
-        _dispatch.record(operation, given[-1])
-        return raw(*given)
+        def run(*given: Any) -> Any:
+            *arguments, implementation = given
+            _dispatch.record(operation, implementation)
+            return getattr(_dispatch.raw(operation, implementation), raw_name)(*arguments)
 
-    _library.define(schema, tags=(torch.Tag.needs_exact_strides,))
-    _library.impl(name, lambda *flat: run(*gathered(flat)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"frskd_fast::{name}", lambda *flat: fake(*gathered(flat)), lib=_library)
-    operator = getattr(torch.ops.frskd_fast, name).default
-    OPERATORS.setdefault(operation, []).append(name)
+        _library.define(
+            f"{name}({arguments}) -> ({', '.join(map(_schema_type, results))})", tags=(torch.Tag.needs_exact_strides,)
+        )
+        _library.impl(name, lambda *flat: run(*gathered(flat)), "CompositeExplicitAutograd")
+        untyped: Callable[..., Any] = fake
+        torch.library.register_fake(f"frskd_fast::{name}", lambda *flat: untyped(*gathered(flat)), lib=_library)
+        operator = getattr(torch.ops.frskd_fast, name).default
 
-    def call(*given: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return operator(*_flatten(given))
-        return run(*given)
+        @functools.wraps(fake)
+        def call(*given: P.args, **_: P.kwargs) -> R:
+            result: R = operator(*_flatten(given)) if torch.compiler.is_compiling() else run(*given)
+            return result
 
-    call.__doc__ = raw.__doc__
-    return call
+        return call
+
+    return registered

@@ -17,7 +17,8 @@ from frskd_fast.reference.dtypes import accumulate_dtype
 REDUCTIONS = ("mean", "sum", "levels", "none")
 
 
-def _forward(
+@_table.register("attention")
+def forward(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     exponent: float,
@@ -26,24 +27,6 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (L, N) and the coefficients of both sides' gradients; those that are not needed come back empty."""
-    losses, student, teacher = _dispatch.raw("attention", impl).forward(
-        students, teachers, exponent, need_student, need_teacher
-    )
-    return (
-        losses,
-        losses.new_empty(0) if student is None else student,
-        losses.new_empty(0) if teacher is None else teacher,
-    )
-
-
-def _fake_forward(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    exponent: float,
-    need_student: bool,
-    need_teacher: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
     first = students[0]
     losses = first.new_empty((len(students), first.shape[0]), dtype=accumulate_dtype(first.dtype))
     numel = first.shape[0] * sum(student.shape[2] * student.shape[3] for student in students)
@@ -54,7 +37,8 @@ def _fake_forward(
     )
 
 
-def _backward(
+@_table.register("attention")
+def backward(
     grad: Tensor,
     weight: float,
     mean_over_batch: bool,
@@ -64,38 +48,15 @@ def _backward(
     impl: str,
 ) -> list[Tensor]:
     """Gradients of the features for upstream gradients ``grad * weight`` (``/ N`` when averaged over the batch)."""
-    scale = weight / max(features[0].shape[0], 1) if mean_over_batch else weight
-    gradients: list[Tensor] = _dispatch.raw("attention", impl).backward(grad, scale, features, coefficients, exponent)
-    return gradients
-
-
-def _fake_backward(
-    grad: Tensor,
-    weight: float,
-    mean_over_batch: bool,
-    features: Sequence[Tensor],
-    coefficients: Tensor,
-    exponent: float,
-    impl: str,
-) -> list[Tensor]:
     return [torch.empty_like(feature) for feature in features]
 
 
-def _map(feature: Tensor, exponent: float, impl: str) -> tuple[Tensor, Tensor]:
+@_table.register("attention", "attention_map")
+def normalised_map(feature: Tensor, exponent: float, impl: str) -> tuple[Tensor, Tensor]:
     """Normalised map (N, H*W) and its norm (N,)."""
-    attention, norm = _dispatch.raw("attention", impl).attention_map(feature, exponent)
-    return attention, norm
-
-
-def _fake_map(feature: Tensor, exponent: float, impl: str) -> tuple[Tensor, Tensor]:
     batch, _, height, width = feature.shape
     norm = feature.new_empty((batch,), dtype=accumulate_dtype(feature.dtype))
     return norm.new_empty((batch, height * width)), norm
-
-
-forward = _table.register("attention", _forward, _fake_forward)
-backward = _table.register("attention", _backward, _fake_backward)
-normalised_map = _table.register("attention", _map, _fake_map)
 
 
 def _reduced(losses: Tensor, reduction: str) -> Tensor:
@@ -201,8 +162,7 @@ def attention_transfer(
     if not _dispatch.is_plain(name):
         result: Tensor = _AttentionTransfer.apply(len(students), exponent, reduction, name, *students, *teachers)
         return result
-    if not torch.compiler.is_compiling():
-        _dispatch.record("attention", name)
+    _dispatch.record("attention", name)
     return _reduced(reference.attention_transfer(students, teachers, exponent), reduction)
 
 
@@ -238,6 +198,5 @@ def attention_map(feature: Any, exponent: float, impl: str) -> Tensor:
     if not _dispatch.is_plain(name):
         result: Tensor = _AttentionMap.apply(feature, exponent, name)
         return result
-    if not torch.compiler.is_compiling():
-        _dispatch.record("attention", name)
+    _dispatch.record("attention", name)
     return reference.attention_map(feature, exponent)

@@ -31,17 +31,10 @@ class RunningUpdate(NamedTuple):
     elements: int  # of a channel, which the statistics are taken over
 
 
-def raw_statistics(inputs: Sequence[Tensor], epsilons: Sequence[float], impl: str) -> list[Tensor]:
+@_table.register("fusion")
+def batch_statistics(inputs: Sequence[Tensor], epsilons: Sequence[float], impl: str) -> list[Tensor]:
     """(3, C) for each input: mean, 1 / sqrt(variance + epsilon), biased variance."""
-    statistics: list[Tensor] = _dispatch.raw("fusion", impl).batch_statistics(inputs, epsilons)
-    return statistics
-
-
-def _fake_statistics(inputs: Sequence[Tensor], epsilons: Sequence[float], impl: str) -> list[Tensor]:
     return [x.new_empty((3, x.shape[1]), dtype=accumulate_dtype(x.dtype)) for x in inputs]
-
-
-batch_statistics = _table.register("fusion", raw_statistics, _fake_statistics)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Operation ``fused_convolution``: a fusion node and the depthwise 3x3 convolution behind it, in one pass.
 
-Rows of the fused map then never leave the cache, and the map is not written, in either direction. `_dispatch.ONLY` has the
-implementations that offer it.
+Rows of the fused map then never leave the cache, and the map is not written, in either direction. Not every implementation
+has raw functions of it, see `serves`.
 """
 
 from __future__ import annotations
@@ -17,38 +17,26 @@ from frskd_fast.ops.convolution import is_depthwise
 from frskd_fast.reference.fusion import Node, Settings, empty_output
 
 
-def _forward(node: Node, settings: Settings, size: Sequence[int], depthwise: Tensor, impl: str) -> Tensor:
-    out: Tensor = _dispatch.raw("fused_convolution", impl).forward(node, settings, size, depthwise)
-    return out
-
-
-def _fake_forward(node: Node, settings: Settings, size: Sequence[int], depthwise: Tensor, impl: str) -> Tensor:
-    return empty_output(node.inputs[0], size)
-
-
-def _backward_sums(
-    grad: Tensor, node: Node, settings: Settings, depthwise: Tensor, impl: str
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    found: tuple[list[Tensor], Tensor, Tensor, Tensor] = _dispatch.raw("fused_convolution", impl).backward_sums(
-        grad, node, settings, depthwise
-    )
-    return found
-
-
-def fake_sums(node: Node) -> list[Tensor]:
+def empty_sums(node: Node) -> list[Tensor]:
     """(2, C) for each normalised input, else empty."""
     return [gamma.new_empty((2, *gamma.shape) if gamma.numel() else 0) for gamma in node.gammas]
 
 
-def _fake_backward_sums(
+# The raw functions of docs/contracts.md, with the implementation's name as the last argument.
+
+
+@_table.register("fused_convolution")
+def forward(node: Node, settings: Settings, size: Sequence[int], depthwise: Tensor, impl: str) -> Tensor:
+    """The convolution (N, C, H, W) of the fused map."""
+    return empty_output(node.inputs[0], size)
+
+
+@_table.register("fused_convolution")
+def backward_sums(
     grad: Tensor, node: Node, settings: Settings, depthwise: Tensor, impl: str
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    return fake_sums(node), torch.empty_like(node.weight), torch.empty_like(depthwise), torch.empty_like(grad)
-
-
-# The raw functions of docs/contracts.md, with the implementation's name as the last argument.
-forward = _table.register("fused_convolution", _forward, _fake_forward)
-backward_sums = _table.register("fused_convolution", _backward_sums, _fake_backward_sums)
+    """Sums and weights' gradient as those of a node; the gradients of ``depthwise`` and of the fused map."""
+    return empty_sums(node), torch.empty_like(node.weight), torch.empty_like(depthwise), torch.empty_like(grad)
 
 
 def holds_whole_pixels(x: Tensor) -> bool:

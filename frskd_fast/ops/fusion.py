@@ -20,25 +20,23 @@ from frskd_fast.reference.fusion import Node, Settings
 MOST_INPUTS = 4
 
 
-def _forward(node: Node, settings: Settings, size: Sequence[int], impl: str) -> Tensor:
-    out: Tensor = _dispatch.raw("fusion", impl).forward(node, settings, size)
-    return out
+# The raw functions of docs/contracts.md, with the implementation's name as the last argument.
 
 
-def _fake_forward(node: Node, settings: Settings, size: Sequence[int], impl: str) -> Tensor:
+@_table.register("fusion")
+def forward(node: Node, settings: Settings, size: Sequence[int], impl: str) -> Tensor:
+    """The fused map (N, C, H, W) of ``size`` (H, W)."""
     return reference.empty_output(node.inputs[0], size)
 
 
-def _backward_sums(grad: Tensor, node: Node, settings: Settings, impl: str) -> tuple[list[Tensor], Tensor]:
-    found: tuple[list[Tensor], Tensor] = _dispatch.raw("fusion", impl).backward_sums(grad, node, settings)
-    return found
+@_table.register("fusion")
+def backward_sums(grad: Tensor, node: Node, settings: Settings, impl: str) -> tuple[list[Tensor], Tensor]:
+    """For each normalised input (2, C), sums of dy and dy * xhat; and the weights' gradient (K,)."""
+    return fused_convolution.empty_sums(node), torch.empty_like(node.weight)
 
 
-def _fake_backward_sums(grad: Tensor, node: Node, settings: Settings, impl: str) -> tuple[list[Tensor], Tensor]:
-    return fused_convolution.fake_sums(node), torch.empty_like(node.weight)
-
-
-def _backward(
+@_table.register("fusion")
+def backward(
     grad: Tensor,
     node: Node,
     sums: Sequence[Tensor],
@@ -47,29 +45,9 @@ def _backward(
     need_weight: bool,
     impl: str,
 ) -> tuple[list[Tensor], Tensor]:
-    found: tuple[list[Tensor], Tensor] = _dispatch.raw("fusion", impl).backward(
-        grad, node, sums, settings, need_inputs, need_weight
-    )
-    return found
-
-
-def _fake_backward(
-    grad: Tensor,
-    node: Node,
-    sums: Sequence[Tensor],
-    settings: Settings,
-    need_inputs: Sequence[bool],
-    need_weight: bool,
-    impl: str,
-) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the needed inputs; and the weights' gradient (K,), or empty."""
     gradients = [torch.empty_like(x) for x, needed in zip(node.inputs, need_inputs, strict=True) if needed]
     return gradients, torch.empty_like(node.weight) if need_weight else node.weight.new_empty(0)
-
-
-# The raw functions of docs/contracts.md, with the implementation's name as the last argument.
-forward = _table.register("fusion", _forward, _fake_forward)
-backward_sums = _table.register("fusion", _backward_sums, _fake_backward_sums)
-backward = _table.register("fusion", _backward, _fake_backward)
 
 
 def _node(normalised: Sequence[bool], weight: Tensor, tensors: Sequence[Tensor]) -> Node:
@@ -165,8 +143,7 @@ def fuse(
     normalised = tuple(normalisation is not None for normalisation in normalisations)
     channels = [tensor for n in normalisations if n is not None for tensor in (n.statistics, n.gamma, n.beta)]
     if _dispatch.is_plain(impl):
-        if not torch.compiler.is_compiling():
-            _dispatch.record("fusion", impl)
+        _dispatch.record("fusion", impl)
         fused = reference.fuse(_node(normalised, weight, [*inputs, *channels]), settings, size)
         return fused if convolution is None else convolved(fused, convolution)
     trains = tuple(n is not None and n.trains for n in normalisations)

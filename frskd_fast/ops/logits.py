@@ -21,13 +21,9 @@ from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
 REDUCTIONS = ("batchmean", "sum", "none")
 
 
-def _forward(heads: Heads, settings: Settings, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+@_table.register("logits")
+def forward(heads: Heads, settings: Settings, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """Unreduced losses (4, R), statistics and 1 / valid rows of each head, the fields of `Saved`."""
-    saved: Saved = _dispatch.raw("logits", impl).forward(heads, settings)
-    return saved
-
-
-def _fake_forward(heads: Heads, settings: Settings, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     first = heads.students[0]
     dtype = accumulate_dtype(first.dtype)
     rows = sum(map(row_count, heads.students))
@@ -38,23 +34,13 @@ def _fake_forward(heads: Heads, settings: Settings, impl: str) -> tuple[Tensor, 
     )
 
 
-def _backward(
+@_table.register("logits")
+def backward(
     upstream: Upstream, heads: Heads, settings: Settings, saved: Saved, wanted: Wanted, impl: str
 ) -> list[Tensor]:
     """Gradients of the students' logits, then of the teachers', as wanted."""
-    gradients: list[Tensor] = _dispatch.raw("logits", impl).backward(upstream, heads, settings, saved, wanted)
-    return gradients
-
-
-def _fake_backward(
-    upstream: Upstream, heads: Heads, settings: Settings, saved: Saved, wanted: Wanted, impl: str
-) -> list[Tensor]:
     inputs = (*(heads.students if wanted.student else ()), *(heads.teachers if wanted.teacher else ()))
     return [torch.empty_like(logits) for logits in inputs]
-
-
-forward = _table.register("logits", _forward, _fake_forward)
-backward = _table.register("logits", _backward, _fake_backward)
 
 
 class _Call(NamedTuple):
@@ -214,8 +200,7 @@ def logit_losses(
     labels = checked_labels(targets, students, several, ignore_index, check_range=plain)
     settings = Settings(labels.mix, label_smoothing, _checks.whole_number(ignore_index, "ignore_index"), temperature)
     if plain:
-        if not torch.compiler.is_compiling():
-            _dispatch.record("logits", name)
+        _dispatch.record("logits", name)
         return _reference(students, teachers, labels, settings, reduction, detach_teacher, several)
     if detach_teacher and not labels.first:
         teachers = tuple(teacher.detach() for teacher in teachers)

@@ -119,9 +119,8 @@ def objective(
             *students, *teachers,
         )  # fmt: skip
         return total, parts
-    if not torch.compiler.is_compiling():
-        for operation in ("logits", "combine", *(["attention"] if students else [])):
-            _dispatch.record(operation, impl)
+    for operation in ("logits", "combine", *(["attention"] if students else [])):
+        _dispatch.record(operation, impl)
     ce_student, ce_teacher, kd_rows, weight = logits.reference_rows(
         student_logits,
         teacher_logits,

@@ -33,3 +33,8 @@ def attention_transfer(students: Sequence[Tensor], teachers: Sequence[Tensor], e
         for student, teacher in zip(students, teachers, strict=True)
     ]
     return torch.stack(rows)
+
+
+def upstream_scale(weight: float, mean_over_batch: bool, batch: int) -> float:
+    """What the upstream gradients are multiplied by: ``weight``, ``/ N`` where the loss is a mean over the batch."""
+    return weight / max(batch, 1) if mean_over_batch else weight

@@ -26,14 +26,11 @@ class Task(nn.Module):
         channels_last: whether images are brought to `torch.channels_last`.
         views: "plain" for images (N, C, H, W); "rotations" for their four rotations (4N, C, H, W), in the order of
             `frskd_fast.mixing.rotate4`. Targets are those of the N images. In evaluation images are plain.
-        crop_each_view: with "rotations", whether each view is cropped by itself, after it was turned; else the image is
-            cropped before.
     """
 
     backbone: nn.Module
     channels_last: bool
     views: str = "plain"
-    crop_each_view: bool = False
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
         """The loss and what to log.
