@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.names import FLOAT_BYTES, LAYOUTS
 
-__all__ = ["DTYPES", "FLOAT_BYTES", "LAYOUTS", "Case", "Operands", "Selection"]
+__all__ = ["DTYPES", "FLOAT_BYTES", "LAYOUTS", "Case", "Operands", "Program", "Selection"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,3 +95,18 @@ class Case:
     def name(self) -> str:
         """Unique over all suites."""
         return f"{self.suite} {self.shape} {self.direction} {self.dtype} {self.layout}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A case that is no function of tensors and times itself; there is nothing to compare its result with."""
+
+    suite: str
+    shape: str
+    run: Callable[[Any], dict[str, list[float]]]  # measure.Settings -> what was timed: milliseconds of every run
+    images: int = 0  # of a run, for images per second
+
+    @property
+    def name(self) -> str:
+        """Unique over all suites."""
+        return f"{self.suite} {self.shape}"

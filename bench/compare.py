@@ -15,14 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import measure, tables, timing
 from bench.machine import warm_environment
 from bench.names import is_ours
 from bench.results import TOLERATED, Document, Row
-from bench.tables import MISSING, padded, significant, spread
-from bench.timing import quartiles
 
 TURN_SECONDS = 0.05  # of one side, in as many calls as that takes
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 40
@@ -86,17 +86,14 @@ class Side:
 
 
 @dataclass
-class Compared:
-    """One implementation of one case on both sides."""
+class Compared(measure.Row):
+    """This side's row of one implementation of one case, and the base beside it.
 
-    suite: str
-    case: str
-    implementation: str
-    status: str = "ok"  # ok | slower | unclear | not compared | WRONG, failed: this side's
-    note: str = ""
-    picked: dict[str, str] = field(default_factory=dict)  # side -> what "auto" ran
+    Its status may also be slower, unclear (perhaps slower) or not compared.
+    """
+
+    base_picked: str = ""
     same_bits: bool | None = None
-    ms: float | None = None
     base_ms: float | None = None
     ratio: float | None = None  # median of this / base over the rounds
     ratio_quartiles: tuple[float, float] | None = None
@@ -110,29 +107,33 @@ class Compared:
         """
         ratios = [this / base for base, this in self.pairs]
         self.base_ms, self.ms = (statistics.median(side) for side in zip(*self.pairs, strict=True))
-        self.ratio, self.ratio_quartiles = statistics.median(ratios), quartiles(ratios)
+        self.ratio, self.ratio_quartiles = statistics.median(ratios), timing.quartiles(ratios)
         first = self.ratio_quartiles[0] if self.ratio_quartiles else self.ratio
         self.status = "ok" if self.ratio <= TOLERATED else "slower" if first > 1.0 else "unclear"
 
 
-def prepared(number: int, sides: dict[str, Side]) -> dict[str, Compared]:
+def prepared(number: int, sides: dict[str, Side], implementations: Sequence[str]) -> dict[str, Compared]:
     """Check a case on both sides; the rows that both can be timed on have the status "ok"."""
     rows, answers = {}, {}
-    for name, side in sides.items():
+    for side_name, side in sides.items():
         try:
-            answers[name] = side.ask("prepare", case=number)
+            answers[side_name] = side.ask("prepare", case=number)
         except Refused as refusal:
-            case, status = side.cases[number], "failed" if name == "this" else "not compared"
-            return {"all": Compared(case.split()[0], case, "all", status, f"{name}: {refusal}")}
+            case, status = side.cases[number], "failed" if side_name == "this" else "not compared"
+            suite, note = case.split()[0], f"{side_name}: {refusal}"
+            return {
+                name: Compared(suite, case, "", "", "", "", name, 0, status=status, note=note)
+                for name in implementations
+            }
     for name, of_this in answers["this"]["rows"].items():
         if not is_ours(name):
             continue
         of_base = answers["base"]["rows"][name]
-        row = rows[name] = Compared(of_this["suite"], of_this["case"], name)
-        row.picked = {side: answer["rows"][name]["picked"] for side, answer in answers.items() if name == "auto"}
-        if of_this["status"] != "ok":
-            row.status = of_this["status"] if of_this["status"] in ("WRONG", "failed") else "not compared"
-            row.note = of_this["note"]
+        row = rows[name] = Compared(**of_this, base_picked=of_base["picked"])
+        if row.status in ("WRONG", "failed"):
+            continue
+        if row.status != "ok":
+            row.status = "not compared"
         elif of_base["status"] != "ok":
             row.status, row.note = "not compared", f"base: {of_base['status']}; {of_base['note']}"
         elif answers["base"]["inputs"] != answers["this"]["inputs"]:
@@ -145,16 +146,15 @@ def prepared(number: int, sides: dict[str, Side]) -> dict[str, Compared]:
 def alternate(row: Compared, sides: dict[str, Side], target_seconds: float, repeats: int | None) -> None:
     """Time a row on both sides, in turns."""
 
-    def turn() -> tuple[float, float]:
-        found = []
-        for name in SIDES:
-            time.sleep(PAUSE_SECONDS)
-            found.append(float(sides[name].ask("turn", implementation=row.implementation, seconds=TURN_SECONDS)))
-        return found[0], found[1]
+    def turn(side: str) -> float:
+        time.sleep(PAUSE_SECONDS)
+        return float(sides[side].ask("turn", implementation=row.implementation, seconds=TURN_SECONDS))
 
-    seconds = max(TURN_SECONDS, max(turn()) / 1e3)
-    rounds = repeats or max(FEWEST_ROUNDS, min(MOST_ROUNDS, round(target_seconds / seconds)))
-    row.pairs += [turn() for _ in range(rounds)]
+    turns = {side: partial(turn, side) for side in SIDES}
+    seconds = max(TURN_SECONDS, *(turn(side) / 1e3 for side in SIDES))
+    rounds = repeats or timing.rounds_within(target_seconds, seconds, FEWEST_ROUNDS, MOST_ROUNDS)
+    # Always the base first: a side that came twice in a row would find its caches warm the second time.
+    row.pairs += zip(*timing.take_turns(turns, rounds, rotate=False).values(), strict=True)
     row.judge()
 
 
@@ -190,7 +190,7 @@ def compare(
             for number in suspects if again else range(len(cases)):
                 label = "again" if again else f"{number + 1}/{len(cases)}"
                 print(f"[{label}] {cases[number]} ... ", end="", flush=True)
-                found = prepared(number, sides)
+                found = prepared(number, sides, implementations)
                 for name, row in found.items():
                     earlier = rows.get(number, {}).get(name)
                     if row.status != "ok" or (earlier is not None and not doubtful(earlier)):
@@ -219,31 +219,32 @@ def brief(row: Compared) -> str:
     return f"{row.implementation} {row.status if row.ratio is None else decimals(row.ratio)}"
 
 
-def failures(document: Document) -> list[Row]:
-    """Rows in which this commit is slower than the base, wrong or broken."""
-    return [row for row in document["rows"] if row["status"] in ("slower", "WRONG", "failed")]
+def remark(row: Row) -> str:
+    """What has to be said beside the figures."""
+    other = f"base picked {row['base_picked']}" if row["base_picked"] != row["picked"] else ""
+    return "; ".join(filter(None, (tables.remark(row), other)))
+
+
+COLUMNS: tuple[tables.Column, ...] = (
+    ("case", lambda row: str(row["case"]), ""),
+    ("implementation", tables.implementation, ""),
+    ("base ms", lambda row: tables.significant(row["base_ms"]), ""),
+    ("this ms", lambda row: tables.significant(row["ms"]), ""),
+    ("this / base", lambda row: decimals(row["ratio"]), ""),
+    ("quartiles", lambda row: tables.spread(row["ratio_quartiles"]), ""),
+    ("bits", lambda row: {None: tables.MISSING, True: "same", False: "differ"}[row["same_bits"]], ""),
+    ("remark", remark, ""),
+)
 
 
 def text(document: Document) -> str:
     """The table for a terminal."""
-    lines = [["case", "implementation", "base ms", "this ms", "this / base", "quartiles", "bits", "remark"]]
-    for row in document["rows"]:
-        differ = len(set(row["picked"].values())) > 1
-        picked = "; ".join(f"{side} picked {name}" for side, name in row["picked"].items()) if differ else ""
-        lines.append(
-            [
-                row["case"], row["implementation"], significant(row["base_ms"]), significant(row["ms"]),
-                decimals(row["ratio"]), spread(row["ratio_quartiles"]),
-                {None: MISSING, True: "same", False: "differ"}[row["same_bits"]],
-                "; ".join(filter(None, (row["status"].removeprefix("ok"), row["note"], picked))),
-            ]
-        )  # fmt: skip
     timed = [row for row in document["rows"] if row["ratio"] is not None]
     slower, unclear = ([row for row in timed if row["status"] == status] for status in ("slower", "unclear"))
     middle = decimals(statistics.median(row["ratio"] for row in timed) if timed else None)
     return "\n".join(
         [
-            *padded(lines),
+            *tables.padded(tables.cells(COLUMNS, document["rows"])),
             "",
             f"this: commit {document['environment']['commit'][:12]}; base: commit {document['base'][:12]}; this / base: "
             "median of the rounds' ratios, below 1: this commit is faster.",
@@ -255,4 +256,4 @@ def text(document: Document) -> str:
 
 def decimals(ratio: float | None) -> str:
     """A ratio to a tenth of a per cent."""
-    return MISSING if ratio is None else f"{ratio:.3f}"
+    return tables.MISSING if ratio is None else f"{ratio:.3f}"

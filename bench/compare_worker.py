@@ -64,7 +64,7 @@ class Worker:
         if threads:
             torch.set_num_threads(threads)
         chosen = Selection(**{name: tuple(v) if isinstance(v, list) else v for name, v in selection.items()})
-        self.cases = [case for suite in suites for case in cases_of(suite, chosen)]
+        self.cases = [case for suite in suites for case in cases_of(suite, chosen) if isinstance(case, Case)]
         self.settings = measure.Settings(device=chosen.device, implementations=tuple(implementations))
         self.clock = timing.Clock(chosen.device)
         return {"package": frskd_fast.__file__, "cases": [case.name for case in self.cases]}
@@ -88,10 +88,8 @@ class Worker:
         left = 1e3 * seconds
         with timing.no_garbage_collection():
             while left > 0:
-                call.drop_gradients()
-                times.append(self.clock.milliseconds(call))
+                times.append(timing.one_run(call, self.clock)[0])
                 left -= times[-1]
-        call.drop_gradients()
         return statistics.median(times[1:] or times)
 
 

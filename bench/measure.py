@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench import breakdown, memory
 from bench.call import Call, place
-from bench.case import DTYPES, Case, Selection
+from bench.case import DTYPES, Case, Program, Selection
 from bench.cases import SUITES, cases_of
 from bench.correctness import Judge, agrees_in_float64
 from bench.names import BASELINES, DEFAULT_IMPLEMENTATIONS, is_compiled, is_ours
@@ -216,8 +216,29 @@ def in_float32(case: Case, calls: dict[str, Call], settings: Settings) -> dict[s
     return {}
 
 
-def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> list[Row]:
+def fill_in_times(row: Row, milliseconds: Sequence[float], images: int) -> None:
+    """The figures of a row's runs."""
+    times = sorted(milliseconds)
+    row.ms, row.runs = statistics.median(times), len(times)
+    row.ms_range = times[0], times[-1]
+    row.ms_quartiles = quartiles(times)
+    row.images_per_second = 1e3 * images / row.ms if images else None
+
+
+def run_program(program: Program, settings: Settings) -> list[Row]:
+    """A row for everything that the program timed."""
+    rows = []
+    for name, milliseconds in program.run(settings).items():
+        row = Row(program.suite, program.name, program.shape, "", "", "", name, 0)
+        fill_in_times(row, milliseconds, program.images)
+        rows.append(row)
+    return rows
+
+
+def run_case(case: Case | Program, settings: Settings, clock: Clock, copy: CopyMeter) -> list[Row]:
     """Measure every implementation of `settings` on one case."""
+    if isinstance(case, Program):
+        return run_program(case, settings)
     prepared = prepare(case, settings)
     calls, rows = prepared.calls, prepared.rows
     copy_rate = copy.measure() if case.bytes_moved else None
@@ -225,10 +246,7 @@ def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> l
     samples = interleave(every, clock, settings.target_seconds, settings.repeats) if every else {}
     for name, call in calls.items():
         row = rows[name]
-        times = sorted(milliseconds for milliseconds, _ in samples[name])
-        row.ms, row.runs = statistics.median(times), len(times)
-        row.ms_range = times[0], times[-1]
-        row.ms_quartiles = quartiles(times)
+        fill_in_times(row, [milliseconds for milliseconds, _ in samples[name]], case.images)
         row.page_faults = statistics.median(faults for _, faults in samples[name])
         if copy_rate is not None:
             row.gigabytes_per_second = case.bytes_moved / row.ms / 1e6
@@ -239,10 +257,8 @@ def run_case(case: Case, settings: Settings, clock: Clock, copy: CopyMeter) -> l
             row.saved_bytes = memory.saved_for_backward(call)
         if f"{name} float32" in samples:
             row.times_float32 = statistics.median(ms for ms, _ in samples[f"{name} float32"]) / row.ms
-        if case.images:
-            row.images_per_second = 1e3 * case.images / row.ms
-            if settings.parts and " " not in name and not is_compiled(name):
-                row.parts_ms = {part: share * row.ms for part, share in breakdown.shares_of(call).items()}
+        if case.images and settings.parts and " " not in name and not is_compiled(name):
+            row.parts_ms = {part: share * row.ms for part, share in breakdown.shares_of(call).items()}
     fill_in_ratios(case, rows, settings)
     for name, call in calls.items():
         # last, because it compiles anew

@@ -14,7 +14,7 @@ from bench.names import is_ours
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 2
-COMPARISON = "comparison of commits, 1"
+COMPARISON = "comparison of commits, 2"
 # How much slower than eager PyTorch (or than another commit) a row may be before it counts.
 TOLERATED = 1.05
 # A path from the root of a file system; a slash inside a word, a URL or a relative path is none.
@@ -79,8 +79,8 @@ def of_ours(document: Document) -> list[Row]:
 
 
 def failures(document: Document) -> list[Row]:
-    """Rows of ours that are wrong or broke."""
-    return [row for row in of_ours(document) if row["status"] in ("WRONG", "failed")]
+    """Rows of ours that are wrong, broke or are slower than those of another commit."""
+    return [row for row in of_ours(document) if row["status"] in ("WRONG", "failed", "slower")]
 
 
 def auto_losses(document: Document) -> list[Row]:

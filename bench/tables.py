@@ -158,6 +158,11 @@ def columns_of(rows: Sequence[Row], leave_out: Sequence[str] = ()) -> list[Colum
     ]
 
 
+def cells(columns: Sequence[Column], rows: Sequence[Row]) -> list[list[str]]:
+    """The titles, then a line for each row."""
+    return [[title for title, *_ in columns], *([show(row) for _, show, _ in columns] for row in rows)]
+
+
 def meanings(documents: Sequence[Document]) -> list[tuple[str, str]]:
     """(title, meaning) of the columns that these documents show and whose title does not say it."""
     rows = [row for document in documents for row in document["rows"]]
@@ -195,9 +200,7 @@ def padded(lines: Sequence[Sequence[str]]) -> list[str]:
 def aligned(rows: Sequence[Row]) -> list[str]:
     """Lines of a table for each case of a suite; the bytes are the same for all rows of a case and stand in its title."""
     columns = columns_of(rows, leave_out=["must move MB"])
-    titles, *lines = padded(
-        [[title for title, *_ in columns], *([show(row) for _, show, _ in columns] for row in rows)]
-    )
+    titles, *lines = padded(cells(columns, rows))
     out = []
     for name, group in by_case(rows):
         moved = f", must move {megabytes(group[0]['bytes_moved'])} MB" if group[0]["bytes_moved"] else ""
@@ -215,9 +218,8 @@ def markdown(document: Document) -> str:
     """Every row of the document, one table for each suite."""
     out = [f"- {line}" for line in header(document)]
     for suite, rows in by_suite(document):
-        columns = columns_of(rows)
-        lines = [[row["case"].removeprefix(f"{suite} "), *(show(row) for _, show, _ in columns)] for row in rows]
-        titles = ["case", *(title for title, *_ in columns)]
+        case = ("case", lambda row: row["case"].removeprefix(f"{row['suite']} "), "")
+        titles, *lines = cells([case, *columns_of(rows)], rows)
         out += ["", f"## {suite}", "", *markdown_table(titles, lines, numbers_from=2)]
     return "\n".join([*out, "", *(f"- {line}" for line in verdicts(document))])
 

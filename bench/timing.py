@@ -6,14 +6,16 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from bench.call import Call
 
+Sample = TypeVar("Sample")
 MINIMUM_RUNS, MAXIMUM_RUNS = 5, 200
 MINIMUM_SLOW_RUNS = 3  # of each implementation, where one round of all takes more than a second
 
@@ -88,34 +90,44 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
+def one_run(call: Call, clock: Clock) -> tuple[float, int]:
+    """(milliseconds, page faults) of one call; the gradients of the run before are freed, and so are its own."""
+    call.drop_gradients()
+    faults = page_faults()
+    milliseconds = clock.milliseconds(call)
+    sample = milliseconds, page_faults() - faults
+    call.drop_gradients()
+    return sample
+
+
+def take_turns(turns: Mapping[str, Callable[[], Sample]], rounds: int, rotate: bool) -> dict[str, list[Sample]]:
+    """What every turn gave: a round has each of them once, and with `rotate` each time another one first."""
+    names = list(turns)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    for number in range(rounds):
+        start = number % len(names) if rotate else 0
+        for name in names[start:] + names[:start]:
+            samples[name].append(turns[name]())
+    return samples
+
+
+def rounds_within(target_seconds: float, seconds: float, fewest: int, most: int) -> int:
+    """How many rounds of `seconds` fit."""
+    return max(fewest, min(most, int(target_seconds / max(seconds, 1e-6))))
+
+
 def interleave(
     calls: dict[str, Call], clock: Clock, target_seconds: float, repeats: int | None
 ) -> dict[str, list[tuple[float, int]]]:
-    """(milliseconds, page faults) of every run; a round runs every implementation once, each time another one first."""
-    names = list(calls)
-    samples: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
-
-    def run(name: str) -> tuple[float, int]:
-        calls[name].drop_gradients()
-        faults = page_faults()
-        milliseconds = clock.milliseconds(calls[name])
-        sample = milliseconds, page_faults() - faults
-        calls[name].drop_gradients()
-        return sample
-
+    """(milliseconds, page faults) of every run; the implementations take turns."""
+    turns = {name: partial(one_run, call, clock) for name, call in calls.items()}
     with no_garbage_collection():
         # Every implementation has run once already, to be checked.
-        seconds = sum(run(name)[0] for name in names) / 1e3
+        seconds = sum(turn()[0] for turn in turns.values()) / 1e3
         if seconds < 0.1:
-            seconds = sum(run(name)[0] for name in names) / 1e3
-        if repeats is None:
-            fewest = MINIMUM_RUNS if seconds < 1.0 else MINIMUM_SLOW_RUNS
-            repeats = max(fewest, min(MAXIMUM_RUNS, int(target_seconds / max(seconds, 1e-6))))
-        for turn in range(repeats):
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
-                samples[name].append(run(name))
-    return samples
+            seconds = sum(turn()[0] for turn in turns.values()) / 1e3
+        fewest = MINIMUM_RUNS if seconds < 1.0 else MINIMUM_SLOW_RUNS
+        return take_turns(turns, repeats or rounds_within(target_seconds, seconds, fewest, MAXIMUM_RUNS), rotate=True)
 
 
 def host_microseconds(call: Call, device: str, runs: int = 50) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,9 +41,6 @@ TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     (ANY, "cpu"): (_CPU,),
     (ANY, "cuda"): (_GPU,),
 }
-
-# The implementations of an operation that not all of them have.
-ONLY = {"fused_convolution": ("cpu",)}
 
 # What a compiler fuses by itself, while a kernel of ours is opaque to it: the means of one head of logits take 173 us instead
 # of 190 in a compiled call with (128, 100) logits on a CPU, forward and backward.
@@ -120,7 +118,7 @@ def last_impl() -> dict[str, str]:
 
 
 def record(operation: str, name: str) -> None:
-    """Remember for ``last_impl`` that ``operation`` ran by implementation ``name``; a graph that is being traced does not run."""
+    """Remember for ``last_impl`` that ``operation`` ran by implementation ``name``; what is only traced did not run."""
     if not torch.compiler.is_compiling():
         _last[operation] = name
 
@@ -188,10 +186,9 @@ def choose(
         name = _forced[-1]
     if name != "auto":
         reason = problem(name, device_type, dtype)
-        if reason is None and not (is_plain(name) or implements(operation, name)):
-            reason = (
-                f"{operation} has no such kernels; use one of {', '.join(map(repr, ONLY[operation]))}, or 'reference'"
-            )
+        if reason is None and not (is_plain(name) or _serves(operation, name)):
+            offered = [repr(other) for other in IMPLEMENTATIONS if implements(operation, other)]
+            reason = f"{operation} has no such kernels; use {' or '.join([*offered, repr(PLAIN)])}"
         if reason is not None:
             raise RuntimeError(f"impl={name!r} was asked for, but {reason}.")
         return name
@@ -204,7 +201,7 @@ def choose(
         ):
             continue
         for candidate in line.implementations:
-            if implements(operation, candidate) and problem(candidate, device_type, dtype) is None:
+            if _serves(operation, candidate) and problem(candidate, device_type, dtype) is None:
                 return candidate
         break
     return PLAIN
@@ -235,7 +232,31 @@ def left_to_compiler(operation: str) -> bool:
 
 def implements(operation: str, name: str) -> bool:
     """Whether implementation ``name`` has raw functions of ``operation``."""
-    return not is_plain(name) and name in ONLY.get(operation, IMPLEMENTATIONS)
+    return (operation, name) in _modules or _in_package(operation, name)
+
+
+implements._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _serves(operation: str, name: str) -> bool:
+    """Whether implementation ``name`` may be chosen: what has no raw functions at all is composed of operations that have."""
+    return implements(operation, name) or not any(implements(operation, other) for other in IMPLEMENTATIONS)
+
+
+@functools.cache
+def _in_package(operation: str, name: str) -> bool:
+    """Whether the package has a file of ``operation`` for implementation ``name``; that of Triton is found, not imported."""
+    module = _module_name(operation, name)
+    if is_plain(name) or importlib.util.find_spec(module.rpartition(".")[0]) is None:
+        return False
+    if importlib.util.find_spec(module) is None:
+        return False
+    return name == "triton" or name in getattr(importlib.import_module(module), "DEVICES", ("cpu", "cuda"))
+
+
+def _module_name(operation: str, name: str) -> str:
+    package = "kernels" if name == "triton" else "native"
+    return f"frskd_fast.{package}.{operation}"
 
 
 def memory_format_of(operation: str, name: str) -> torch.memory_format | None:
@@ -248,8 +269,7 @@ def raw(operation: str, name: str) -> ModuleType:
     key = (operation, name)
     module = _modules.get(key)
     if module is None:
-        package = "frskd_fast.kernels" if name == "triton" else "frskd_fast.native"
-        module = provide(operation, name, importlib.import_module(f"{package}.{operation}"))
+        module = provide(operation, name, importlib.import_module(_module_name(operation, name)))
     return module
 
 

@@ -251,11 +251,10 @@ def exercise(device: str) -> None:
     import problems
 
     count = 0
-    for operation in problems.operations():
-        for problem in problems.problems(operation):
-            print(f"{operation}: {problem.name}", flush=True)
-            problem.run(device, device)  # an implementation is called as its device is
-            count += 1
+    for operation, problem in problems.of_implementation(device):  # an implementation is called as its device is
+        print(f"{operation}: {problem.name}", flush=True)
+        problem.run(device, device)
+        count += 1
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"exercised {count} problems" if count else "tests/problems declares no problem")

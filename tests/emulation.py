@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import pkgutil
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -46,10 +45,11 @@ def _run(command: list[str], failure: str) -> None:
     assert done.returncode == 0, f"{failure}:\n{done.stderr}"
 
 
-def library() -> Path:
-    """The compiled library, which is built where a source has changed."""
-    sources = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *HERE.glob("*.cpp")])
+def library(sources: Sequence[Path] = (), includes: Sequence[Path] = ()) -> Path:
+    """The compiled library of csrc/cuda, or of other ``sources``, which is built where a source has changed."""
+    sources = sorted([*(sources or (ROOT / "csrc" / "cuda").glob("*.cu")), *HERE.glob("*.cpp")])
     headers = [path for path in (ROOT / "csrc").rglob("*.[hc]*") if path.parent.name != "cpu"]
+    headers += [path for folder in includes for path in folder.glob("*.h")]
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sorted({*sources, *headers, *HERE.iterdir()}):
         digest.update(path.read_bytes())
@@ -62,6 +62,7 @@ def library() -> Path:
     compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
     compiler += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DUSE_CUDA", "-DFRSKD_EMULATED"]
     compiler += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", "-isystem", str(torch_root / "include")]
+    compiler += [f"-I{include}" for include in includes]
     objects = []
     for source in sources:
         objects.append(str(folder / f"{source.name}.o"))
@@ -83,30 +84,42 @@ def operators() -> Any:
 
 @functools.cache
 def raw(operation: str) -> ModuleType:
-    """The raw functions of an operation, which give a workspace as they do on a device."""
-    original = importlib.util.find_spec(f"{native.__name__}.{operation}")
+    """The raw functions of an operation, which call the emulated kernels."""
+    operators()
+    return copy_of(f"{native.__name__}.{operation}")
+
+
+def copy_of(module_name: str) -> ModuleType:
+    """A module of raw functions, in a copy that calls emulated kernels and gives a workspace as on a device."""
+    original = importlib.util.find_spec(module_name)
     assert original is not None and original.origin is not None
-    spec = importlib.util.spec_from_file_location(f"emulated_{operation}", original.origin)
+    spec = importlib.util.spec_from_file_location(f"emulated_{module_name.rpartition('.')[2]}", original.origin)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    vars(module).update(_ops=operators(), needs_workspace=lambda tensor: True)
+    vars(module).update(_ops=torch.ops.frskd_fast_emulated, needs_workspace=lambda tensor: True)
     return module
 
 
 @contextmanager
 def provided() -> Iterator[None]:
     """``impl="emulation"`` is known to every operation that has CUDA kernels."""
-    known, original = _dispatch.IMPLEMENTATIONS, _dispatch.problem
-    for operation in (module.name for module in pkgutil.iter_modules(native.__path__)):
-        if operation in OPERATIONS:
-            _dispatch.provide(operation, NAME, raw(operation))
+    for operation in OPERATIONS:
+        _dispatch.provide(operation, NAME, raw(operation))
+    with known():
+        yield
+
+
+@contextmanager
+def known() -> Iterator[None]:
+    """``impl="emulation"`` may be asked for."""
+    names, original = _dispatch.IMPLEMENTATIONS, _dispatch.problem
 
     def problem_of(name: str, *call: Any) -> str | None:
         return None if name == NAME else original(name, *call)
 
-    _dispatch.IMPLEMENTATIONS, _dispatch.problem = (*known, NAME), problem_of
+    _dispatch.IMPLEMENTATIONS, _dispatch.problem = (*names, NAME), problem_of
     try:
         yield
     finally:
-        _dispatch.IMPLEMENTATIONS, _dispatch.problem = known, original
+        _dispatch.IMPLEMENTATIONS, _dispatch.problem = names, original

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
@@ -25,10 +25,13 @@ from training_utils import PLAIN, SCHEDULES, epochs, same_weights, small_run, st
 import frskd_fast.losses
 import frskd_fast.tasks
 import frskd_fast.training
+from frskd_fast.models import wrn16x2
+from frskd_fast.tasks import Student
 from frskd_fast.training.class_paths import build
 from frskd_fast.training.cli import expanded, main, run
 from frskd_fast.training.export import load_student
 from frskd_fast.training.module import DistillationModule
+from frskd_fast.training.panels import draw_attention
 from frskd_fast.training.recipe_files import recipe, recipe_names
 
 SOURCES = sorted(Path(frskd_fast.training.__file__).parent.rglob("*.py"))
@@ -46,6 +49,30 @@ class TurnedTask(ToyTask):
             assert torch.equal(images[1::4], images[::4].rot90(1, (2, 3)))
             images = images[::4]
         return super().forward(images, targets)
+
+
+class TwinTask(ToyTask):
+    """A method whose student is another network than the one it is built with; it trains both alike."""
+
+    def __init__(self, backbone: nn.Module, width: int = 3) -> None:
+        super().__init__(backbone)
+        self.twin = ToyNet(self.backbone.num_classes, width)
+
+    def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
+        logits = self.twin(images)[1]
+        if targets is None or not self.training:
+            return {"output": logits}
+        parts = super().forward(images, targets)
+        return {**parts, "loss": parts["loss"] + nn.functional.cross_entropy(logits, targets), "output": logits}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [*super().parameter_groups(), {"params": list(self.twin.parameters())}]
+
+    def student(self) -> Student:
+        return Student(self.twin, self.channels_last)
+
+    def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
+        return {**super().maps(images), "twin": self.twin(images)[0]}
 
 
 def small_recipe(folder: Path, **settings: Any) -> list[str]:
@@ -73,12 +100,12 @@ def test_a_method_from_outside_trains_resumes_and_exports(
     }
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(small_recipe(whole, **settings)) == 0
-    assert list(dict.fromkeys(told)) == [(epoch, 4) for epoch in range(4)]
+    assert told == [(epoch, 4) for epoch in range(4)]
     words = small_recipe(stopped, **settings)
     assert main([*words, "--trainer.max_steps", "6"]) == 0  # within the second epoch
     told.clear()
     assert main(words) == 0
-    assert list(dict.fromkeys(told)) == [(1, 4), (2, 4), (3, 4)], "also the epoch that a resumed run goes on with"
+    assert told == [(1, 4), (2, 4), (3, 4)], "also the epoch that a resumed run goes on with"
     assert steps(stopped) == steps(whole) and epochs(stopped) == epochs(whole)
     assert same_weights(weights(stopped), weights(whole)) and weights(whole)["task.ramp"] == 1
     assert set(steps(whole)[0]) == {"step", "epoch", "loss", "ce_student", "ce_teacher", "hint"}
@@ -96,6 +123,57 @@ def test_a_method_from_outside_trains_resumes_and_exports(
     assert torch.equal(load_student(whole / "last.ckpt").student(images), module(images))
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2"])
+def test_the_student_of_a_task_is_what_is_exported(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it is another network than the one that `model.backbone` names."""
+    settings = {
+        "task": {"class_path": "test_any_task.TwinTask", "init_args": {"width": 6}},
+        "model": {"backbone": "ToyNet"},
+        "panels": {"enabled": True},
+    }
+    assert main([*small_recipe(tmp_path / "run", **settings), "--trainer.max_epochs", "2"]) == 0
+    checkpoint, out = tmp_path / "run" / "last.ckpt", tmp_path / f"student{suffix}"
+    module = DistillationModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    images = torch.randn(3, 3, 16, 16)
+    expected = module(images)
+    assert torch.equal(load_student(checkpoint).student(images), expected)
+    assert main(["export", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+    if suffix == ".pt2":
+        torch.testing.assert_close(torch.export.load(out).module()(images), expected)
+    else:
+        network = ToyNet(10, width=6)
+        network.load_state_dict(load_file(out))
+        assert torch.equal(network.eval()(images)[1], expected)
+    named = load_student(checkpoint, backbone="ToyNet").student
+    assert torch.equal(named(images), module.task.backbone(images)[1]), "the weights alone"
+
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["task"]["init_args"]["width"] = {"class_path": "builtins.print"}
+    torch.save(content, checkpoint)
+    capsys.readouterr()
+    assert main(["export", "--checkpoint", str(checkpoint), "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert "builtins.print, which makes no torch.nn.Module; give --backbone" in captured.err and not captured.out
+
+
+def test_panels_show_the_networks_that_a_task_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib_figure = pytest.importorskip("matplotlib.figure")
+    titles: list[str] = []
+    save = matplotlib_figure.Figure.savefig
+
+    def watched(figure: Any, *arguments: Any, **more: Any) -> None:
+        titles.extend(axes.get_title() for axes in figure.axes)
+        save(figure, *arguments, **more)
+
+    monkeypatch.setattr(matplotlib_figure.Figure, "savefig", watched)
+    for task, names in ((ToyTask(ToyNet()), ["student"]), (TwinTask(ToyNet()), ["student", "twin"])):
+        titles.clear()
+        assert draw_attention(task, torch.randn(1, 3, 16, 16), tmp_path / "attention.png") is not None
+        assert titles == ["image", *(f"{name} {level}" for name in names for level in (1, 2))]
+
+
 def test_a_task_gets_the_views_that_it_asks_for(tmp_path: Path) -> None:
     turned, upright = tmp_path / "turned", tmp_path / "upright"
     for folder, name in ((turned, "test_any_task.TurnedTask"), (upright, "toy_method.ToyTask")):
@@ -109,6 +187,11 @@ def test_no_source_of_the_trainer_names_a_method_a_loss_or_a_task() -> None:
     roots = {frskd_fast.losses, frskd_fast.tasks}
     names = {name for root in roots for name in root.__all__} - {"FrozenTeacher", "Student", "Task"}
     assert {"FRSKDLoss", "ClassificationTask", "build_frskd"} <= names
+    backbone = wrn16x2(num_classes=10)
+    tasks = [frskd_fast.tasks.build_frskd(backbone, "fit", "sla"), frskd_fast.tasks.ClassificationTask(backbone)]
+    # Modules of a method, but for those that belong to the protocol or are called as a number of the loss is.
+    names |= {name for task in tasks for name, _ in task.named_children()} - {"backbone", "loss"}
+    assert "self_teacher" in names
     methods = set(recipe_names().values())
     assert {"frskd", "plain"} <= methods
     pattern = re.compile(rf"\b({'|'.join(sorted(names))})\b|\b({'|'.join(sorted(methods))})\b", re.IGNORECASE)
@@ -239,6 +322,7 @@ def test_a_run_of_an_earlier_version_is_a_sentence(tmp_path: Path, capsys: pytes
 
 def test_settings_build_what_they_contain() -> None:
     inner = {"class_path": "fractions.Fraction", "init_args": {"numerator": 3}}
+    assert build({"class_path": "builtins.dict", "init_args": None}) == {}
     made = build({"class_path": "builtins.dict", "init_args": {"one": inner, "many": [inner, 1]}})
     assert made == {"one": 3, "many": [3, 1]} and type(made["one"]).__name__ == "Fraction"
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

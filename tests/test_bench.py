@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 def small_cases(**changes: Any) -> list[Case]:
     """Every case of every suite, with a batch of two so that building its tensors is cheap."""
     selection = Selection(batch=2, input_kind="random", **changes)
-    return [case for suite in SUITES for case in cases_of(suite, selection)]
+    return [case for suite in in_order() for case in cases_of(suite, selection)]
 
 
 def tensors(operands: Operands) -> list[Tensor]:
@@ -167,7 +167,27 @@ def test_full_run_covers_the_settings_of_the_networks() -> None:
 def test_every_file_of_cases_is_a_suite() -> None:
     files = {path.stem for path in (ROOT / "bench" / "cases").glob("*.py")} - {"__init__"}
     assert set(SUITES) == files >= {"attention", "fusion", "logits"}
-    assert in_order()[-3:] == ["loss", "self_teacher", "step"] and sorted(in_order()) == sorted(SUITES)
+    assert in_order()[-3:] == ["loss", "self_teacher", "step"]
+    assert sorted([*in_order(), "data", "trainer"]) == sorted(SUITES)
+
+
+def test_every_reader_is_measured() -> None:
+    pytest.importorskip("lightning")
+    cases = cases_of("data", Selection(quick=True))
+    assert len(cases) == 8
+    for case in cases:
+        (row,) = measure.run_case(case, measure.Settings(repeats=2), None, None)
+        assert (
+            row.runs == 2 and row.images_per_second == pytest.approx(1e3 * case.images / row.ms) and case.images >= 64
+        )
+
+
+def test_the_trainers_step_takes_turns_with_the_bare_step() -> None:
+    pytest.importorskip("lightning")
+    case = cases_of("trainer", Selection(quick=True, batch=2))[1]
+    bare, trainers, difference = measure.run_case(case, measure.Settings(repeats=3), None, None)
+    assert [bare.runs, trainers.runs, difference.runs] == [3, 3, 3]
+    assert bare.ms > 0 and difference.ms < trainers.ms_range[1]
 
 
 def test_a_dropped_in_file_is_a_suite(tmp_path: Path) -> None:

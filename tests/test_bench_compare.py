@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench import commits, compare  # noqa: E402
+from bench import commits, compare, results  # noqa: E402
 from bench.case import Selection  # noqa: E402
 
 
 def compared(*pairs: tuple[float, float]) -> compare.Compared:
-    row = compare.Compared("loss", "loss N=2", "auto", pairs=list(pairs))
+    row = compare.Compared("loss", "loss N=2", "N=2", "fp32", "nchw", "forward", "auto", 0, pairs=list(pairs))
     row.judge()
     return row
 
@@ -66,13 +66,13 @@ def test_two_commits_take_turns(tmp_path: Path) -> None:
 
     (row,) = rows(fake_package(tmp_path / "slower", 0.05))
     assert row["status"] == "slower" and row["ratio"] > 1.5 and len(row["pairs"]) == 6
-    assert row["picked"] == {"base": "fake", "this": "fake"} and row["same_bits"]
+    assert row["picked"] == row["base_picked"] == "fake" and row["same_bits"]
     document = {"rows": [row], "base": "b" * 40, "environment": {"commit": "a" * 40}}
     assert row["case"] in compare.text(document) and "this: commit aaaaaaaaaaaa" in compare.text(document)
-    assert compare.failures(document) == [row]
+    assert results.failures(document) == [row]
 
     (row,) = rows(fake_package(tmp_path / "wrong", 0.0, factor=1.01))
-    assert row["status"] == "WRONG" and row["ratio"] is None and compare.failures({"rows": [row]}) == [row]
+    assert row["status"] == "WRONG" and row["ratio"] is None and results.failures({"rows": [row]}) == [row]
 
 
 def test_comparing_refuses_what_it_cannot_find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gzip
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -1192,21 +1191,3 @@ def test_images_too_small_for_the_network_are_a_sentence() -> None:
     assert stem_stride(Deep(), (32, 32)) == 16
     with pytest.raises(ValueError, match=r"backbone \(Deep\) does not accept images of 3 x 16 x 16 \(.*; take larger"):
         warn_if_stem_mismatch(Deep(), (16, 16))
-
-
-# --- benchmark --------------------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_measures_every_reader(capsys: pytest.CaptureFixture[str]) -> None:
-    from bench import data as bench
-
-    bench.main(["--quick", "--workers", "0", "--json"])
-    document = json.loads(capsys.readouterr().out)
-    assert len(document["rows"]) == 8
-    for row in document["rows"]:
-        assert row["images"] >= 64 and row["images_per_second"] >= row["slowest"] > 0 and row["epochs"] == 3
-    assert document["environment"]["torch"] == torch.__version__
-    text = bench.table([bench.Row(**row) for row in document["rows"]])
-    assert len(text.splitlines()) == 10 and len({len(line) for line in text.splitlines()}) == 1
-    with pytest.raises(SystemExit):
-        bench.main(["--workers", "-1"])

@@ -35,52 +35,17 @@ def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     yield name
 
 
-def _skip_unsupported(impl: str, dtype: torch.dtype) -> None:
-    problem = _dispatch.problem(impl, "cuda", dtype)
-    if problem is not None:
-        pytest.skip(f"impl={impl!r}: {problem}")
-
-
-def _with_gradients(
-    function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], grad: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-    result = function(leaves)
-    result.backward(grad.to(result.dtype))
-    gradients = []
-    for leaf in leaves:
-        assert leaf.grad is not None
-        gradients.append(leaf.grad)
-    return [result.detach(), *gradients]
-
-
-def _three_way(
-    ours: Callable[[list[Tensor]], Tensor], plain: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], rows: Any
-) -> None:
-    before = [tensor.clone() for tensor in inputs]
-    grad = torch.randn(rows, device="cuda")
-    dtype = inputs[0].dtype
-    results = _with_gradients(ours, inputs, grad, dtype)
-    plains = _with_gradients(plain, inputs, grad, dtype)
-    truths = _with_gradients(plain, inputs, grad, torch.float64)
-    for index, (result, plain_result, truth) in enumerate(zip(results, plains, truths, strict=True)):
-        assert_close(result, plain_result, truth, "losses" if index == 0 else f"gradient {index - 1}")
-    for tensor, copy in zip(inputs, before, strict=True):
-        assert torch.equal(tensor.nan_to_num(), copy.nan_to_num()), "an input was written to"
-
-
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(
-    ("operation", "problem"),
+    ("impl", "operation", "problem"),
     [
-        pytest.param(operation, problem, id=f"{operation}: {problem.name}")
-        for operation in problems.operations()
-        for problem in problems.of_kernels(operation)
+        pytest.param(name, operation, problem, id=f"{name}, {operation}: {problem.name}")
+        for name in IMPLEMENTATIONS
+        for operation, problem in problems.of_implementation(name)
     ],
+    indirect=["impl"],
 )
-def test_problems(operation: str, problem: problems.Problem, impl: str) -> None:
-    if not _dispatch.implements(operation, impl):
-        pytest.skip(f"{operation} has no {impl} kernels")
+def test_problems(impl: str, operation: str, problem: problems.Problem) -> None:
     torch.manual_seed(0)
     problem.run(impl, "cuda")
     assert frskd_fast.last_impl().get(operation, impl) == impl

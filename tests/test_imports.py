@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
+from frskd_fast import _dispatch
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "frskd_fast"
 EVERYWHERE = ("__future__", "torch", "numpy")
@@ -62,16 +64,16 @@ def floor_of(path: str) -> Floor | None:
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
 
 
-def module_name(path: Path) -> str:
+def module_name(path: Path, root: Path = ROOT) -> str:
     """ "frskd_fast.kernels.logits" for kernels/logits.py."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = path.relative_to(root).with_suffix("").parts
     parts = (PACKAGE, *parts) if parts[0] == "kernels" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path) -> Iterator[str]:
+def imported(path: Path, root: Path = ROOT) -> Iterator[str]:
     """Every module that a file imports, at its top or within a function, by statement or by `import_module`."""
-    name = module_name(path)
+    name = module_name(path, root)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -114,14 +116,34 @@ def test_imports_keep_to_the_table(path: str) -> None:
         assert name in floor.allowed, f"{path} imports {module}, but its floor may import {sorted(floor.allowed)}"
 
 
-def test_the_check_reads_both_kinds_of_imports() -> None:
-    file = ROOT / "frskd_fast" / "_imports_probe.py"
+def test_the_check_reads_both_kinds_of_imports(tmp_path: Path) -> None:
+    file = tmp_path / "frskd_fast" / "probe.py"
+    file.parent.mkdir()
     source = "from . import ops\nfrom .ops import logits\nimport torch.nn\nimportlib.import_module('triton')\n"
     file.write_text(source, encoding="utf-8")
-    try:
-        assert list(imported(file)) == ["frskd_fast.ops", "frskd_fast.ops.logits", "torch.nn", "triton"]
-    finally:
-        file.unlink()
+    assert list(imported(file, tmp_path)) == ["frskd_fast.ops", "frskd_fast.ops.logits", "torch.nn", "triton"]
+
+
+def compared_implementations(source: str) -> Iterator[str]:
+    """The comparisons with the name of an implementation; of a kind of device, which has the same names, are none."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            constants = {part.value for side in sides for part in ast.walk(side) if isinstance(part, ast.Constant)}
+            of_device = any(re.search(r"device|accelerator|\.type$", ast.unparse(side)) for side in sides)
+            if constants & set(_dispatch.IMPLEMENTATIONS) and not of_device:
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for path in FILES if "bench" not in path.parts])
+def test_only_the_table_compares_the_name_of_an_implementation(path: str) -> None:
+    if path != "frskd_fast/_dispatch.py":
+        assert list(compared_implementations((ROOT / path).read_text(encoding="utf-8"))) == []
+
+
+def test_the_check_finds_such_a_comparison() -> None:
+    source = "impl == 'cpu' or name in ('triton', 'cuda') or x.device.type != 'cpu' or kind == 'mean'"
+    assert list(compared_implementations(source)) == ["impl == 'cpu'", "name in ('triton', 'cuda')"]
 
 
 def test_every_row_of_the_table_has_files() -> None:

@@ -18,8 +18,7 @@ from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
 IMPLEMENTATIONS = ["reference", "cpu"]
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter, of masked lanes
-@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("problem", problems("logits"), ids=lambda problem: problem.name)
 def test_problem(problem: Problem, impl: str) -> None:
     reason = _dispatch.problem(impl, "cpu", torch.float32)

@@ -129,13 +129,15 @@ def test_header_names_source_and_target(name: str) -> None:
             "task",
             {"auxiliary": "sla", "auxiliary_weight": 1.0, "alpha": 2.0, "beta": 100.0},
         ),
+        ("cifar100_wrn16x2_frskd", "model", {"backbone": "wrn16x2"}),
         ("cifar100_wrn16x2_frskd", "lr_scheduler", {"milestones": [100, 150], "gamma": 0.1}),
         ("cifar100_resnet18_plain", "optimizer", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}),
     ],
 )
 def test_constants_of_the_paper(name: str, part: str, expected: dict[str, object]) -> None:
     settings = recipe(name)
-    assert {key: settings[part]["init_args"][key] for key in expected} == expected
+    arguments = settings[part].get("init_args", settings[part])
+    assert {key: arguments[key] for key in expected} == expected
     assert settings["optimizer"]["class_path"] == "torch.optim.SGD"
     assert settings["lr_scheduler"]["class_path"].endswith(".multistep")
     assert settings["trainer"]["max_epochs"] == 200 and settings["data"]["init_args"]["batch_size"] == 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import emulation
 import problems
 import pytest
 import torch
@@ -52,6 +54,39 @@ def compiled(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert done.returncode == 0, done.stderr
     torch.ops.load_library(str(library))
     toy.provide()
+
+
+def test_its_cuda_kernel_solves_the_problems(compiled: None) -> None:
+    reason = emulation.problem()
+    if reason is not None:
+        pytest.skip(reason)
+    torch.ops.load_library(str(emulation.library([HERE / "toy.cu"], [ROOT / "csrc", HERE])))
+    _dispatch.provide("toy", emulation.NAME, emulation.copy_of("toy_native"))
+    with emulation.known():
+        found = [problem for operation, problem in problems.of_implementation(emulation.NAME) if operation == "toy"]
+        assert len(found) == 3
+        for problem in found:
+            problem.run(emulation.NAME, "cpu")
+    assert last_impl()["toy"] == emulation.NAME
+
+
+def test_its_suite_of_the_benchmark_is_found(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import correctness
+    from bench.case import Selection
+
+    # The package of suites once more, with a second folder from the start: it looks for its files when it is imported.
+    spec = importlib.util.find_spec("bench.cases")
+    assert spec is not None and spec.loader is not None and spec.submodule_search_locations is not None
+    spec.submodule_search_locations.append(str(HERE / "cases"))
+    cases = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench.cases", cases)
+    spec.loader.exec_module(cases)
+    assert "toy" in cases.SUITES
+    (case,) = cases.cases_of("toy", Selection())
+    assert case.name == "toy 1000 forward+backward fp32 rows"
+    for implementation in ("reference", "cpu"):
+        assert correctness.agrees_in_float64(case, case.ours(implementation), "cpu")
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu", "triton", "auto"])
@@ -104,10 +139,10 @@ def test_what_has_no_counterpart_in_a_schema_is_refused() -> None:
 def test_what_an_operation_lacks_is_a_sentence(
     compiled: None, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(_dispatch.ONLY, "toy", ("triton",))
+    monkeypatch.delitem(_dispatch._modules, ("toy", "cpu"))
     numbers = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(
-        RuntimeError, match="impl='cpu' was asked for, but toy has no such kernels; use one of 'triton'"
+        RuntimeError, match="impl='cpu' was asked for, but toy has no such kernels; use 'triton' or 'reference'"
     ):
         toy.toy(numbers, numbers, impl="cpu")
     assert _dispatch.choose_for("toy", "auto", numbers) == "reference"

@@ -13,7 +13,7 @@ import os
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -175,35 +175,16 @@ def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
-def of_every_operation() -> list[Any]:
-    """All problems as parameters; interpreted, which is slow, no more than about 32 of each operation's, spread evenly."""
-    found = []
-    for operation in filter(lambda name: _dispatch.implements(name, "triton"), problems.operations()):
-        plain = problems.problems(operation)
-        step = max(1, len(plain) // 32) if INTERPRETED else 1
-        for problem in [*plain[::step], *problems.of_kernels(operation)[len(plain) :]]:
-            found.append(pytest.param(problem, id=f"{operation}: {problem.name}"))
-    return found
-
-
-@pytest.mark.parametrize("problem", of_every_operation())
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(problem, id=f"{operation}: {problem.name}")
+        for operation, problem in problems.of_implementation("triton", 24 if INTERPRETED else None)
+    ],
+)
 def test_problems(problem: problems.Problem) -> None:
     torch.manual_seed(0)
     problem.run("triton", DEVICE)
-
-
-def by_autograd(
-    formula: Callable[..., Any], inputs: Sequence[Tensor], dtype: torch.dtype, upstream: Sequence[Tensor], scale: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of the formula in ``dtype``, and the gradients of ``inputs`` for ``scale * upstream``."""
-    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-    outputs = formula(*leaves)
-    weighted = [(output * grad.to(dtype)).sum() * scale for output, grad in zip(outputs, upstream, strict=True)]
-    gradients = torch.autograd.grad(torch.stack(weighted).sum(), leaves, allow_unused=True)
-    return list(outputs), [
-        torch.zeros_like(leaf) if gradient is None else gradient
-        for leaf, gradient in zip(leaves, gradients, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -220,7 +201,7 @@ def test_attention_refuses_integers() -> None:
 
 
 class TestLogits:
-    """What the problems of `logits` (tests/test_logits.py runs them) do not reach: launches of few rows and wide layouts."""
+    """What the problems of `logits` do not reach: launches of few rows and wide layouts."""
 
     def run(self, name: str) -> None:
         (problem,) = (problem for problem in problems.problems("logits") if problem.name == name)

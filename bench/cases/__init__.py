@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bench.case import Case, Selection
+    from bench.case import Case, Program, Selection
 
 SUITES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
@@ -21,11 +21,12 @@ def _module(suite: str) -> ModuleType:
 
 
 def in_order(suites: tuple[str, ...] = SUITES) -> list[str]:
-    """The suites in the order of a full run."""
-    return sorted(suites, key=lambda suite: (getattr(_module(suite), "ORDER", 0), suite))
+    """The suites of a full run, in their order; those with `ONLY_BY_NAME` are left out."""
+    found = [suite for suite in suites if not getattr(_module(suite), "ONLY_BY_NAME", False)]
+    return sorted(found, key=lambda suite: (getattr(_module(suite), "ORDER", 0), suite))
 
 
-def cases_of(suite: str, selection: Selection) -> list[Case]:
+def cases_of(suite: str, selection: Selection) -> list[Case | Program]:
     """The cases of one suite that `selection` leaves, in the order in which they run.
 
     Raises:

@@ -12,9 +12,9 @@ from bench import inputs
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 
 ALPHA, BETA = 2.0, 100.0
-# Rows of logits beside the four levels of 128 samples: CIFAR-100; ImageNet with a large batch; the pixels of a
-# segmentation step.
-ROWS = (128, 4096, 65_536)
+# Beside the four levels of 128 samples: the rows of logits of a step on images of one class each are the samples. This is
+# the number of pixels of segmentation maps (4, 21, 128, 128).
+DENSE_ROWS = 65_536
 
 
 def original(attention_losses: Tensor, logits_losses: Tensor) -> Tensor:
@@ -25,20 +25,28 @@ def original(attention_losses: Tensor, logits_losses: Tensor) -> Tensor:
     return ce_student + ce_teacher + ALPHA * logits_losses[2].mean() + BETA * attention_losses.mean(1).sum()
 
 
+def chosen(requested: str, tensor: Tensor) -> tuple[str, bool]:
+    """The implementation that is asked for or picked, and whether it is the plain one; `--base` may name a commit without
+    the table of operations."""
+    from frskd_fast import _dispatch
+
+    if hasattr(_dispatch, "is_plain"):
+        name = _dispatch.choose_for("combine", requested, tensor)
+        return name, _dispatch.is_plain(name)
+    name = _dispatch.choose(requested, tensor.device.type, tensor.dtype)
+    return name, name == "reference"
+
+
 def ours(implementation: str) -> Callable[..., Tensor]:
-    """The raw function of the implementation that is asked for or chosen; no public function does this step alone."""
+    """The raw function of one implementation; no public function does this step alone."""
     from frskd_fast import _dispatch
 
     def combine(attention_losses: Tensor, logits_losses: Tensor) -> Tensor:
-        if hasattr(_dispatch, "choose_for"):
-            name = _dispatch.choose_for("combine", implementation, logits_losses)
-        else:  # a commit before the table of operations, which `--base` may name
-            name = _dispatch.choose(implementation, logits_losses.device.type, logits_losses.dtype)
-        if name == "reference":
-            return original(attention_losses, logits_losses)
-        raw = _dispatch.raw("combine", name)
+        name, plain = chosen(implementation, logits_losses)
         _dispatch.record("combine", name)
-        _, (total,) = raw.forward(attention_losses, logits_losses, ALPHA, BETA, True, False)
+        if plain:
+            return original(attention_losses, logits_losses)
+        _, (total,) = _dispatch.raw("combine", name).forward(attention_losses, logits_losses, ALPHA, BETA, True, False)
         return total
 
     return combine
@@ -73,6 +81,6 @@ def cases(selection: Selection) -> list[Case]:
             original=original,
             ours=ours,
         )
-        for rows in (ROWS[:1] if selection.quick else ROWS)
+        for rows in ((batch,) if selection.quick else (batch, DENSE_ROWS))
         if "fp32" in selection.dtypes
     ]

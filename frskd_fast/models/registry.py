@@ -76,7 +76,8 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
     if name.startswith("timm:"):
         return TimmBackbone.create(name.removeprefix("timm:"), num_classes=num_classes, **arguments)
     if "." in name:
-        network = _imported(name)(num_classes=num_classes, **arguments)
+        builder = imported(name, "backbone ", "a function or class that is called with num_classes,")
+        network = builder(num_classes=num_classes, **arguments)
         if not isinstance(network, nn.Module):
             raise TypeError(f"backbone gave a {type(network).__name__}, but a torch.nn.Module was wanted.")
         return network if hasattr(network, "channels") else adapt_backbone(network)
@@ -88,12 +89,22 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
     )
 
 
-def _imported(path: str) -> Any:
+def imported(path: str, argument: str = "", wanted: str = "a function or class") -> Callable[..., Any]:
+    """The class or function with the import path `package.module.name`.
+
+    Args:
+        path: the import path.
+        argument, wanted: what the message of a failure calls the path, and what was to be found there.
+
+    Raises:
+        ImportError: as a sentence.
+    """
     module_name, _, attribute = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
         raise ImportError(
-            f"backbone {path!r} cannot be imported ({error}); give the path of a function or class that is called with "
-            "num_classes, in a package that Python finds (its folder may have to be in PYTHONPATH)."
+            f"{argument}{path!r} cannot be imported ({error}); give the path of {wanted} in a package that Python finds "
+            "(its folder may have to be in PYTHONPATH)."
         ) from error

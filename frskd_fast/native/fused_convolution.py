@@ -10,6 +10,8 @@ from torch import Tensor
 from frskd_fast.native.fusion import empty_sums
 from frskd_fast.reference.fusion import Node, Settings, empty_output
 
+DEVICES = ("cpu",)
+
 _ops = torch.ops.frskd_fast_native
 
 

@@ -1,7 +1,7 @@
 """Operation ``fused_convolution``: a fusion node and the depthwise 3x3 convolution behind it, in one pass.
 
-Rows of the fused map then never leave the cache, and the map is not written, in either direction. `_dispatch.ONLY` has the
-implementations that offer it.
+Rows of the fused map then never leave the cache, and the map is not written, in either direction. Not every implementation
+has raw functions of it, see `serves`.
 """
 
 from __future__ import annotations

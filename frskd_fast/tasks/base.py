@@ -55,6 +55,10 @@ class Task(nn.Module):
         Hold such a weight in a buffer and write it in place (`self.ramp.fill_(...)`): a compiled step does not compile anew.
         """
 
+    def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """Feature maps (N, C, H, W) by the network that they are of, finest first, for pictures of where it looks."""
+        return {"student": features_and_logits(self.backbone, laid_out(images, self.channels_last))[0]}
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile this module's calls: one graph for forward, loss and backward, and one for every batch size.
 

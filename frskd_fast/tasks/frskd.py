@@ -146,6 +146,11 @@ class FRSKDTask(Task):
             logits, teacher_logits = logits[::4], teacher_logits[::4]
         return {"loss": parts.pop("loss"), "output": logits, **parts, "teacher_output": teacher_logits}
 
+    def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """Feature maps of the student, and what the self-teacher makes of them."""
+        features = super().maps(images)["student"]
+        return {"student": features, "self-teacher": list(self.self_teacher(features)[0])}
+
     @property
     def _preact(self) -> bool:
         return bool(declared(self.loss, "needs_preact"))

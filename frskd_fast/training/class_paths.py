@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from frskd_fast.models.registry import imported
 
 Settings = str | Mapping[str, Any]
 # The parts of a training that are chosen by class, besides the data; with the argument that the trainer gives.
 PARTS = {"task": "backbone", "optimizer": "params", "lr_scheduler": "optimizer"}
 
 
-def imported(path: str) -> Callable[..., Any]:
-    """The class or function with the import path `package.module.name`.
-
-    Raises:
-        ImportError: as a sentence.
-    """
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
-        return found
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ImportError(
-            f"{path!r} cannot be imported ({error}); give the path of a function or class in a package that Python finds "
-            "(its folder may have to be in PYTHONPATH)."
-        ) from error
-
-
 def class_path(settings: Settings) -> str:
     """The import path in the settings."""
     return settings if isinstance(settings, str) else str(settings["class_path"])
+
+
+def arguments_in(settings: Settings) -> dict[str, Any]:
+    """The arguments in the settings; none where they are left out or null."""
+    if isinstance(settings, str):
+        return {}
+    return {**(settings.get("init_args") or {}), **(settings.get("dict_kwargs") or {})}
 
 
 def build(settings: Settings, *arguments: Any, **defaults: Any) -> Any:
@@ -51,8 +43,7 @@ def build(settings: Settings, *arguments: Any, **defaults: Any) -> Any:
         Fraction(2, 3)
     """
     function = imported(class_path(settings))
-    given = {} if isinstance(settings, str) else {**settings.get("init_args", {}), **settings.get("dict_kwargs", {})}
-    keywords = {name: _resolved(value) for name, value in given.items()}
+    keywords = {name: _resolved(value) for name, value in arguments_in(settings).items()}
     for name, value in defaults.items():
         if keywords.get(name) is None and name in inspect.signature(function).parameters:
             keywords[name] = value
@@ -63,3 +54,20 @@ def _resolved(value: Any) -> Any:
     if isinstance(value, list):
         return [_resolved(item) for item in value]
     return build(value) if isinstance(value, Mapping) and "class_path" in value else value
+
+
+def paths_in(value: Any) -> Iterator[str]:
+    """Every import path that `build` would call for these settings, those of arguments too."""
+    if isinstance(value, list):
+        for item in value:
+            yield from paths_in(item)
+    elif isinstance(value, Mapping) and "class_path" in value:
+        yield class_path(value)
+        yield from paths_in(list(arguments_in(value).values()))
+
+
+def makes(path: str, kind: type) -> bool:
+    """Whether the class with this import path is a `kind`, or the function says that it returns one."""
+    function = imported(path)
+    made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
+    return isinstance(made, type) and issubclass(made, kind)

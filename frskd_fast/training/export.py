@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from frskd_fast.models import create_model
 from frskd_fast.tasks import Student
 
+from .class_paths import build, makes, paths_in
 from .weights import STATE, ExportError, classes_in, load_backbone_weights, load_file
 
 FORMATS = (".safetensors", ".pt2", ".onnx")
@@ -69,21 +71,25 @@ def load_student(
     name = backbone or settings.get("backbone")
     if name is None:
         raise ExportError(f"The checkpoint {path} does not say which network it holds; give --backbone a name.")
-    classes = num_classes or settings.get("num_classes") or classes_in(content)
-    if classes is None:
-        raise ExportError(f"The number of classes in {path} was not found; give --num_classes.")
     try:
+        classes = num_classes or settings.get("num_classes") or classes_in(content, create_model(name, **arguments))
+        if classes is None:
+            raise ExportError(f"The number of classes in {path} was not found; give --num_classes.")
         network = create_model(name, int(classes), **arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise ExportError(str(error)) from error
-    load_backbone_weights(network, path)
+    if state.get("own_student") and backbone is None:
+        student = _own_student(content, network)
+        name = name if student.backbone is network else type(student.backbone).__name__
+    else:
+        load_backbone_weights(network, path)
+        # Runs of earlier versions have it among their settings.
+        student = Student(network, bool(state.get("channels_last", settings.get("channels_last", False))))
     if size is None:
         size = about.get("size") or (224 if name in ("resnet18", "resnet34", "resnet50") else 32)
     sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    network.eval()
     return Export(
-        # Runs of earlier versions have it among their settings.
-        Student(network, channels_last=bool(state.get("channels_last", settings.get("channels_last", False)))).eval(),
+        student.eval(),
         name,
         arguments,
         int(classes),
@@ -92,6 +98,27 @@ def load_student(
         tuple(about.get("mean", ())),
         tuple(about.get("std", ())),
     )
+
+
+def _own_student(content: Mapping[str, Any], network: nn.Module) -> Student:
+    """What the task in a checkpoint's settings, built anew with its weights, gives as its student."""
+    settings = content["hyper_parameters"]["task"]
+    settings = {"class_path": settings} if isinstance(settings, str) else settings
+    advice = "give --backbone the name of a network whose weights are to be exported without the task."
+    try:
+        # A file from elsewhere could name anything that Python can call.
+        unfit = [path for path in paths_in(settings) if not makes(path, nn.Module)]
+        if unfit:
+            raise ExportError(f"The checkpoint's task is made by {unfit[0]}, which makes no torch.nn.Module; {advice}")
+        task = build(settings, network)
+        state = content["state_dict"]
+        task.load_state_dict({name.removeprefix("task."): state[name] for name in state if name.startswith("task.")})
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        raise ExportError(
+            f"The checkpoint's task cannot be built, to ask it for its student ({error}); {advice}"
+        ) from error
+    student: Student = task.student()
+    return student
 
 
 def bound(student: nn.Module, logits: Tensor) -> float:
@@ -167,9 +194,9 @@ def _safetensors(exported: Export, path: Path, images: Tensor) -> Any:
         ),
     }
     path.write_bytes(save(tensors, metadata))
-    network = create_model(exported.backbone, exported.num_classes, **exported.backbone_args)
-    network.load_state_dict(load_safetensors(path))
-    return Student(network.eval(), channels_last=exported.student.channels_last)
+    again = copy.deepcopy(exported.student)
+    again.backbone.load_state_dict(load_safetensors(path))
+    return again
 
 
 def _pt2(exported: Export, path: Path, images: Tensor) -> Any:

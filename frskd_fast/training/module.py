@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import create_model
-from frskd_fast.tasks import Task
+from frskd_fast.tasks import Student, Task
 
 from .class_paths import Settings, build
 from .metrics import MeanOfParts
@@ -75,6 +75,9 @@ class DistillationModule(LightningModule):
         if weights is not None:
             load_backbone_weights(network, weights, skip_other_classifier=True)
         self.task: Task = build(task, network)
+        student = self.task.student()
+        # Then an export has to ask the task for it.
+        self.has_own_student = type(student) is not Student or student.backbone is not network
         if compile:
             self.task.compile()
         self.seed = torch.initial_seed()
@@ -123,8 +126,9 @@ class DistillationModule(LightningModule):
             warn_if_stem_mismatch(self.backbone, (int(size[0]), int(size[1])), self.images["channels"])
 
     def on_train_start(self) -> None:
-        """Tell the task where it is: Lightning has no hook for an epoch that a resumed run goes on with."""
-        self.on_train_epoch_start()
+        """Tell the task where it is: Lightning calls no hook for the epoch within which a resumed run goes on."""
+        if self.trainer.fit_loop.restarted_mid_epoch:
+            self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """Tell the task which epoch begins."""
@@ -236,6 +240,7 @@ class DistillationModule(LightningModule):
             "seed": self.seed,
             "images": self.images,
             "channels_last": self.task.student().channels_last,
+            "own_student": self.has_own_student,
         }
         if self.training_means is not None:
             saved = self.training_means.saved()

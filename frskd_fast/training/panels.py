@@ -1,4 +1,4 @@
-"""PNG panels of a run: its curves, and where student and self-teacher look."""
+"""PNG panels of a run: its curves, and where its networks look."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from frskd_fast.functional import attention_map
+from frskd_fast.tasks import Task
 
 from .records import EPOCHS
 from .tables import read_table
@@ -21,11 +22,11 @@ FEW = 20  # points of a curve up to which each is marked
 LABELS = {
     "train/loss": "loss, weighted sum",
     "train/ce_student": "student cross-entropy",
-    "train/ce_teacher": "self-teacher cross-entropy",
+    "train/ce_teacher": "teacher cross-entropy",
     "train/kd": "distillation of logits",
     "train/feature": "distillation of features",
     "train/accuracy": "student accuracy, training",
-    "train/teacher_accuracy": "self-teacher accuracy, training",
+    "train/teacher_accuracy": "teacher accuracy, training",
     "validation/accuracy": "student accuracy, validation",
     "validation/accuracy_top5": "student top-5 accuracy, validation",
     "validation/loss": "student cross-entropy, validation",
@@ -99,12 +100,12 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
 
 @torch.no_grad()
 def draw_attention(
-    task: nn.Module, images: Tensor, path: str | os.PathLike[str], mean: Any = (), std: Any = ()
+    task: Task, images: Tensor, path: str | os.PathLike[str], mean: Any = (), std: Any = ()
 ) -> Path | None:
-    """Draw the attention maps of student and self-teacher over images, one row for each image.
+    """Draw the attention maps of the task's networks over images, one row for each image.
 
     Args:
-        task: with a `backbone`, and perhaps a `self_teacher`; its mode (training or not) is as before afterwards.
+        task: whose `maps(images)` are drawn; its mode (training or not) is as before afterwards.
         images: (N, C, H, W), normalised.
         path: the PNG file.
         mean, std: what the images were normalised with, one number a channel.
@@ -118,11 +119,7 @@ def draw_attention(
     modes = [(module, module.training) for module in task.modules()]
     task.eval()
     try:
-        features, _ = task.backbone(images)  # type: ignore[operator]
-        columns = {"student": list(features)}
-        self_teacher = getattr(task, "self_teacher", None)
-        if self_teacher is not None:
-            columns["self-teacher"] = list(self_teacher(features)[0])
+        columns = task.maps(images)
     finally:
         for module, training in modes:
             module.training = training
@@ -175,7 +172,7 @@ class Panels(Callback):
     def __init__(self, enabled: bool = True, images: int = 6) -> None:
         self.enabled = enabled
         self.images = images
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept: Tensor | None = None
 
     def on_validation_batch_end(
         self,
@@ -191,7 +188,7 @@ class Panels(Callback):
             labels = targets.tolist()
             first = [labels.index(label) for label in sorted(set(labels))]
             rows = (first + [row for row in range(len(labels)) if row not in first])[: self.images]
-            self.kept = images[rows].clone(), targets[rows].clone()
+            self.kept = images[rows].clone()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -203,18 +200,10 @@ class Panels(Callback):
         drawn = [draw_curves(folder)]
         sharded = type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
         if self.kept is not None and not sharded:
-            task: nn.Module = pl_module.task  # type: ignore[assignment]
-            device = next(task.parameters()).device
+            images = self.kept.to(next(pl_module.parameters()).device)
             about = getattr(pl_module, "images", {})
-            drawn.append(
-                draw_attention(
-                    task,
-                    self.kept[0].to(device),
-                    folder / ATTENTION,
-                    about.get("mean", ()),
-                    about.get("std", ()),
-                )
-            )
+            statistics = about.get("mean", ()), about.get("std", ())
+            drawn.append(draw_attention(pl_module.task, images, folder / ATTENTION, *statistics))  # type: ignore[arg-type]
         for path in drawn:
             if path is not None:
                 print(f"Panel: {path}")

@@ -157,8 +157,8 @@ def load_backbone_weights(
     weights = backbone_weights(load_file(path), list(own))
     other = [name for name, value in weights.items() if value.shape != own[name].shape]
     if skip_other_classifier:
-        layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-        classifier = [name for name in other if layers and name.rpartition(".")[0] == layers[-1]]
+        last = _classifier(backbone)
+        classifier = [name for name in other if name.rpartition(".")[0] == last]
         weights = {name: value for name, value in weights.items() if name not in classifier}
         own = {name: value for name, value in own.items() if name not in classifier}
         other = [name for name in other if name not in classifier]
@@ -178,12 +178,12 @@ def load_backbone_weights(
     backbone.load_state_dict(weights, strict=False)
 
 
-def classes_in(content: Mapping[str, Any]) -> int | None:
-    for container in CONTAINERS:
-        if isinstance(content.get(container), Mapping):
-            return classes_in(content[container])
-    for name, value in content.items():
-        is_classifier = name.endswith(".weight") and name.split(".")[-2] in ("fc", "classifier", "head")
-        if is_classifier and "self_teacher" not in name and isinstance(value, Tensor) and value.dim() == 2:
-            return int(value.shape[0])
-    return None
+def classes_in(content: Mapping[str, Any], backbone: nn.Module) -> int | None:
+    """The number of classes of the backbone in a checkpoint: the rows of its last linear layer."""
+    weight = backbone_weights(content, list(backbone.state_dict())).get(f"{_classifier(backbone)}.weight")
+    return None if weight is None else len(weight)
+
+
+def _classifier(backbone: nn.Module) -> str | None:
+    """The name of the last linear layer."""
+    return next((name for name, layer in reversed([*backbone.named_modules()]) if isinstance(layer, nn.Linear)), None)

@@ -181,9 +181,9 @@ def three_way(label: str, raw: ModuleType, case: Case, tensors: Tensors) -> dict
     return ours
 
 
-def is_slow(implementation: str, device: str) -> bool:
-    """Whether kernels are interpreted, which takes a second or two for each node."""
-    return implementation == "triton" and device == "cpu"
+def is_interpreted(raw: ModuleType, device: str) -> bool:
+    """Whether kernels run in Triton's interpreter, which takes a second or two for each node."""
+    return raw.__name__.startswith("frskd_fast.kernels") and device == "cpu"
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class NodeProblem:
     def run(self, implementation: str, device: str) -> None:
         raw = _dispatch.raw("fusion", implementation)
         pairs = [(layout, dtype) for layout in LAYOUTS for dtype in DTYPES]
-        if is_slow(implementation, device):
+        if is_interpreted(raw, device):
             number = list(CASES).index(self.name)
             pairs = [pairs[(5 * number) % len(pairs)], pairs[(5 * number + 14) % len(pairs)]]
         for layout, dtype in pairs:
@@ -223,8 +223,10 @@ class RawProblem:
 
 
 def _maps_that_several_blocks_share(raw: ModuleType, device: str) -> None:
+    plain = LARGE._replace(normalised=(), batch=1)
     for layout in ("contiguous", "channels_last"):
-        for case in (LARGE, LARGE._replace(normalised=(), batch=1)):
+        # Interpreted, LARGE takes minutes; Triton's sums over several blocks are looked at with small blocks instead.
+        for case in (plain,) if is_interpreted(raw, device) else (plain, LARGE):
             three_way(layout, raw, case, make(case, [layout] * 4, torch.float32, device))
 
 
@@ -282,7 +284,7 @@ def _nan_and_infinity_show(raw: ModuleType, device: str) -> None:
     spoils = [(position, spoil) for position in range(3) for spoil in (float("nan"), float("inf"))]
     runs = [(pre, layout, *spoil) for pre in ("none", "relu", "silu") for layout in ("contiguous", "channels_last")
             for spoil in spoils]  # fmt: skip
-    if raw.__name__.startswith("frskd_fast.kernels") and device == "cpu":
+    if is_interpreted(raw, device):
         runs = runs[::5]
     for pre, layout, position, spoil in runs:
         case = Case(8, (4, 8), (("none", 4, 8), ("up", 2, 4), ("pool", 7, 15)), pre)

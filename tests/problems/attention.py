@@ -245,7 +245,7 @@ def _moved(feature: Tensor, device: str) -> Tensor:
     return storage.as_strided(feature.shape, feature.stride())
 
 
-PROBLEMS = [
+GRID = [
     *(Transfer(dtype, layout) for dtype in DTYPES for layout in LAYOUTS),
     *(
         Transfer(dtype, layout, levels=LARGE_LEVELS)
@@ -265,6 +265,10 @@ PROBLEMS = [
         for shift, exponent in enumerate((1.0, 2.0, 3.0))
         for index, layout in enumerate(LAYOUTS)
     ),
+]
+
+PROBLEMS = [
+    *GRID,
     *(Transfer(reduction=reduction, levels=LEVELS[:3]) for reduction in ("mean", "sum", "levels")),
     Transfer(need_teacher=False, levels=LEVELS[:3]),
     Transfer(need_student=False, levels=LEVELS[:3]),

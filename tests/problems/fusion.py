@@ -241,8 +241,16 @@ class FusionProblem:
     def name(self) -> str:
         resample = "+".join(self.shapes.resample)
         kind = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{resample} {self.shapes.channels}x{self.shapes.size} {self.layout} {kind} {self.pre} {self.norms}".strip()
+        weighting, weights = self.weighting
+        return ", ".join(
+            [
+                f"{resample} {self.shapes.channels}x{self.shapes.size}",
+                f"{self.layout} and {self.upstream}",
+                kind,
+                self.pre,
+                weighting + " of the dead" * (max(weights) <= 0),
+                *([f"{self.norms} without {self.without_norm}"] if self.norms else []),
+            ]
         )
 
     def run(self, implementation: str, device: str) -> None:
@@ -275,4 +283,4 @@ def _problems() -> list[FusionProblem]:
     ]
 
 
-PROBLEMS = _problems()
+GRID = PROBLEMS = _problems()

@@ -404,7 +404,8 @@ def _special() -> Iterator[LogitsProblem]:
         yield make(f"means of 9001 rows, {kind}", ((9001, 3),), kind, reduction="batchmean")
 
 
-PROBLEMS: Sequence[LogitsProblem] = (*_grid(), *_special())
+GRID: Sequence[LogitsProblem] = tuple(_grid())
+PROBLEMS: Sequence[LogitsProblem] = (*GRID, *_special())
 
 
 def _launch(

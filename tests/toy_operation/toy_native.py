@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from toy import Pair
 
+_ops = torch.ops.frskd_fast_native
+
 
 def forward(pair: Pair, scale: float) -> Tensor:
     """scale * (student - teacher)."""
     out = torch.empty_like(pair.student)
-    torch.ops.frskd_fast_native.toy.default(*pair, scale, out)
+    _ops.toy.default(*pair, scale, out)
     return out
