@@ -17,11 +17,7 @@ FOLDER = ROOT / "build" / "base"
 
 
 def git(*arguments: str) -> bytes:
-    """What git answers in this checkout.
-
-    Raises:
-        ValueError: a sentence, where git is missing or refuses.
-    """
+    """What git answers in this checkout."""
     try:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True).stdout
     except FileNotFoundError:
@@ -32,11 +28,7 @@ def git(*arguments: str) -> bytes:
 
 
 def resolve(commit: str) -> str:
-    """The full hash of a commit, given as git takes it: a hash, a branch, a tag, HEAD~2.
-
-    Raises:
-        ValueError: a sentence, where there is no git or no such commit.
-    """
+    """The full hash of a commit, given as git takes it: a hash, a branch, a tag, HEAD~2."""
     git("rev-parse", "--git-dir")
     try:
         return git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").decode().strip()
@@ -54,11 +46,7 @@ def kernels_of(library: Path) -> str:
 
 
 def built(commit: str, kernels: str) -> Path:
-    """The folder to put on PYTHONPATH for the package of `commit` (a full hash); built unless an earlier run has done so.
-
-    Raises:
-        ValueError: a sentence, where it cannot be built.
-    """
+    """The folder to put on PYTHONPATH for the package of `commit` (a full hash); built unless an earlier run has done so."""
     library = FOLDER / f"{commit[:12]}-{kernels}"
     if library.is_dir():
         return library

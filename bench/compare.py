@@ -36,11 +36,7 @@ class Refused(Exception):
 
 
 class Side:
-    """A process that imports the frskd_fast in the folder `library`.
-
-    Raises:
-        ValueError: a sentence, where it imports another one or dies.
-    """
+    """A process that imports the frskd_fast in the folder `library`."""
 
     def __init__(self, name: str, library: Path, warm: bool, **start: Any) -> None:
         self.name = name
@@ -57,12 +53,7 @@ class Side:
             raise ValueError(f"the side {name} imported {started['package']} instead of the package in {library}.")
 
     def ask(self, what: str, **arguments: Any) -> Any:
-        """The answer to one request.
-
-        Raises:
-            Refused: where that raised an exception there.
-            ValueError: where the process has ended.
-        """
+        """The answer to one request."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             print(json.dumps({"do": what, **arguments}), file=self.process.stdin, flush=True)
@@ -172,9 +163,6 @@ def compare(
     """Rows of every case; those that come out slower are measured once more, by fresh processes, and all rounds count.
 
     Where a process's memory happens to lie makes a few per cent that no number of rounds in it shows.
-
-    Raises:
-        ValueError: a sentence, where a side does not start, imports the wrong package or dies.
     """
     arguments = {"selection": dataclasses.asdict(selection), "suites": list(suites), "threads": threads}
     rows: dict[int, dict[str, Compared]] = {}

@@ -16,9 +16,6 @@ def plot(document: Document, path: Path) -> None:
     """A bar for each case and implementation: median time relative to eager, lines to the quartiles, labelled in ms.
 
     A case without eager is relative to its first implementation.
-
-    Raises:
-        ValueError: when matplotlib is not installed or nothing was timed.
     """
     timed = [row for row in document["rows"] if row["ms"] is not None]
     if not timed:
@@ -54,11 +51,7 @@ def plot(document: Document, path: Path) -> None:
 
 
 def empty_figure(height: float) -> tuple[Any, Any]:
-    """A figure of this height in inches, and its axes.
-
-    Raises:
-        ValueError: when matplotlib is not installed.
-    """
+    """A figure of this height in inches, and its axes."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -70,11 +63,7 @@ def empty_figure(height: float) -> tuple[Any, Any]:
 
 
 def plot_steps(document: Document, path: Path) -> None:
-    """A stacked bar for each setting and row with a breakdown: where the time of a training step goes.
-
-    Raises:
-        ValueError: when matplotlib is not installed or no step was broken down.
-    """
+    """A stacked bar for each setting and row with a breakdown: where the time of a training step goes."""
     rows = [row for row in document["rows"] if row["parts_ms"]]
     if not rows:
         raise ValueError("no step of the results is broken down into parts; run bench/run.py step --plot PATH.png.")

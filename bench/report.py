@@ -41,11 +41,7 @@ def ours_of(rows: Sequence[Row]) -> Row | None:
 
 
 def readme_table(documents: Sequence[Document]) -> list[str]:
-    """The six rows that the README shows, forward and backward.
-
-    Raises:
-        ValueError: when no document has one of them.
-    """
+    """The six rows that the README shows, forward and backward."""
     every = [row for document in documents for row in document["rows"] if row["direction"] == "forward+backward"]
     lines = []
     for label, suite, shape, dtype, layout in README_ROWS:
@@ -113,11 +109,7 @@ def relative(path: Path, folder: Path) -> str:
 
 
 def split(page: Path, content: str) -> tuple[str, str, str]:
-    """The page before its block, the block between the markers, and what follows.
-
-    Raises:
-        ValueError: unless both markers are there once, in their order.
-    """
+    """The page before its block, the block between the markers, and what follows."""
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
         raise ValueError(f"{page} must hold {BEGIN} once and then {END} once; add both lines where the tables go.")
     start, stop = content.index(BEGIN) + len(BEGIN), content.index(END)
@@ -129,9 +121,6 @@ def update(page: Path, files: Sequence[Path], check: bool, docs: Path | None) ->
 
     Without `files` those are taken that the block itself names. A README's block links to the page `docs`; a page that gets all
     tables has none (None).
-
-    Raises:
-        ValueError: on missing markers, or when there is no result file to take.
     """
     content = page.read_text(encoding="utf-8")
     before, old, after = split(page, content)

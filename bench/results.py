@@ -25,11 +25,7 @@ Row = dict[str, Any]
 
 
 def load(path: Path, schema: int | str = SCHEMA) -> Document:
-    """Read a result file.
-
-    Raises:
-        ValueError: when it is not a result of this schema.
-    """
+    """Read a result file."""
     document = json.loads(path.read_text(encoding="utf-8"))
     found = document.get("schema") if isinstance(document, dict) else None
     if found != schema:

@@ -27,11 +27,7 @@ def in_order(suites: tuple[str, ...] = SUITES) -> list[str]:
 
 
 def cases_of(suite: str, selection: Selection) -> list[Case | Program]:
-    """The cases of one suite that `selection` leaves, in the order in which they run.
-
-    Raises:
-        ValueError: for a suite that has no file here.
-    """
+    """The cases of one suite that `selection` leaves, in the order in which they run."""
     if suite not in SUITES:
         raise ValueError(f"suite is {suite!r}, but the known suites are {', '.join(SUITES)}.")
     return list(_module(suite).cases(selection))
