@@ -13,6 +13,7 @@ from numerics import assert_close
 from torch import Tensor
 
 from frskd_fast import functional, last_impl
+from problems._attention_entry_points import ENTRY_POINTS as ENTRY_POINTS
 from problems._memory import poisoned_memory
 
 # Channels of the student, channels of the teacher, height, width.

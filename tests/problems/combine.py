@@ -13,6 +13,7 @@ from torch import Tensor
 from frskd_fast import _dispatch, last_impl
 from frskd_fast.ops.combine import combine
 from frskd_fast.reference import combine as reference
+from problems._combine_entry_points import ENTRY_POINTS as ENTRY_POINTS
 from problems._memory import poisoned_memory
 
 ALPHA, BETA = 2.0, 100.0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from frskd_fast import functional
 from frskd_fast.reference.dtypes import accumulate_dtype
+from problems._fusion_entry_points import ENTRY_POINTS as ENTRY_POINTS
 from problems._raw_fusion import COMPILED as COMPILED
 from problems._raw_fusion import RAW_PROBLEMS as RAW_PROBLEMS
 
