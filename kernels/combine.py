@@ -40,7 +40,7 @@ def _slice_sums_kernel(
 def _combine_kernel(
     attention_losses,  # (L, N)
     logits_losses,  # (4, columns)
-    parts,  # (6,)
+    parts,  # (5,)
     first_scalar,  # the total; with SPLIT ce_student
     second_scalar,  # with SPLIT ce_teacher
     third_scalar,  # with SPLIT kd
@@ -55,7 +55,7 @@ def _combine_kernel(
     BLOCK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """One program: total, ce_student, ce_teacher, kd, feature, 1 / valid rows."""
+    """One program: total, ce_student, ce_teacher, kd, feature."""
     feature_sums = tl.zeros([BLOCK], ACCUMULATE)
     for begin in range(0, count, BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -92,7 +92,6 @@ def _combine_kernel(
     tl.store(parts + 2, ce_teacher)
     tl.store(parts + 3, kd)
     tl.store(parts + 4, feature)
-    tl.store(parts + 5, tl.where(valid == 0.0, 0.0, 1.0 / divisor))
 
 
 def forward(
@@ -103,14 +102,14 @@ def forward(
     has_targets: bool,
     split: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(total, ce_student, ce_teacher, kd, feature, inverse_valid), and the total or the three of the logits as scalars.
+    """(total, ce_student, ce_teacher, kd, feature), and the total or the three of the logits as scalars.
 
     One launch, two above 16384 rows.
     """
     attention_losses, logits_losses = attention_losses.contiguous(), logits_losses.contiguous()
     device = logits_losses.device
     accumulate = triton_accumulate_dtype(logits_losses.dtype)
-    parts = torch.empty(6, dtype=logits_losses.dtype, device=device)
+    parts = torch.empty(5, dtype=logits_losses.dtype, device=device)
     scalars = [torch.empty((), dtype=parts.dtype, device=device) for _ in range(3 if split else 1)]
     rows = logits_losses.shape[1]
     if rows > _SLICE:

@@ -1,7 +1,7 @@
 // Host side of the attention-transfer operations: checks, plan, launches.
 #include <algorithm>
 
-#include "../operations/attention.h"
+#include "../operations/attention_checks.h"
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
 #include "runtime.cuh"
@@ -28,23 +28,6 @@ FeatureView view_of(const Tensor& tensor, double exponent) {
   return view;
 }
 
-void check_feature(const Tensor& feature, const std::string& name, const Tensor& first, ScalarType dtype) {
-  check_device(feature, name, first);
-  check_dtype(feature, name, dtype);
-  STD_TORCH_CHECK(feature.dim() == 4, name, " has shape ", shape_of(feature), ", but (N, C, H, W) was wanted.");
-  STD_TORCH_CHECK(
-      feature.size(0) == first.size(0), name, " has batch size ", feature.size(0), ", but ", first.size(0),
-      ", that of the first feature, was wanted.");
-  STD_TORCH_CHECK(
-      feature.size(1) > 0 && feature.size(2) > 0 && feature.size(3) > 0, name, " has shape ", shape_of(feature),
-      ", but at least one channel and one pixel were wanted.");
-  constexpr int64_t kLimit = int64_t{1} << 30;
-  STD_TORCH_CHECK(
-      feature.size(1) <= kLimit && feature.size(2) <= kLimit && feature.size(3) <= kLimit &&
-          feature.size(2) * feature.size(3) <= kLimit,
-      name, " has shape ", shape_of(feature), ", but at most 2^30 channels and 2^30 pixels are supported.");
-}
-
 int64_t pixels_of(const Tensor& feature) { return feature.size(2) * feature.size(3); }
 
 int64_t bytes_per_sample(const Tensor& feature) {
@@ -63,7 +46,7 @@ bool prefers_fused(
   for (size_t level = 0; level < students.size(); ++level) {
     const int64_t pixels = pixels_of(students[level]);
     int64_t shared_bytes = 0;
-    dispatch_floating(students[0].scalar_type(), "students", [&](auto tag) {
+    dispatch_floating(students[0].scalar_type(), [&](auto tag) {
       shared_bytes = fused_shared_bytes<typename decltype(tag)::type>(pixels);
     });
     if (shared_bytes > kMaxFusedSharedBytes) return false;
@@ -214,53 +197,29 @@ void gradient_levels(
 }
 
 void attention_forward(const AttentionForward& call) {
+  const Levels levels = check(call, Device::kCuda);
   const std::vector<Tensor>&students = call.students, &teachers = call.teachers;
-  STD_TORCH_CHECK(!students.empty(), "students is empty, but at least one level was wanted.");
-  check_count(teachers.size(), "teachers", students.size());
-  const Tensor& first = students[0];
-  const ScalarType dtype = first.scalar_type();
-  const ScalarType accumulate = accumulate_dtype(dtype);
-  int64_t pixels = 0;
-  for (size_t level = 0; level < students.size(); ++level) {
-    const std::string student_name = name_of("students", level), teacher_name = name_of("teachers", level);
-    check_feature(students[level], student_name, first, dtype);
-    check_feature(teachers[level], teacher_name, first, dtype);
-    STD_TORCH_CHECK(
-        students[level].size(2) == teachers[level].size(2) && students[level].size(3) == teachers[level].size(3),
-        teacher_name, " has shape ", shape_of(teachers[level]), ", but ", student_name, " has ",
-        shape_of(students[level]), " and equal heights and widths were wanted.");
-    pixels += pixels_of(students[level]);
-  }
-  const int64_t samples = first.size(0);
-  const int64_t levels = static_cast<int64_t>(students.size());
-  check_contiguous(call.losses, "losses", first, accumulate, {levels, samples});
-  const auto pointer = [&](const std::optional<Tensor>& tensor, const char* name, int64_t numel) -> void* {
-    if (!tensor.has_value()) return nullptr;
-    check_contiguous(*tensor, name, first, accumulate, {numel});
-    return tensor->data_ptr();
-  };
-  void* student_pointer = pointer(call.student_coefficients, "student_coefficients", samples * pixels);
-  void* teacher_pointer = pointer(call.teacher_coefficients, "teacher_coefficients", samples * pixels);
-  void* workspace_pointer = pointer(call.workspace, "workspace", 2 * samples * pixels);
+  const int64_t samples = levels.batch, numel = samples * levels.pixels;
   if (samples == 0) return;
 
-  const DeviceGuard guard(first);
+  const DeviceGuard guard(students[0]);
   const cudaStream_t stream = guard.stream();
   const bool fused = prefers_fused(students, teachers, samples, call.workspace.has_value(), guard.multiprocessors());
   STD_TORCH_CHECK(
-      fused || call.workspace.has_value(), "workspace is None, but maps of this size need one of ",
-      2 * samples * pixels, " elements.");
-  dispatch_floating(dtype, "students[0]", [&](auto tag) {
+      fused || call.workspace.has_value(), "workspace is None, but maps of this size need one of ", 2 * numel,
+      " elements.");
+  dispatch_floating(levels.kind.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulate_t<T>;
     ForwardOutputs<T> outputs{};
+    const auto pointer = [](const std::optional<Tensor>& tensor) {
+      return tensor.has_value() ? static_cast<A*>(tensor->data_ptr()) : nullptr;
+    };
     outputs.losses = static_cast<A*>(call.losses.data_ptr());
-    outputs.student_coefficients = static_cast<A*>(student_pointer);
-    outputs.teacher_coefficients = static_cast<A*>(teacher_pointer);
-    if (workspace_pointer != nullptr) {
-      outputs.student_maps = static_cast<A*>(workspace_pointer);
-      outputs.teacher_maps = outputs.student_maps + samples * pixels;
-    }
+    outputs.student_coefficients = pointer(call.student_coefficients);
+    outputs.teacher_coefficients = pointer(call.teacher_coefficients);
+    outputs.student_maps = pointer(call.workspace);
+    outputs.teacher_maps = call.workspace.has_value() ? outputs.student_maps + numel : nullptr;
     int64_t offset = 0;
     for (size_t begin = 0; begin < students.size(); begin += kMaxLevels) {
       const size_t end = std::min(begin + kMaxLevels, students.size());
@@ -271,56 +230,34 @@ void attention_forward(const AttentionForward& call) {
 }
 
 void attention_backward(const AttentionBackward& call) {
+  const Levels levels = check(call, Device::kCuda);
   const std::vector<Tensor>&features = call.features, &gradients = call.gradients;
-  const Tensor& grad = call.grad;
-  STD_TORCH_CHECK(!features.empty(), "features is empty, but at least one level was wanted.");
-  check_count(gradients.size(), "gradients", features.size());
-  const Tensor& first = features[0];
-  const ScalarType dtype = first.scalar_type();
-  const ScalarType accumulate = accumulate_dtype(dtype);
-  int64_t pixels = 0;
-  for (size_t level = 0; level < features.size(); ++level) {
-    const std::string name = name_of("features", level), gradient_name = name_of("gradients", level);
-    check_feature(features[level], name, first, dtype);
-    check_device(gradients[level], gradient_name, first);
-    check_dtype(gradients[level], gradient_name, dtype);
-    check_same_shape(gradients[level], gradient_name, features[level], name);
-    pixels += pixels_of(features[level]);
-  }
-  const int64_t samples = first.size(0);
-  check_contiguous(call.coefficients, "coefficients", first, accumulate, {samples * pixels});
-  check_device(grad, "grad", first);
-  check_dtype(grad, "grad", accumulate);
-  STD_TORCH_CHECK(
-      grad.dim() == 2 && grad.size(0) == static_cast<int64_t>(features.size()) && grad.size(1) == samples,
-      "grad has shape ", shape_of(grad), ", but (", features.size(), ", ", samples, "), levels and batch, was wanted.");
+  const int64_t samples = levels.batch;
   if (samples == 0) return;
 
-  const DeviceGuard guard(first);
+  const DeviceGuard guard(features[0]);
   const cudaStream_t stream = guard.stream();
-  dispatch_floating(dtype, "features[0]", [&](auto tag) {
+  dispatch_floating(levels.kind.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const accumulate_t<T>* level_coefficients = static_cast<const accumulate_t<T>*>(call.coefficients.data_ptr());
     for (size_t begin = 0; begin < features.size(); begin += kMaxLevels) {
       const size_t end = std::min(begin + kMaxLevels, features.size());
-      gradient_levels<T>(grad, call.scale, features, begin, end, level_coefficients, call.exponent, gradients, stream);
+      gradient_levels<T>(
+          call.grad, call.scale, features, begin, end, level_coefficients, call.exponent, gradients, stream);
       for (size_t level = begin; level < end; ++level) level_coefficients += samples * pixels_of(features[level]);
     }
   });
 }
 
 void attention_map(const AttentionMap& call) {
-  const Tensor &feature = call.feature, &map = call.map, &norm = call.norm;
-  const ScalarType dtype = feature.scalar_type();
-  check_feature(feature, "feature", feature, dtype);
+  const Kind kind = check(call, Device::kCuda);
+  const Tensor &feature = call.feature, &map = call.map;
   const int64_t samples = feature.size(0);
-  check_contiguous(map, "map", feature, accumulate_dtype(dtype), {samples, pixels_of(feature)});
-  check_contiguous(norm, "norm", feature, accumulate_dtype(dtype), {samples});
   if (samples == 0) return;
 
   const DeviceGuard guard(feature);
   const cudaStream_t stream = guard.stream();
-  dispatch_floating(dtype, "feature", [&](auto tag) {
+  dispatch_floating(kind.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulate_t<T>;
     TileParameters<A> tile_parameters{};
@@ -330,7 +267,7 @@ void attention_map(const AttentionMap& call) {
     launch_tiles<T>(tile_parameters, blocks, call.exponent == 2.0, stream);
     NormaliseParameters<A> normalise{};
     normalise.maps = static_cast<A*>(map.data_ptr());
-    normalise.norms = static_cast<A*>(norm.data_ptr());
+    normalise.norms = static_cast<A*>(call.norm.data_ptr());
     normalise.pixels = static_cast<int>(pixels_of(feature));
     launch(attention_normalise<A>, samples, kFinishThreads, 0, stream, normalise);
   });

@@ -275,9 +275,8 @@ __device__ __forceinline__ void column_sum(
 // Hands out the workspace from front to back.
 class Workspace {
  public:
-  Workspace(const std::optional<Tensor>& tensor, const Tensor& first, ScalarType dtype) {
+  explicit Workspace(const std::optional<Tensor>& tensor) {
     if (!tensor.has_value()) return;
-    check_contiguous(*tensor, "workspace", first, dtype, {tensor->numel()});
     data_ = tensor->data_ptr();
     numel_ = tensor->numel();
   }

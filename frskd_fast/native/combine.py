@@ -16,8 +16,8 @@ def forward(
     has_targets: bool,
     split: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(total, ce_student, ce_teacher, kd, feature, inverse_valid), and the total or the three of the logits as scalars."""
-    parts = torch.empty(6, dtype=logits_losses.dtype, device=logits_losses.device)
+    """(total, ce_student, ce_teacher, kd, feature), and the total or the three of the logits as scalars."""
+    parts = torch.empty(5, dtype=logits_losses.dtype, device=logits_losses.device)
     scalars = [torch.empty((), dtype=parts.dtype, device=parts.device) for _ in range(3 if split else 1)]
     _ops.combine.default(attention_losses, logits_losses, alpha, beta, has_targets, parts, scalars)
     return parts, scalars

@@ -17,5 +17,5 @@ def combine(
     split: bool,
     impl: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(total, ce_student, ce_teacher, kd, feature, inverse_valid), and as scalars the total or the three of the logits."""
-    return logits_losses.new_empty((6,)), [logits_losses.new_empty(()) for _ in range(3 if split else 1)]
+    """(total, ce_student, ce_teacher, kd, feature), and as scalars the total or the three of the logits."""
+    return logits_losses.new_empty((5,)), [logits_losses.new_empty(()) for _ in range(3 if split else 1)]

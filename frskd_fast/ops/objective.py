@@ -104,7 +104,7 @@ def objective(
     settings: Objective,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """The FRSKD loss (scalar) and its detached parts (total, ce_student, ce_teacher, kd, feature, ...).
+    """The FRSKD loss (scalar) and its detached parts (total, ce_student, ce_teacher, kd, feature).
 
     The arguments are already checked. KD and the feature term are detached from the self-teacher, its CE is not.
     """

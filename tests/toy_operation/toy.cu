@@ -22,11 +22,9 @@ __global__ void __launch_bounds__(kThreads) toy_difference(const __grid_constant
 }
 
 void toy(const Toy& call) {
+  check(call, Device::kCuda);
   const auto& [student, teacher] = call.pair;
   const int64_t count = student.numel();
-  check_contiguous(student, "student", student, ScalarType::Double, {count});
-  check_contiguous(teacher, "teacher", student, ScalarType::Double, {count});
-  check_contiguous(call.out, "out", student, ScalarType::Double, {count});
   const ToyParameters parameters{
       static_cast<const double*>(student.data_ptr()), static_cast<const double*>(teacher.data_ptr()),
       static_cast<double*>(call.out.data_ptr()), call.scale, count};

@@ -1,7 +1,7 @@
-// Arguments of the toy operation.
+// Arguments of the toy operation, and their checks.
 #pragma once
 
-#include "operation.h"
+#include "operations/checks.h"
 
 namespace frskd {
 
@@ -18,5 +18,15 @@ struct Toy {
   FRSKD_INPUTS(pair, scale)
   FRSKD_OUTPUTS(out)
 };
+
+inline void check(const Toy& call, Device device) {
+  const auto& [student, teacher] = call.pair;
+  const Kind kind = kind_of(student, "student", device);
+  const std::int64_t count = student.numel();
+  check_dtype(student, "student", ScalarType::Double);
+  check_numbers(student, "student", kind, {count});
+  check_numbers(teacher, "teacher", kind, {count});
+  check_numbers(call.out, "out", kind, {count});
+}
 
 }  // namespace frskd
