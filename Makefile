@@ -12,7 +12,8 @@ BENCH_ARGS ?=
 RECIPE ?= digits
 TRAIN_ARGS ?=
 RUN = $(VENV)/bin/python
-PIP = $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+INSTALL = $(RUN) -m pip --disable-pip-version-check install $(PIP_ARGS)
+PIP = $(INSTALL) --quiet
 
 .DELETE_ON_ERROR:
 .PHONY: bench test demo train docs lint build sanitize cuda-build gpu-check clean
@@ -95,8 +96,8 @@ $(VENV)/.docs: $(VENV)/.packages
 
 $(VENV)/.built: $(VENV)/.packages setup.py $(shell find csrc -type f)
 	@echo "Building frskd_fast"
-	$(PIP) --verbose --no-build-isolation --no-deps --editable . > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; false)
-	@grep "frskd_fast: " $(VENV)/build.log || true
+	$(INSTALL) --verbose --no-build-isolation --no-deps --editable . > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; false)
+	@grep -E "^ *frskd_fast: (building|compiling)" $(VENV)/build.log || true
 	$(RUN) -c "import frskd_fast"
 	touch $@
 

@@ -135,7 +135,7 @@ def cpu_steps(torch: Torch, folder: Path) -> list[Step]:
     compiler = find_compiler()
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     command = [*compiler, *host_flags(torch), "-c"]
-    target = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    target = output_of([*compiler, "-dumpmachine"])
     variants = {"": []} | ({"_avx2": AVX2_FLAGS} if target.startswith(("x86_64", "amd64")) else {})
     kernels = [s for s in sources if s.stem.endswith("_kernels")]
     steps = [
@@ -157,6 +157,14 @@ def cuda_steps(torch: Torch, folder: Path) -> list[Step]:
     flags += shlex.split(os.environ.get("NVCC_FLAGS", ""))
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     return [Step(s, folder / f"cuda_{s.stem}.o", [str(nvcc), *flags, "-c", str(s)]) for s in sources]
+
+
+def output_of(command: list[str]) -> str:
+    """What the command prints; a failure is a reason to go on without kernels."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CannotBuild(f"{shlex.join(command)} fails:\n{done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def run_step(step: Step) -> None:
@@ -211,7 +219,7 @@ def torch_library_flags(torch: Torch, names: list[str], folder: Path) -> list[st
         if not any((torch.root / "lib").glob(f"lib{name}.*")):
             stand_in = folder / f"lib{name}.so"
             command = [*find_compiler(), "-shared", "-x", "c++", os.devnull, f"-Wl,-soname,lib{name}.so"]
-            subprocess.run([*command, "-o", str(stand_in)], check=True)
+            output_of([*command, "-o", str(stand_in)])
         flags.append(f"-l{name}")
     return flags
 

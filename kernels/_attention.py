@@ -13,19 +13,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ._common import Geometry, layout_of, power_of_two
+from ._common import Geometry, layout_of, tile_of
 
 NUM_WARPS = 4  # they keep a tile in registers
 _MOST_FACTORS = 8  # of a power
-
-
-def feature_tile(channels: int, pixels: int, channels_contiguous: bool, elements: int) -> tuple[int, int]:
-    """(pixels, channels) of a tile: long along the contiguous axis, the other axis takes what is left."""
-    if channels_contiguous:
-        channel_block = power_of_two(channels, 1, 256)
-        return power_of_two(pixels, 1, elements // channel_block), channel_block
-    pixel_block = power_of_two(pixels, 1, 128)
-    return pixel_block, power_of_two(channels, 1, elements // pixel_block)
 
 
 def power_of(exponent: float) -> tuple[bool, int, float]:
@@ -61,7 +52,7 @@ def plan(
     layouts = [layout_of(level, [True] * len(level), merge_samples=False) for level in tensors]
     channels = tuple(level[0][0][1] for level in tensors)
     blocks = [
-        feature_tile(width, layout.pixels, layout.channels_contiguous[0], elements)
+        tile_of(width, layout.pixels, layout.channels_contiguous[0], elements)
         for width, layout in zip(channels, layouts, strict=True)
     ]
     single = len(tensors[0]) == 1

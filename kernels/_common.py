@@ -68,6 +68,22 @@ def power_of_two(extent: int, low: int, high: int) -> int:
     return min(max(1 << max(extent - 1, 0).bit_length(), low), high)
 
 
+def tile_of(
+    channels: int,
+    pixels: int,
+    channels_contiguous: bool,
+    elements: int,
+    most_channels: int = 256,
+    most_pixels: int = 128,
+) -> tuple[int, int]:
+    """(pixels, channels) of a tile: long along the contiguous axis, the other axis takes what is left of the elements."""
+    if channels_contiguous:
+        channel_block = power_of_two(channels, 1, most_channels)
+        return power_of_two(pixels, 1, max(elements // channel_block, 1)), channel_block
+    pixel_block = power_of_two(pixels, 1, most_pixels)
+    return pixel_block, power_of_two(channels, 1, elements // pixel_block)
+
+
 # Shape and strides of a tensor. Plans are cached by them: working them out costs more host time than a launch.
 Geometry = tuple[tuple[int, ...], tuple[int, ...]]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from frskd_fast.reference.fusion import Node, Settings
 
-from ._common import Geometry, aligned, layout_of, power_of_two, tile_offsets, triton_accumulate_dtype
+from ._common import Geometry, aligned, layout_of, tile_of, tile_offsets, triton_accumulate_dtype
 
 # Positions in RESAMPLES, ACTIVATIONS and WEIGHTINGS of the reference.
 NONE, UP, POOL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -420,12 +420,8 @@ def tile_elements(tensors: int, dtype: torch.dtype) -> int:
 
 def block_of(channels: int, pixels: int, channels_fast: bool, elements: int) -> Block:
     """A tile that is long along the contiguous axis; the other axis takes what is left."""
-    align = math.gcd(16, channels if channels_fast else pixels)
-    if channels_fast:
-        channel_block = power_of_two(channels, 1, 256)
-        return Block(power_of_two(pixels, 1, elements // channel_block), channel_block, align)
-    pixel_block = power_of_two(pixels, 1, 128)
-    return Block(pixel_block, power_of_two(channels, 1, elements // pixel_block), align)
+    pixel_block, channel_block = tile_of(channels, pixels, channels_fast, elements)
+    return Block(pixel_block, channel_block, math.gcd(16, channels if channels_fast else pixels))
 
 
 def tiles_of(channels: int, pixels: int, block: Block) -> int:

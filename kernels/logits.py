@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -25,10 +24,11 @@ from ._common import (
     Geometry,
     chunks,
     geometries,
+    high_and_low,
     launch,
     layout_of,
-    power_of_two,
     tail,
+    tile_of,
     triton_accumulate_dtype,
 )
 from .logits_backward import gradient_kernel
@@ -47,12 +47,9 @@ _COUNT_STEP = 1024
 
 def _logits_tile(classes: int, pixels: int, classes_contiguous: bool, element_size: int) -> tuple[int, int]:
     """(rows, classes) of a tile. Two tiles, student and teacher, must stay in registers with their exponentials."""
-    if classes_contiguous:
-        class_block = power_of_two(classes, 1, 4096)
-        return power_of_two(pixels, 1, max(1024 // class_block, 1)), class_block
     # Four warps with four pixels a lane: every sum over classes then stays inside a lane.
-    row_block = power_of_two(pixels, 1, 512 if element_size <= 4 else 256)
-    return row_block, power_of_two(classes, 1, 2048 // row_block)
+    most_rows = 512 if element_size <= 4 else 256
+    return tile_of(classes, pixels, classes_contiguous, 1024 if classes_contiguous else 2048, 4096, most_rows)
 
 
 def _num_warps(rows: int, classes: int, single: bool) -> int:
@@ -173,12 +170,6 @@ def forward(heads: Heads, settings: Settings) -> Saved:
     return Saved(losses, statistics, inverse_valid)
 
 
-def _high_and_low(value: float) -> tuple[float, float]:
-    """Two float32 numbers whose sum is ``value`` to 48 bits: floats inside a tuple reach a kernel as float32."""
-    high = float(np.float32(value))
-    return high, value - high
-
-
 def backward(upstream: Upstream, heads: Heads, settings: Settings, saved: Saved, wanted: Wanted) -> list[Tensor]:
     """Gradients of the students' and of the teachers' logits, as wanted, in their dtype and memory format.
 
@@ -210,12 +201,12 @@ def backward(upstream: Upstream, heads: Heads, settings: Settings, saved: Saved,
             tuple([head_stride * step for step in steps]), tuple([row_stride * step for step in steps]),
             tuple(
                 [
-                    tuple([_high_and_low(scale) for scale in scales[3 * head : 3 * head + 3]])
+                    tuple([high_and_low(scale) for scale in scales[3 * head : 3 * head + 3]])
                     for head in range(part.start, part.stop)
                 ]
             ),
             tail(saved.inverse_valid, part.start), statistics.shape[1], *settings,
-            HAS_TEACHER=bool(heads.teachers), LABELS=here.labels, SMOOTH=settings.label_smoothing != 0.0,
+            LABELS=here.labels, SMOOTH=settings.label_smoothing != 0.0,
             POWER=_plain_power(settings.temperature), HAS_INVERSE_VALID=upstream.mean,
             NEED_STUDENT=wanted.student, NEED_TEACHER=wanted.teacher,
             CE_STUDENT=wanted.student and has_ce_student, CE_TEACHER=wanted.teacher and has_ce_teacher,

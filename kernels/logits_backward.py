@@ -40,7 +40,6 @@ def _gradient_tile(
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
     LABELS: tl.constexpr,
     SMOOTH: tl.constexpr,
     POWER: tl.constexpr,
@@ -270,7 +269,6 @@ def gradient_kernel(
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
     LABELS: tl.constexpr,
     SMOOTH: tl.constexpr,
     POWER: tl.constexpr,
@@ -313,7 +311,7 @@ def gradient_kernel(
                 all_rows, program // tiles, (program % tiles) * BLOCK_ROWS[index],
                 classes[index], pixels[index], widths[index], mix, smoothing, ignore_index, temperature,
                 BLOCK_ROWS[index], BLOCK_CLASSES[index], SINGLE[index], CLASSES_CONTIGUOUS[index], FLAT[index],
-                ALIGN[index], WIDE, HAS_TEACHER, LABELS, SMOOTH, POWER, NEED_STUDENT, NEED_TEACHER,
+                ALIGN[index], WIDE, LABELS, SMOOTH, POWER, NEED_STUDENT, NEED_TEACHER,
                 CE_STUDENT, CE_TEACHER, KD_STUDENT, KD_TEACHER, ACCUMULATE,
             )  # fmt: skip
         program -= samples[index] * tiles

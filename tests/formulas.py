@@ -28,19 +28,6 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(log_student, target, reduction="none").sum(1) * temperature**2
 
 
-def label_distribution(targets: Tensor, classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """One-hot rows (zero where ignored), classes on axis 1."""
-    kept = targets != ignore_index
-    hot = F.one_hot(targets.where(kept, 0), classes).to(dtype) * kept.unsqueeze(-1)
-    return hot.movedim(-1, 1)
-
-
-def cross_entropy(logits: Tensor, distribution: Tensor, mass: Tensor | float, label_smoothing: float) -> Tensor:
-    """-sum_k t_k log softmax(z)_k with the smoothed distribution, unreduced over rows; ``mass`` is what t sums to."""
-    smoothed = (1 - label_smoothing) * distribution + label_smoothing * mass / logits.shape[1]
-    return -(smoothed * F.log_softmax(logits, 1)).sum(1)
-
-
 def frskd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

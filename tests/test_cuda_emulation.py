@@ -14,7 +14,7 @@ import emulation
 import problems
 import pytest
 import torch
-from layouts import LAYOUTS
+from layouts import channels_last
 from numerics import assert_close
 from problems import Problem, _raw_fusion
 from torch import Tensor
@@ -73,21 +73,19 @@ def emulated(operations: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     guards.check()
 
 
-def _of_every_operation(pose: Callable[[str], Any]) -> list[Any]:
-    """All problems of the operations with CUDA kernels, as parameters."""
-    return [
-        pytest.param(operation, problem, id=f"{operation}: {problem.name}")
-        for operation in problems.operations()
-        if operation in emulation.OPERATIONS
-        for problem in pose(operation)
-    ]
+PROBLEMS = [pytest.param(*pair, id=f"{pair[0]}: {pair[1].name}") for pair in problems.of_implementation("cuda")]
+
+
+def plans(operation: str) -> tuple[str, ...]:
+    """Numbers of multiprocessors that lead to all plans: some depend on how many blocks the device runs at once."""
+    return ("1", EVERY_SM_IDLE) if emulation.asks_for_multiprocessors(operation) else ("132",)
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize(("operation", "problem"), _of_every_operation(problems.of_kernels))
+@pytest.mark.parametrize(("operation", "problem"), PROBLEMS)
 def test_problems(operation: str, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By all plans: some depend on how many blocks the device runs at once."""
-    for multiprocessors in ("1", EVERY_SM_IDLE) if emulation.asks_for_multiprocessors(operation) else ("132",):
+    """By all plans."""
+    for multiprocessors in plans(operation):
         monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
         torch.manual_seed(0)
         problem.run(emulation.NAME, "cpu")
@@ -135,46 +133,25 @@ def _recorded(operation: str) -> Iterator[list[Tensor]]:
 
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(
-    ("operation", "problem"), _of_every_operation(lambda operation: problems.of_kernels(operation)[::12])
-)
-def test_bits_do_not_depend_on_the_order_of_the_threads_in_problems(
+    ("operation", "problem"), PROBLEMS[::7]
+)  # 7: every layout, dtype and shape of the grids is met
+def test_bits_do_not_depend_on_the_order_of_the_threads(
     operation: str, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A missing barrier shows as another result when the threads between two barriers run in another order."""
-    runs = []
-    for order in ("ascending", "descending", "shuffled"):
-        monkeypatch.setenv("EMULATION_ORDER", order)
-        torch.manual_seed(0)
-        with _recorded(operation) as results:
-            problem.run(emulation.NAME, "cpu")
-        runs.append(results)
-    assert runs[0]
-    for first, second, third in zip(*runs, strict=True):
-        assert torch.equal(first.nan_to_num(), second.nan_to_num())
-        assert torch.equal(first.nan_to_num(), third.nan_to_num())
-
-
-def _pyramids(layout: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    change = LAYOUTS[layout]
-    students = [change(torch.randn(2, c, h, w).to(dtype)) for c, _, h, w in LEVELS]
-    teachers = [change(torch.randn(2, d, h, w).to(dtype)) for _, d, h, w in LEVELS]
-    return students, teachers
-
-
-# 8 lanes a row; 32; 256, unpacked and packed; a map with classes last; a map with pixels last; a transposed matrix; (N, K, W).
-LOGITS: dict[str, Callable[[], Tensor]] = {
-    "few classes": lambda: torch.randn(37, 10),
-    "one class": lambda: torch.randn(3, 1),
-    "a warp": lambda: torch.randn(11, 100),
-    "a block": lambda: torch.randn(3, 1003),
-    "a block of packs": lambda: torch.randn(3, 2064),
-    "channels_last map": lambda: torch.randn(2, 24, 5, 7).contiguous(memory_format=torch.channels_last),
-    "map": lambda: torch.randn(2, 21, 9, 17),
-    "sliced map": lambda: torch.randn(3, 23, 9, 20)[1:, 2:, :, 3:],
-    "transposed": lambda: torch.randn(19, 70).t(),
-    "sequence": lambda: torch.randn(2, 6, 40),
-    "wide strides": lambda: torch.randn(6, 8, 2)[..., 0],
-}
+    for multiprocessors in plans(operation):
+        monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
+        runs = []
+        for order in ("ascending", "descending", "shuffled"):
+            monkeypatch.setenv("EMULATION_ORDER", order)
+            torch.manual_seed(0)
+            with _recorded(operation) as results:
+                problem.run(emulation.NAME, "cpu")
+            runs.append(results)
+        assert runs[0]
+        for first, second, third in zip(*runs, strict=True):
+            assert torch.equal(first.nan_to_num(), second.nan_to_num())
+            assert torch.equal(first.nan_to_num(), third.nan_to_num())
 
 
 def _labels(kind: str, student: Tensor) -> Any:
@@ -184,11 +161,11 @@ def _labels(kind: str, student: Tensor) -> Any:
     first[torch.rand(shape) < 0.2] = -100
     if kind == "labels":
         return first
-    if kind == "mix":
-        second = torch.randint(classes, shape)
-        second[torch.rand(shape) < 0.2] = -100
-        return first, second, 0.3
-    return torch.rand(student.shape).softmax(1) if kind == "probabilities" else None
+    if kind == "none":
+        return None
+    second = torch.randint(classes, shape)
+    second[torch.rand(shape) < 0.2] = -100
+    return first, second, 0.3
 
 
 @pytest.mark.usefixtures("emulated")
@@ -214,27 +191,11 @@ def test_more_heads_than_one_launch_holds() -> None:
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("case", ["few classes", "a warp", "a block", "map"])
-def test_a_label_that_is_no_class_spoils_its_row_alone(case: str) -> None:
-    student = LOGITS[case]().requires_grad_()
-    targets = torch.zeros((student.shape[0], *student.shape[2:]), dtype=torch.int64)
-    targets.view(-1)[0] = student.shape[1]
-    targets.view(-1)[1] = -5
-    targets.view(-1)[2] = 2**62
-    ce = functional.cross_entropy_kd(student, None, targets, reduction="none", impl="emulation").ce_student
-    ce.backward(torch.ones_like(ce))
-    spoiled = torch.zeros_like(targets, dtype=torch.bool)
-    spoiled.view(-1)[:3] = True
-    assert student.grad is not None
-    assert torch.equal(ce.isnan(), spoiled)
-    assert torch.equal(student.grad.isnan().all(1), spoiled)
-    assert torch.equal(student.grad.isnan().any(1), spoiled)
-
-
-@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("targets", ["labels", "mix", "none"])
 def test_whole_objective(targets: str) -> None:
-    students, teachers = _pyramids("channels_last", torch.float32)
+    students, teachers = (
+        [channels_last(torch.randn(2, level[side], *level[2:])) for level in LEVELS] for side in range(2)
+    )
     logits = [torch.randn(2, 10), torch.randn(2, 10)]
     labels = _labels(targets, logits[0])
 
@@ -250,42 +211,3 @@ def test_whole_objective(targets: str) -> None:
         results, run("reference", torch.float32), run("reference", torch.float64), strict=True
     ):
         assert_close(ours.detach(), plain.detach(), truth.detach(), str(tuple(truth.shape)))
-
-
-def _everything() -> list[Tensor]:
-    """One result of every kernel and plan, from fixed inputs."""
-    torch.manual_seed(3)
-    results = []
-    for dtype in (torch.float32, torch.float16):
-        for layout in ("contiguous", "channels_last"):
-            students, teachers = _pyramids(layout, dtype)
-            leaves = [feature.requires_grad_() for feature in students]
-            rows = functional.attention_transfer(leaves, teachers, 2.0, "none", impl="emulation")
-            rows.backward(torch.randn_like(rows))
-            results += [rows.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-            results.append(functional.attention_map(teachers[5], impl="emulation"))
-    for case in LOGITS:
-        for kind in ("labels", "probabilities"):
-            student, teacher = LOGITS[case]().requires_grad_(), LOGITS[case]()
-            targets = _labels(kind, student)
-            parts = functional.cross_entropy_kd(student, teacher, targets, reduction="none", impl="emulation")
-            torch.stack(parts).backward(torch.randn(3, *parts.kd.shape))
-            assert student.grad is not None
-            results += [*(part.detach() for part in parts), student.grad]
-    many = torch.randn(9001, 3)
-    results.append(functional.cross_entropy_kd(many, None, _labels("labels", many), impl="emulation").ce_student)
-    return results
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("multiprocessors", ["1", EVERY_SM_IDLE], ids=["fused", "tiled"])
-def test_bits_do_not_depend_on_the_order_of_the_threads(multiprocessors: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing barrier shows as another result when the threads between two barriers run in another order."""
-    monkeypatch.setenv("EMULATION_MULTIPROCESSORS", multiprocessors)
-    results = []
-    for order in ("ascending", "descending", "shuffled"):
-        monkeypatch.setenv("EMULATION_ORDER", order)
-        results.append(_everything())
-    for first, second, third in zip(*results, strict=True):
-        assert torch.equal(first, second)
-        assert torch.equal(first, third)

@@ -13,7 +13,9 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import channels_last, contiguous, strided, transposed
 from numerics import assert_close, largest_error
+from problems import Problem
 from problems.fusion import (
     ACTIVATIONS,
     DTYPES,
@@ -21,18 +23,15 @@ from problems.fusion import (
     MANY_RESAMPLES,
     NODES,
     PROBLEMS,
+    RAW_PROBLEMS,
     WEIGHTINGS,
     FusionProblem,
     Results,
     Shapes,
-    channels_last,
     collect,
     compare,
-    contiguous,
     maps,
     random_batch_norm,
-    strided,
-    transposed,
 )
 from torch import Tensor, nn
 
@@ -77,14 +76,9 @@ def test_problems(problem: FusionProblem, implementation: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("impl", "layout"), LAYOUTS_OF)
-def test_forward_and_backward(layout: str, dtype: torch.dtype, impl: str) -> None:
-    """Every node; activations and weightings take turns, each layout and dtype from another start."""
-    for shapes, pre, weighting in zip(
-        NODES, _turns(ACTIVATIONS, layout, dtype), _turns(WEIGHTINGS, layout, dtype), strict=False
-    ):
-        compare(impl, shapes, maps(shapes, 2, dtype, layout), pre, *weighting)
+@pytest.mark.parametrize("problem", RAW_PROBLEMS, ids=lambda problem: problem.name)
+def test_problems_of_raw_functions(problem: Problem) -> None:
+    problem.run("cpu", "cpu")
 
 
 @pytest.mark.usefixtures("poisoned_empty")

@@ -21,6 +21,7 @@ from typing import Any
 import problems
 import pytest
 import torch
+from layouts import LAYOUTS
 from numerics import assert_close
 from problems import _raw_fusion
 from problems.attention import Transfer
@@ -96,22 +97,6 @@ def check(ours: Tensor, truth: Tensor, plain: Tensor | None, what: str) -> None:
     assert error <= plain_error + floor, (
         f"{what}: error {error:.3e}, plain PyTorch {plain_error:.3e}, scale {scale:.3e}"
     )
-
-
-def arrange(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in another memory format."""
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":
-        # Every axis has a step or an offset: nothing is contiguous, nothing is aligned.
-        shape = tensor.shape
-        room = tensor.new_zeros((shape[0] + 1, *(2 * extent + 1 for extent in shape[1:])))
-        view = room[(slice(1, None), *(slice(1, None, 2) for _ in shape[1:]))]
-        return view.copy_(tensor)
-    if layout == "batch_last":
-        return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
-    assert layout == "contiguous"
-    return tensor.contiguous()
 
 
 def random(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -314,7 +299,7 @@ class TestFusionPlans:
         x[:, 1] = 7.0
         x[0, 2, 0, 0] = 1e4
         x[1, 3, 4, 4] = float("nan")
-        images = [arrange(one.float(), layout).to(DEVICE) for one in (x, random(generator, 3, 2, 1, 2))]
+        images = [LAYOUTS[layout](one.float()).to(DEVICE) for one in (x, random(generator, 3, 2, 1, 2))]
         for image, found in zip(images, fusion.batch_statistics(images, [1e-5, 1e-3]), strict=True):
             epsilon = 1e-5 if image is images[0] else 1e-3
             plain, truth = (

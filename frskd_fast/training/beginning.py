@@ -37,6 +37,8 @@ class Beginning(Callback):
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.over = True
 
+    on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
+
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.over = False  # the training images are still to come
 
@@ -47,17 +49,8 @@ class Beginning(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / CONFIG, self.config)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.over = True
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = self.validated or not trainer.sanity_checking
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.over = True
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.over = True
 
 
 class Interrupt:

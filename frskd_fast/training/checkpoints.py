@@ -26,14 +26,7 @@ LAST, PREVIOUS, BEST, INCOMING = "last.ckpt", "previous.ckpt", "best.ckpt", "inc
 def write_atomically(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
     """Write `content` so that `path` holds either what it held before or all of it, whatever happens meanwhile.
 
-    A file beside it is written, brought to the disk and renamed. When the write fails, that file is removed.
-
-    Args:
-        path: the file.
-        content: its bytes.
-
-    Raises:
-        OSError: when the disk is full or the folder cannot be written; `path` is then as it was.
+    A file beside it is written, brought to the disk and renamed. When that fails, with an OSError, it is removed.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -333,15 +326,11 @@ def rotate(folder: Path, keep_best: bool = False) -> None:
             shutil.copyfile(incoming, link)
         os.replace(link, folder / BEST)
     if last.exists():
-        if previous.is_dir() or (last.is_dir() and previous.exists()):
-            _remove(previous)  # a folder cannot be renamed over another; `last` is still there
+        # A folder cannot be renamed over anything, nor anything over it; `last` is still there.
+        if previous.is_dir():
+            shutil.rmtree(previous)
+        elif last.is_dir():
+            previous.unlink(missing_ok=True)
         os.replace(last, previous)
     os.replace(incoming, last)
     flush_folder(folder)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -48,11 +48,7 @@ CLASS = re.compile(r"(?!null$)[A-Za-z_][\w.]*")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status.
-
-    Args:
-        arguments: the words after `frskd-fast`; None takes those of the process.
-    """
+    """The command line, of the words after `frskd-fast` (None: those of the process); returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -116,12 +112,10 @@ def _panels(words: Sequence[str]) -> int:
 
 
 def expanded(words: Sequence[str]) -> tuple[list[str], str]:
-    """The words with recipes replaced by their settings, and the name for the run's folder.
+    """The words with recipes (`--config NAME`, `-c NAME`) replaced by their settings, and the name for the run's folder.
 
-    Args:
-        words: of the command line; `--config NAME`, `--config=NAME` and `-c NAME` are looked for. Without one the default
-            recipe is put first. Where they choose another class for a part of the training, the recipe's arguments of the
-            old one are left out, as in recipes.
+    Without one the default recipe is put first. Where the words choose another class for a part of the training, the
+    recipe's arguments of the old one are left out, as in recipes.
 
     Example:
         >>> words, name = expanded(["--config", "cifar100_resnet18_plain", "--optimizer.momentum", "0.8"])
@@ -159,15 +153,7 @@ def expanded(words: Sequence[str]) -> tuple[list[str], str]:
 
 
 def run(stage: str, words: Sequence[str]) -> CommandLine:
-    """Run one of Lightning's stages; returns the command line with `.trainer`, `.model` and `.datamodule`.
-
-    Args:
-        stage: "fit", "validate", "test" or "predict".
-        words: what follows on the command line.
-
-    Raises:
-        Refusal: as a sentence, when the run's folder and the settings do not fit together.
-    """
+    """Run "fit", "validate", "test" or "predict"; the words are what follows on the command line."""
     arguments, name = expanded(words)
     try:
         from .command_line import CommandLine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -83,31 +84,19 @@ class CommandLine(LightningCLI):
             settings: dict[str, Any] = {"required": name != "lr_scheduler", "instantiate": False, "fail_untyped": False}
             parser.add_subclass_arguments(CLASSES[name], name, skip={given}, **settings)
             parser.link_arguments(name, f"model.{name}", compute_fn=_plain)
-        parser.add_argument(
-            "--run_dir",
-            type=str | None,
-            default=None,
-            help="Folder of the run: checkpoints, records, panels. null is runs/RECIPE.",
-        )
-        parser.add_argument(
-            "--fresh",
-            type=bool,
-            default=False,
-            help="Begin anew; what the run's folder holds is moved to a folder beside it.",
-            nargs="?",
-            const=True,
-        )
-        parser.add_argument(
-            "--tensorboard",
-            type=bool | None,
-            default=None,
-            help="Write TensorBoard events; null does so where tensorboard can be imported.",
-        )
+        folder = "Folder of the run: checkpoints, records, panels. null is runs/RECIPE."
+        fresh = "Begin anew; what the run's folder holds is moved to a folder beside it."
+        events = "Write TensorBoard events; null does so where tensorboard can be imported."
+        parser.add_argument("--run_dir", type=str | None, default=None, help=folder)
+        parser.add_argument("--fresh", type=bool, default=False, help=fresh, nargs="?", const=True)
+        parser.add_argument("--tensorboard", type=bool | None, default=None, help=events)
         parser.add_argument("--wandb", type=str | None, default=None, help="Weights & Biases: name of the project.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ProgressBar, "progress")
         parser.add_lightning_class_args(Panels, "panels")
-        parser.link_arguments("data", "model.num_classes", compute_fn=_classes_of, apply_on="instantiate")
+        parser.link_arguments(
+            "data", "model.num_classes", compute_fn=operator.attrgetter("num_classes"), apply_on="instantiate"
+        )
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -303,10 +292,6 @@ class CommandLine(LightningCLI):
             raise Refusal(f"{self.folder} holds no checkpoint; train first, or give --ckpt_path a file.")
         say(f"Weights: {found.path}, after {found.progress.epochs} epochs.")
         return {**kwargs, "ckpt_path": str(found.path)}
-
-
-def _classes_of(data: Any) -> int:
-    return int(data.num_classes)
 
 
 def _plain(settings: Any) -> Any:

@@ -124,12 +124,8 @@ def _own_student(content: Mapping[str, Any], network: nn.Module) -> Student:
 def bound(student: nn.Module, logits: Tensor) -> float:
     """Largest difference of logits that rounding explains: 4 * layers * eps * max(1, largest |logit|).
 
-    Each layer rounds once relative to its output, a few times over where sums are taken in another order; 4 stands for
-    these few times.
-
-    Args:
-        student: the network, whose layers with weights of two or more dimensions are counted.
-        logits: what it gave.
+    Each layer (with weights of two or more dimensions) rounds once relative to its output, a few times over where sums are
+    taken in another order; 4 stands for these few times.
     """
     layers = sum(1 for parameter in student.parameters() if parameter.dim() >= 2)
     return 4 * max(layers, 1) * torch.finfo(logits.dtype).eps * max(1.0, float(logits.detach().abs().max()))

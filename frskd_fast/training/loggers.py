@@ -59,9 +59,8 @@ class Events(TensorBoardLogger):
         try:
             write(*args, **kwargs)
         except (OSError, ValueError) as error:
-            reason = (
-                error.__cause__ if isinstance(error, ValueError) else error
-            )  # Lightning wraps what its writer raises
+            # Lightning wraps what its writer raises.
+            reason = error.__cause__ if isinstance(error, ValueError) else error
             if not isinstance(reason, OSError):
                 raise
             self.ended = True

@@ -281,23 +281,16 @@ def step_seed(seed: int, epoch: int, batch: int, rank: int = 0) -> int:
 
 
 def fraction_correct(logits: Tensor, targets: Any) -> Tensor:
-    """Mean over the images of [argmax_k logits = target], a scalar on the device.
-
-    Args:
-        logits: (N, K).
-        targets: labels (N,); or (labels, labels_b, lam) of mixup and cutmix, whose two fractions are mixed by lam.
+    """Mean over the images of [argmax_k logits = target], for mixup and cutmix of both labels, mixed by lam.
 
     Example:
         >>> fraction_correct(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])).item()
         0.5
     """
-    predicted = logits.argmax(1)
     if isinstance(targets, tuple | list):
-        first, second, mix = targets
-        mixed: Tensor = mix * _agreement(predicted, first) + (1 - mix) * _agreement(predicted, second)
+        *labels, mix = targets
+        first, second = (fraction_correct(logits, one) for one in labels)
+        mixed: Tensor = mix * first + (1 - mix) * second
         return mixed
-    return _agreement(predicted, targets)
-
-
-def _agreement(predicted: Tensor, labels: Tensor) -> Tensor:
-    return (predicted == labels).float().mean()
+    correct: Tensor = logits.argmax(1) == targets
+    return correct.float().mean()

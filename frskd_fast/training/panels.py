@@ -50,13 +50,9 @@ def pyplot() -> Any | None:
 
 
 def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
-    """Draw `curves.png` from `epochs.csv`: loss parts, accuracies and learning rate against epochs.
+    """Draw `curves.png` from a run's `epochs.csv`: loss parts, accuracies and learning rate against epochs.
 
-    Args:
-        folder: the run's folder.
-
-    Returns:
-        The file; None without matplotlib or before the first epoch has ended.
+    Returns the file; None without matplotlib or before the first epoch has ended.
     """
     plots = pyplot()
     source = Path(folder) / EPOCHS

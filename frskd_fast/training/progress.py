@@ -7,10 +7,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from .records import Throughput, loss_parts
+from .records import Timed, loss_parts
 
 
-class ProgressBar(TQDMProgressBar):
+class ProgressBar(Timed, TQDMProgressBar):
     """Lightning's bar with images/s and each part of the loss, read from the device every N steps only.
 
     Args:
@@ -20,27 +20,13 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self, every_n_steps: int = 10) -> None:
         super().__init__(refresh_rate=every_n_steps)
         self.shown: dict[str, Any] = {}
-        self.rate = Throughput()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
-        self.rate = Throughput()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self.rate.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.rate.add(batch[0].shape[0] * trainer.world_size)
         self.outputs = outputs
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.outputs = None
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_start(trainer, pl_module)
-        self.rate.pause()
 
     outputs: Any = None
 

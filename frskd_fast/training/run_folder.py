@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .class_paths import PARTS
 from .errors import Refusal
 from .recipe_files import CONFIG
@@ -18,9 +20,9 @@ HARMLESS = ("root", "workers", "pin_memory", "persistent_workers", "evaluation_b
 
 def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to go on with a run whose task, model, optimiser, schedule, data or seed were set differently."""
-    before = _settings_of(folder)
-    if before is None:
+    if not (folder / CONFIG).is_file():
         return
+    before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
     if "task" not in before:
         raise Refusal(
             f"{folder} holds a run of an earlier version of frskd_fast, whose settings had other names. Finish it with that "
@@ -51,14 +53,6 @@ def length_matters(settings: dict[str, Any]) -> bool:
     """Whether the schedule takes its length from the trainer."""
     arguments = (settings.get("lr_scheduler") or {}).get("init_args") or {}
     return "max_epochs" in arguments and arguments["max_epochs"] is None
-
-
-def _settings_of(folder: Path) -> dict[str, Any] | None:
-    """The settings with which the run was last started."""
-    import yaml
-
-    file = folder / CONFIG
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else None
 
 
 def _differences(name: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:

@@ -75,15 +75,10 @@ def brief(error: BaseException) -> str:
 
 
 def backbone_weights(content: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Tensor]:
-    """The backbone's tensors out of a checkpoint, under the backbone's own names.
+    """The tensors of a checkpoint that have the backbone's own names (`wanted`) behind one and the same prefix.
 
-    Args:
-        content: what the file holds: a state dict; or one inside "state_dict", "net", "model" or "student". Names may
-            have prefixes, several of them too: "module.", "task.backbone.", "model." and so on.
-        wanted: the names in the backbone's `state_dict()`.
-
-    Returns:
-        A tensor for each name of `wanted` that was found under one and the same prefix.
+    The content is a state dict, or has one inside "state_dict", "net", "model" or "student"; prefixes are several of
+    "module.", "task.backbone.", "model." and so on.
 
     Raises:
         ExportError: when no prefix leads to the backbone's names, or when there is more below the backbone's layers than

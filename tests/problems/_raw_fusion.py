@@ -255,8 +255,12 @@ def _an_empty_batch(raw: ModuleType, device: str) -> None:
         case = CASES[name]._replace(batch=0, training=False)
         for key, value in by_kernels(raw, case, make(case, ["contiguous"] * 4, torch.float32, device)).items():
             assert value.numel() == 0 or key.startswith("statistics") or bool((value == 0).all()), key
-    statistics = raw.batch_statistics([torch.zeros(0, 3, 4, 4, device=device)], [VARIANCE_STEP])
-    assert bool(statistics[0].isnan().all())
+    try:
+        statistics = raw.batch_statistics([torch.zeros(0, 3, 4, 4, device=device)], [VARIANCE_STEP])
+    except RuntimeError as error:  # the CPU names what is missing; on a device, as in PyTorch, the numbers are NaN
+        assert device == "cpu" and "but at least one sample, channel and pixel were wanted" in str(error)
+    else:
+        assert bool(statistics[0].isnan().all())
 
 
 def _only_the_gradients_asked_for(raw: ModuleType, device: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import formulas
 import torch
+from layouts import channel_slice, channels_last, contiguous, expanded_channels, strided, transposed
 from numerics import assert_close
 from torch import Tensor, nn
 
@@ -57,39 +58,6 @@ NODES = [
 ]
 
 
-def contiguous(feature: Tensor) -> Tensor:
-    return feature.contiguous()
-
-
-def channels_last(feature: Tensor) -> Tensor:
-    return feature.contiguous(memory_format=torch.channels_last)
-
-
-def channel_slice(feature: Tensor) -> Tensor:
-    """As a split along the channels of a channels_last map gives it; everything around it is NaN."""
-    n, c, h, w = feature.shape
-    storage = torch.full((n, c + 5, h, w), float("nan"), dtype=feature.dtype, device=feature.device)
-    view = storage.contiguous(memory_format=torch.channels_last)[:, 2 : 2 + c]
-    view.copy_(feature)
-    return view
-
-
-def strided(feature: Tensor) -> Tensor:
-    n, c, h, w = feature.shape
-    shape = (n + 1, c + 2, h + 1, 2 * w + 1)
-    view = torch.full(shape, float("nan"), dtype=feature.dtype, device=feature.device)[1:, 1:-1, 1:, 1::2]
-    view.copy_(feature)
-    return view
-
-
-def transposed(feature: Tensor) -> Tensor:
-    return feature.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-
-
-def expanded(feature: Tensor) -> Tensor:
-    return feature[:, :1].expand(feature.shape)
-
-
 # How the inputs of a node lie in memory, in turns.
 LAYOUTS: dict[str, Sequence[Callable[[Tensor], Tensor]]] = {
     "contiguous": [contiguous],
@@ -97,7 +65,7 @@ LAYOUTS: dict[str, Sequence[Callable[[Tensor], Tensor]]] = {
     "channel_slice": [channel_slice],
     "strided": [strided],
     "transposed": [transposed],
-    "expanded": [expanded],
+    "expanded": [expanded_channels],
     "mixed": [channels_last, contiguous, strided, channel_slice],
     "mixed_last": [channels_last, channel_slice, channels_last, channel_slice],
 }
@@ -266,11 +234,15 @@ class FusionProblem:
 
 
 def _problems() -> list[FusionProblem]:
-    """Every layout, dtype and kind of BatchNorm with two nodes each; all else is drawn, the same at each run."""
+    """Every layout, dtype and kind of BatchNorm with two nodes each; all else is drawn, the same at each run.
+
+    Nodes take turns, so that each meets every layout, every dtype and every kind of BatchNorm.
+    """
     choose = random.Random(0).choice
+    calls = itertools.product(LAYOUTS, DTYPES, ("", "train", "eval"), range(2))
     return [
         FusionProblem(
-            choose(NODES),
+            NODES[(turn + turn // 18) % len(NODES)],
             layout,
             dtype,
             choose(ACTIVATIONS),
@@ -279,7 +251,7 @@ def _problems() -> list[FusionProblem]:
             choose([(), (0, 2), (1, 3)]),
             choose(list(LAYOUTS)),
         )
-        for layout, dtype, norms, _ in itertools.product(LAYOUTS, DTYPES, ("", "train", "eval"), range(2))
+        for turn, (layout, dtype, norms, _) in enumerate(calls)
     ]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from layouts import LAYOUTS
 from numerics import assert_close
 from torch import Tensor
 
@@ -33,23 +34,6 @@ class Operands(NamedTuple):
 
     def logits(self) -> list[Tensor]:
         return [*self.students, *self.teachers]
-
-
-def arranged(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in another memory format; "expanded" repeats the first sample's."""
-    if layout == "channels_last":
-        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "sliced":
-        # Every axis has a step and an offset: nothing is contiguous, nothing is aligned.
-        room = tensor.new_zeros([2 * size + 1 for size in tensor.shape])
-        view = room[tuple(slice(1, None, 2) for _ in tensor.shape)]
-        return view.copy_(tensor)
-    if layout == "batch_last":
-        return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
-    if layout == "expanded":
-        return tensor[:1].expand(tensor.shape)
-    assert layout == "contiguous"
-    return tensor.contiguous()
 
 
 def _cross_entropy(logits: Tensor, target: Any, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -131,11 +115,11 @@ class LogitsProblem:
         def moved(target: Any) -> Any:
             if isinstance(target, tuple):
                 return tuple(map(moved, target))
-            return arranged(target.to(device), self.target_layout)
+            return LAYOUTS[self.target_layout](target.to(device))
 
         return Operands(
-            [arranged(student.to(device), self.student_layout) for student in students],
-            [arranged(teacher.to(device), self.teacher_layout) for teacher in teachers],
+            [LAYOUTS[self.student_layout](student.to(device)) for student in students],
+            [LAYOUTS[self.teacher_layout](teacher.to(device)) for teacher in teachers],
             [moved(target) for target in targets],
         )
 
@@ -268,7 +252,7 @@ GEOMETRIES: dict[str, tuple[Shape, str, str, str]] = {
     "a tile and a bit": ((2, 1100), "contiguous", "contiguous", "contiguous"),
     "packs": ((3, 2064), "contiguous", "contiguous", "contiguous"),
     "a vocabulary": ((2, 50257), "contiguous", "contiguous", "contiguous"),
-    "sliced rows": ((6, 21), "sliced", "sliced", "sliced"),
+    "strided rows": ((6, 21), "strided", "strided", "strided"),
     "transposed rows": ((70, 19), "batch_last", "contiguous", "contiguous"),
     "an expanded teacher": ((6, 9), "contiguous", "expanded", "expanded"),
     "a sequence": ((3, 6, 40), "contiguous", "contiguous", "contiguous"),
@@ -276,7 +260,7 @@ GEOMETRIES: dict[str, tuple[Shape, str, str, str]] = {
     "a small map": ((2, 5, 3, 7), "contiguous", "contiguous", "contiguous"),
     "a map": ((2, 21, 9, 17), "contiguous", "contiguous", "contiguous"),
     "a channels_last map": ((2, 24, 5, 7), "channels_last", "channels_last", "contiguous"),
-    "a sliced map": ((2, 6, 5, 8), "sliced", "sliced", "sliced"),
+    "a strided map": ((2, 6, 5, 8), "strided", "strided", "strided"),
     "a map with the batch last": ((5, 6, 2, 3), "batch_last", "batch_last", "contiguous"),
     "mixed layouts": ((2, 5, 3, 4), "contiguous", "channels_last", "batch_last"),
 }
@@ -359,6 +343,8 @@ _MANY_ROWS: tuple[Shape, ...] = ((3, 3, 40, 41), (5, 3))
 
 def _special() -> Iterator[LogitsProblem]:
     make = LogitsProblem
+    for shape in ((11, 100), (5, 1003)):
+        yield make(f"wrong labels, {shape}", (shape,), with_teacher=False, change=_wrong_labels, may_refuse=True)
     for shape in ((7, 11), (2, 6, 3, 5)):
         where = "rows" if len(shape) == 2 else "a map"
         yield make(f"the student alone, {where}", (shape,), with_teacher=False, smoothing=0.1)

@@ -7,7 +7,7 @@ arguments here, so that a batch looks the same whoever prepares it, in whatever 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,9 @@ UNIFORMS_PER_IMAGE = 4 * ATTEMPTS + 1  # area, aspect ratio, top and left of eve
 def draw_crops(count: int, padding: int, flip: float, generator: torch.Generator) -> Tensor:
     """Rows (top, left, flipped) with top and left uniform in 0 .. 2 * padding, flipped = [u < flip].
 
-    Args:
-        count: number of images N.
-        padding: pixels added to each side, >= 0.
-        flip: probability of a horizontal flip.
-        generator: a CPU generator; the rows of the first n images do not depend on `count`.
-
-    Returns:
-        int64 (N, 3), for `crop_and_flip`.
+    The result is int64 (count, 3) on the CPU; the rows of the first n images do not depend on `count`.
 
     Example:
-        >>> import torch
-        >>> from frskd_fast.training.data.augmentation import draw_crops
         >>> draw_crops(2, padding=0, flip=1.0, generator=torch.Generator().manual_seed(0)).tolist()
         [[0, 0, 1], [0, 0, 1]]
     """
@@ -50,17 +41,9 @@ def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
     `padded` is the image with `padding` zeros on each side, so this is torchvision's `RandomCrop((H, W), padding)`
     followed by `RandomHorizontalFlip`, for the whole batch at once and with given random numbers.
 
-    Args:
-        images: (N, C, H, W), any dtype, any device.
-        crops: int64 (N, 3) on the same device: top and left in 0 .. 2 * padding, flipped 0 or 1 (see `draw_crops`).
-        padding: pixels added to each side, >= 0.
-
-    Returns:
-        (N, C, H, W), dtype and device of `images`, contiguous.
+    Images are (N, C, H, W) of any dtype, crops those of `draw_crops` on the same device; the result is contiguous.
 
     Example:
-        >>> import torch
-        >>> from frskd_fast.training.data.augmentation import crop_and_flip
         >>> images = torch.arange(1, 5).reshape(1, 1, 2, 2)
         >>> crop_and_flip(images, torch.tensor([[1, 0, 0]]), padding=1).tolist()  # the window one pixel to the left
         [[[[0, 1], [0, 3]]]]
@@ -81,17 +64,9 @@ def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
 def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float = 255.0) -> Tensor:
     """out = (images / scale - mean_c) / std_c in float32: torchvision's `ToTensor` and `Normalize`, the same bits.
 
-    Args:
-        images: (N, C, H, W), uint8 or float32, any device.
-        mean, std: float32 (C,), same device, of images in 0 .. 1.
-        scale: the value of full brightness.
-
-    Returns:
-        float32 (N, C, H, W), a new contiguous tensor.
+    Images are uint8 or float32 (N, C, H, W), mean and std float32 (C,); the result is a new contiguous tensor.
 
     Example:
-        >>> import torch
-        >>> from frskd_fast.training.data.augmentation import normalise
         >>> white = torch.full((1, 1, 1, 1), 255, dtype=torch.uint8)
         >>> normalise(white, torch.tensor([0.5]), torch.tensor([0.25])).item()
         2.0
@@ -101,15 +76,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float = 255.0) -
 
 
 def draw_resized_crops(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform numbers in [0, 1): for every image four of each attempt to find a window, and one of the flip.
-
-    Args:
-        count: number of images N.
-        generator: a CPU generator; the numbers of the first n images do not depend on `count`.
-
-    Returns:
-        float64 (N, 41), for `resized_crop_window`.
-    """
+    """float64 (count, 41) in [0, 1): for every image four numbers of each attempt to find a window, and one of the flip."""
     return torch.rand(count, UNIFORMS_PER_IMAGE, dtype=torch.float64, generator=generator)
 
 
@@ -125,17 +92,10 @@ def resized_crop_window(
     Up to ten attempts draw (A, r) until the window fits, then its place uniformly; if none fits, the largest centred
     window whose aspect ratio is in `ratio` is taken. These are the rules of torchvision's `RandomResizedCrop`.
 
-    Args:
-        width, height: of the image, in pixels.
-        uniforms: numbers in [0, 1): area, ratio, top, left of the first attempt, of the second, ...
-        scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height of the window.
-
-    Returns:
-        (left, top, right, bottom) in pixels, as PIL counts.
+    `uniforms` are area, ratio, top and left of the first attempt, of the second, ...; the result is (left, top, right,
+    bottom) in pixels.
 
     Example:
-        >>> from frskd_fast.training.data.augmentation import resized_crop_window
         >>> resized_crop_window(100, 50, [0.5, 0.5, 0.0, 0.0], scale=(0.5, 0.5), ratio=(1.0, 1.0))
         (0, 0, 50, 50)
         >>> resized_crop_window(100, 10, [], ratio=(1.0, 2.0))  # no attempt fits: centred, twice as wide as high
@@ -169,15 +129,7 @@ def random_resized_crop(
 ) -> Image:
     """resize(image[window], size), mirrored where the last uniform number is below `flip`; window: `resized_crop_window`.
 
-    Args:
-        image: a PIL image.
-        size: (H, W) of the result, in pixels.
-        uniforms: 41 numbers in [0, 1), a row of `draw_resized_crops`.
-        scale, ratio: as `resized_crop_window` takes them.
-        flip: probability of a horizontal flip.
-
-    Returns:
-        A PIL image of the size asked for, resampled with PIL's bilinear filter, which averages when it shrinks.
+    `size` is (H, W), `uniforms` a row of `draw_resized_crops`. PIL's bilinear filter averages when it shrinks.
     """
     from PIL import Image as PILImage
 
@@ -192,17 +144,8 @@ def resize_and_centre_crop(image: Image, resize: int, size: tuple[int, int]) -> 
     The longer side becomes floor(resize * longer / shorter); the window starts at round((side - wanted) / 2), half to
     even. Both are torchvision's rules.
 
-    Args:
-        image: a PIL image.
-        resize: length of the shorter side, in pixels, at least the largest of `size`.
-        size: (H, W) of the result, in pixels.
-
-    Returns:
-        A PIL image of the size asked for.
-
     Example:
         >>> from PIL import Image
-        >>> from frskd_fast.training.data.augmentation import resize_and_centre_crop
         >>> resize_and_centre_crop(Image.new("RGB", (500, 375)), 256, (224, 224)).size
         (224, 224)
     """
@@ -217,8 +160,3 @@ def resize_and_centre_crop(image: Image, resize: int, size: tuple[int, int]) -> 
         return image
     top, left = round((height - size[0]) / 2.0), round((width - size[1]) / 2.0)
     return image.crop((left, top, left + size[1], top + size[0]))
-
-
-def as_tensor(values: tuple[float, ...], device: Any = None) -> Tensor:
-    """The values as a float32 tensor (C,)."""
-    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from .augmentation import as_tensor, crop_and_flip, normalise
+from .augmentation import crop_and_flip, normalise
 from .loader import ImageBatch, ImageLoader, Reader, distributed_share
 
 Part = Literal["train", "validation", "test"]
@@ -182,7 +182,8 @@ class ImageData(LightningDataModule):
 
     def _statistics_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._statistics:
-            self._statistics[device] = as_tensor(self.mean, device), as_tensor(self.std, device)
+            mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=device)
+            self._statistics[device] = mean, std
         return self._statistics[device]
 
     def _evaluation_loader(self, part: Part) -> ImageLoader | list[ImageLoader]:

@@ -21,6 +21,7 @@ from .loader import ArrayReader
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
+IMAGES = {"train": 50_000, "test": 10_000}  # of both originals
 SPLIT_SEED = 210308273  # of the images that validation_images holds out: the same for every seed of a run
 
 
@@ -29,7 +30,6 @@ class _Source(NamedTuple):
     archive: str
     parts: dict[str, tuple[str, ...]]
     label_key: str
-    images: dict[str, int]
 
 
 SOURCES = {
@@ -38,14 +38,12 @@ SOURCES = {
         "cifar-10-python.tar.gz",
         {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
         "labels",
-        {"train": 50_000, "test": 10_000},
     ),
     100: _Source(
         "cifar-100-python",
         "cifar-100-python.tar.gz",
         {"train": ("train",), "test": ("test",)},
         "fine_labels",
-        {"train": 50_000, "test": 10_000},
     ),
 }
 
@@ -142,7 +140,7 @@ def read_cifar(root: str, classes: int, part: str) -> tuple[Tensor, Tensor]:
         images.append(some_images)
         labels.append(some_labels)
     all_images = numpy.ascontiguousarray(numpy.concatenate(images))
-    found, wanted = len(all_images), source.images[part]
+    found, wanted = len(all_images), IMAGES[part]
     if found != wanted:
         warnings.warn(
             f"The {part} files of CIFAR-{classes} in {root} are intact but hold {found} images, where the original has "
@@ -259,30 +257,22 @@ class _Array:
         return flat.reshape(self.shape, order="F" if self.fortran else "C")
 
 
-def _empty_array(kind: Any, shape: Any, code: Any) -> _Array:
-    return _Array()
-
-
 def _encoded(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it has a text encoded as {encoding!r}")
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    return b""
-
-
 # What the files of CIFAR ask for, under its names of yesterday and today, and what they get in its place.
 STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
+    ("numpy._core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
     ("numpy.core.numeric", "_frombuffer"): _Array,
     ("numpy._core.numeric", "_frombuffer"): _Array,
     ("numpy", "ndarray"): None,
     ("numpy", "dtype"): _DType,
     ("_codecs", "encode"): _encoded,
-    ("builtins", "bytes"): _no_bytes,
+    ("builtins", "bytes"): lambda: b"",
 }
 
 

@@ -95,14 +95,7 @@ class DigitsData(ImageData):
 
 
 def load_digits_split(image_side: int = 16) -> DigitsSplit:
-    """The digits, enlarged bilinearly, and their fixed split by class: 40 of each in the pool, the others for the test.
-
-    Args:
-        image_side: pixels of a side.
-
-    Raises:
-        ImportError: when scikit-learn is missing.
-    """
+    """The digits, enlarged bilinearly, and their fixed split by class: 40 of each in the pool, the others for the test."""
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
@@ -121,13 +114,7 @@ def load_digits_split(image_side: int = 16) -> DigitsSplit:
 
 
 def draw_labelled(split: DigitsSplit, labels_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers of this seed's labelled training images, and of the rest of the pool.
-
-    Args:
-        split: of `load_digits_split`.
-        labels_per_class: training images of each digit.
-        seed: of the draw.
-    """
+    """Row numbers of this seed's labelled training images, and of the rest of the pool."""
     order = split.pool[torch.randperm(len(split.pool), generator=torch.Generator().manual_seed(seed))]
     groups = [order[split.labels[order] == digit] for digit in range(CLASSES)]
     training = torch.cat([group[:labels_per_class] for group in groups])

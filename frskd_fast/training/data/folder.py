@@ -149,19 +149,9 @@ class ImageFolderData(ImageData):
             "test": listing.test if listing.test is not None else listing.validation,
         }[part]
         assert images is not None
-        return FileReader(
-            self.root,
-            images,
-            self.image_size,
-            self.resize,
-            augmentation=self.augmentation,
-            scale=self.scale,
-            ratio=self.ratio,
-            padding=self.padding,
-            flip=self.flip,
-            on_corrupt=self.on_corrupt,
-            decoder=self.decoder,
-        )
+        names = ("augmentation", "scale", "ratio", "padding", "flip", "on_corrupt", "decoder")
+        settings = {name: getattr(self, name) for name in names}
+        return FileReader(self.root, images, self.image_size, self.resize, **settings)
 
 
 class FileReader(Reader):

@@ -51,15 +51,10 @@ def warn_if_stem_mismatch(backbone: nn.Module, image_size: tuple[int, int], chan
     stage. FRSKD with it was reported to reach some 62 % on CIFAR-100 where the CIFAR stem reaches over 76 %.
 
     Args:
-        backbone: `backbone(images) -> (features, logits)`, finest map first.
-        image_size: (H, W) of the images.
-        channels: C of the images.
+        backbone, image_size, channels: as for `stem_stride`, whose errors this one raises, too.
 
     Returns:
         Whether there was something to warn of.
-
-    Raises:
-        ValueError: when the network does not accept such images.
     """
     if min(image_size) > SMALL_IMAGE:
         return False

@@ -28,7 +28,6 @@ def stream_seed(seed: int, purpose: Purpose, epoch: int = 0, batch: int = 0, ran
         An int for `torch.Generator.manual_seed`.
 
     Example:
-        >>> from frskd_fast.training.data.streams import Purpose, stream_seed
         >>> stream_seed(10, Purpose.ORDER, epoch=3) == stream_seed(10, Purpose.ORDER, epoch=3)
         True
         >>> stream_seed(10, Purpose.ORDER, epoch=3) == stream_seed(10, Purpose.ORDER, epoch=4)
@@ -40,13 +39,5 @@ def stream_seed(seed: int, purpose: Purpose, epoch: int = 0, batch: int = 0, ran
 
 
 def stream(seed: int, purpose: Purpose, epoch: int = 0, batch: int = 0, rank: int = 0) -> torch.Generator:
-    """A CPU generator at the start of the stream that `stream_seed` names; arguments as there.
-
-    Example:
-        >>> import torch
-        >>> from frskd_fast.training.data.streams import Purpose, stream
-        >>> first, again = (torch.rand(3, generator=stream(10, Purpose.MIXING, 0, 7)) for _ in range(2))
-        >>> torch.equal(first, again)
-        True
-    """
+    """A CPU generator at the start of the stream that `stream_seed` names; arguments as there."""
     return torch.Generator().manual_seed(stream_seed(seed, purpose, epoch, batch, rank))
