@@ -30,7 +30,7 @@ class Line(NamedTuple):
     evidence: str = "not measured on such a device"  # the file of bench/results that says so
 
 
-_CPU = Line(("cpu",), evidence="2026-11-26-cpu-amd-epyc-zen4.json")
+_CPU = Line(("cpu",), evidence="2026-11-30-cpu-amd-epyc.json")
 _GPU = Line(("cuda", "triton"))
 
 # The first line that fits decides; (operation, kind of device) -> lines. `ANY` serves those that are not named. Besides the
