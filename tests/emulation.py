@@ -12,6 +12,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ def library(sources: Sequence[Path] = (), includes: Sequence[Path] = ()) -> Path
     if built.exists():
         return built
     folder.mkdir(parents=True, exist_ok=True)
+    # Each process builds in a folder of its own: two that find nothing built do not disturb each other.
+    work = Path(tempfile.mkdtemp(dir=folder))
     torch_root = Path(torch.__file__).parent
     compiler = ["g++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
     compiler += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DUSE_CUDA", "-DFRSKD_EMULATED"]
@@ -65,13 +68,14 @@ def library(sources: Sequence[Path] = (), includes: Sequence[Path] = ()) -> Path
     compiler += [f"-I{include}" for include in includes]
     objects = []
     for source in sources:
-        objects.append(str(folder / f"{source.name}.o"))
+        objects.append(str(work / f"{source.name}.o"))
         _run([*compiler, "-x", "c++", "-c", str(source), "-o", objects[-1]], f"{source.name} does not compile")
-    partial = folder / "partial.so"
+    partial = work / "partial.so"
     # -Bsymbolic: the emulation's stand-ins for PyTorch's CUDA functions win over PyTorch's own.
     link = ["g++", "-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     _run([*link, "-o", str(partial)], "the emulated kernels do not link")
-    partial.rename(built)
+    partial.replace(built)
+    shutil.rmtree(work)
     return built
 
 

@@ -9,6 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEM = """
+import sys
+
+from frskd_fast import _dispatch
+
+
 class Problem:
     name = "two and two"
 
@@ -17,6 +22,7 @@ class Problem:
         print("ran", implementation, "on", device)
 
 PROBLEMS = [Problem()]
+_dispatch.provide(__name__.rpartition(".")[2], "cpu", sys.modules[__name__])
 """
 
 

@@ -57,8 +57,9 @@ def of_implementation(name: str, most_of_grids: int | None = None) -> Iterator[t
     Of a grid with more than ``most_of_grids`` problems about so many are taken, spread evenly.
     """
     for operation in operations():
+        module = module_of(operation)
         if _dispatch.implements(operation, name):
-            grid = getattr(module_of(operation), "GRID", ())
+            grid = getattr(module, "GRID", ())
             step = max(1, len(grid) // most_of_grids) if most_of_grids else 1
             skipped = {id(problem) for place, problem in enumerate(grid) if place % step}
             for problem in of_kernels(operation):
