@@ -20,7 +20,7 @@ PLAIN = "reference"
 
 
 class Line(NamedTuple):
-    """One line of the table: in which order "auto" tries the implementations of calls that are so."""
+    """One line of the table: the calls it is for, and the order in which "auto" tries implementations of them."""
 
     implementations: tuple[str, ...]  # in order; the plain form stands behind them all
     dtypes: tuple[torch.dtype, ...] = ()  # of the inputs; () any, as in the next two
