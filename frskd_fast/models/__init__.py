@@ -11,6 +11,7 @@ from .adapters import (
     TimmBackbone,
     adapt_backbone,
 )
+from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
@@ -23,6 +24,7 @@ __all__ = [
     "ExtractorBackbone",
     "HookedBackbone",
     "OutputBackbone",
+    "ProjectionHead",
     "ResNet",
     "TimmBackbone",
     "WideResNet",
