@@ -2,6 +2,16 @@
 
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
+from frskd_fast.losses.kd import KDLoss, KDLossParts
 from frskd_fast.losses.sla import SLALoss, SLALossParts
 
-__all__ = ["FRSKDLoss", "FRSKDLossParts", "FitNetLoss", "OverhaulLoss", "SLALoss", "SLALossParts"]
+__all__ = [
+    "FRSKDLoss",
+    "FRSKDLossParts",
+    "FitNetLoss",
+    "KDLoss",
+    "KDLossParts",
+    "OverhaulLoss",
+    "SLALoss",
+    "SLALossParts",
+]
