@@ -11,18 +11,21 @@ from .adapters import (
     TimmBackbone,
     adapt_backbone,
 )
+from .checkpoints import CheckpointError, load_backbone_weights
 from .mobilenet import MobileNetV2, mobilenetv2
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from .teachers import load_teacher
 from .wide_resnet import WideResNet, wrn16x2
 
 __all__ = [
     "AdaptedBackbone",
     "BiFPN",
     "BiFPNc",
+    "CheckpointError",
     "ExtractorBackbone",
     "HookedBackbone",
     "MobileNetV2",
@@ -37,6 +40,8 @@ __all__ = [
     "cifarresnet18",
     "create_model",
     "list_models",
+    "load_backbone_weights",
+    "load_teacher",
     "mobilenetv2",
     "register_model",
     "resnet18",
