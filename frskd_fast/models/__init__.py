@@ -12,6 +12,7 @@ from .adapters import (
     adapt_backbone,
 )
 from .auxiliary import AuxiliaryClassifier, AuxiliaryNetwork, remaining_stages, with_auxiliary_heads
+from .checkpoints import CheckpointError, load_backbone_weights
 from .cifar_resnet import (
     CIFARResNet,
     cifar_resnet50,
@@ -25,10 +26,13 @@ from .cifar_resnet import (
     resnet56,
     resnet110,
 )
+from .mobilenet import MobileNetV2, mobilenetv2
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
+from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from .teachers import load_teacher
 from .wide_resnet import WideResNet, wrn16x2
 
 __all__ = [
@@ -38,11 +42,15 @@ __all__ = [
     "BiFPN",
     "BiFPNc",
     "CIFARResNet",
+    "CheckpointError",
     "ExtractorBackbone",
     "HookedBackbone",
+    "MobileNetV2",
     "OutputBackbone",
     "ProjectionHead",
     "ResNet",
+    "ShuffleNetV1",
+    "ShuffleNetV2",
     "TimmBackbone",
     "WideResNet",
     "adapt_backbone",
@@ -50,6 +58,9 @@ __all__ = [
     "cifarresnet18",
     "create_model",
     "list_models",
+    "load_backbone_weights",
+    "load_teacher",
+    "mobilenetv2",
     "register_model",
     "remaining_stages",
     "resnet8",
@@ -64,6 +75,8 @@ __all__ = [
     "resnet50",
     "resnet56",
     "resnet110",
+    "shufflenetv1",
+    "shufflenetv2",
     "with_auxiliary_heads",
     "wrn16x2",
 ]
