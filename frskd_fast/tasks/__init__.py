@@ -4,6 +4,7 @@ from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .distillation import DistillationTask
 from .frskd import FRSKDTask, build_frskd
+from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
 from .rotation_metrics import rotation_accuracies
 
 __all__ = [
@@ -11,6 +12,9 @@ __all__ = [
     "DistillationTask",
     "FRSKDTask",
     "FrozenTeacher",
+    "HSAKDOnlineTask",
+    "HSAKDTask",
+    "HSAKDTeacherTask",
     "Student",
     "Task",
     "build_frskd",
