@@ -26,7 +26,7 @@ from .cifar_resnet import (
     resnet56,
     resnet110,
 )
-from .mobilenet import MobileNetV2, mobilenetv2
+from .mobilenet import MobileNetV2, mobilenetv2, mobilenetv2_aux
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
@@ -61,6 +61,7 @@ __all__ = [
     "load_backbone_weights",
     "load_teacher",
     "mobilenetv2",
+    "mobilenetv2_aux",
     "register_model",
     "remaining_stages",
     "resnet8",
