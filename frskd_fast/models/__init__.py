@@ -11,6 +11,20 @@ from .adapters import (
     TimmBackbone,
     adapt_backbone,
 )
+from .auxiliary import AuxiliaryClassifier, AuxiliaryNetwork, remaining_stages, with_auxiliary_heads
+from .cifar_resnet import (
+    CIFARResNet,
+    cifar_resnet50,
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet44,
+    resnet56,
+    resnet110,
+)
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
@@ -18,8 +32,11 @@ from .wide_resnet import WideResNet, wrn16x2
 
 __all__ = [
     "AdaptedBackbone",
+    "AuxiliaryClassifier",
+    "AuxiliaryNetwork",
     "BiFPN",
     "BiFPNc",
+    "CIFARResNet",
     "ExtractorBackbone",
     "HookedBackbone",
     "OutputBackbone",
@@ -27,12 +44,24 @@ __all__ = [
     "TimmBackbone",
     "WideResNet",
     "adapt_backbone",
+    "cifar_resnet50",
     "cifarresnet18",
     "create_model",
     "list_models",
     "register_model",
+    "remaining_stages",
+    "resnet8",
+    "resnet8x4",
+    "resnet14",
     "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet32x4",
     "resnet34",
+    "resnet44",
     "resnet50",
+    "resnet56",
+    "resnet110",
+    "with_auxiliary_heads",
     "wrn16x2",
 ]
