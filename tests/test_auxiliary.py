@@ -30,12 +30,16 @@ NETWORKS = {
     "resnet56_aux": (861_620, 2_206_064),
     "resnet8x4_aux": (1_233_540, 3_557_296),
     "resnet32x4_aux": (7_433_860, 18_907_056),
+    "wrn_16_2_aux": (703_284, 1_928_304),
+    "wrn_40_1_aux": (569_780, 1_484_432),
+    "wrn_40_2_aux": (2_255_156, 5_769_328),
+    "vgg13_bn_aux": (9_462_180, 37_049_664),
     "ResNet50_aux": (23_705_252, 76_976_704),
     "resnet18_imagenet_aux": (11_689_512, 47_555_456),
     "resnet34_imagenet_aux": (21_797_672, 76_474_240),
     "resnet50_imagenet_aux": (25_557_032, 106_482_304),
 }
-WITH_NUMBERS = ["resnet8x4_aux"]
+WITH_NUMBERS = ["resnet8x4_aux", "wrn_16_2_aux", "vgg13_bn_aux"]
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -80,21 +84,33 @@ def test_a_network_meets_the_originals_numbers(name: str) -> None:
             torch.testing.assert_close(total, golden[f"feat_abs_sum.{level}"], rtol=1e-9, atol=0)
 
 
-# The linear layers: whether their bias starts at 0, and whether their weights are PyTorch's uniform ones.
-@pytest.mark.parametrize(("name", "zero_bias"), [("resnet20_aux", True), ("cifar_resnet50_aux", False)])
-def test_initialisers(name: str, zero_bias: bool) -> None:
+# The linear layers' bias: 0, or PyTorch's own; their weights are PyTorch's in all of these.
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [("resnet20_aux", False), ("wrn_16_2_aux", False), ("cifar_resnet50_aux", True), ("resnet18_aux", True)],
+)
+def test_initialisers(name: str, bias: bool) -> None:
     torch.manual_seed(0)
-    classifier: Any = create_model(name, 20).auxiliary_classifier
+    classifier: Any = create_model(name, 20).auxiliary_classifier.requires_grad_(False)
     deviations = standard_deviations(classifier)
     assert len(deviations) > 4
     for found, wanted in deviations:
         assert found == pytest.approx(wanted, rel=0.05)
     limit = classifier.fc1.in_features**-0.5
-    assert 0.95 * limit < float(classifier.fc1.weight.detach().abs().max()) <= limit
-    assert (float(classifier.fc1.bias.detach().abs().max()) == 0) == zero_bias
+    assert 0.95 * limit < float(classifier.fc1.weight.abs().max()) <= limit
+    assert bool(classifier.fc1.bias.any()) == bias
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet18", "cifarresnet18"])
+def test_vggs_heads_start_as_pytorch_starts_them() -> None:
+    torch.manual_seed(0)
+    classifier: Any = create_model("vgg8_aux", 20).auxiliary_classifier.requires_grad_(False)
+    for layer in classifier.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            limit = layer.weight[0].numel() ** -0.5
+            assert 0.95 * limit < float(layer.weight.abs().max()) <= limit and layer.bias.any()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "cifarresnet18", "wrn_16_1", "vgg11"])
 def test_a_step_gives_every_parameter_a_gradient(name: str) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():

@@ -25,18 +25,22 @@ from .cifar_resnet import (
     resnet56,
     resnet110,
 )
+from .cifar_wide_resnet import CIFARWideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
+from .vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from .wide_resnet import WideResNet, wrn16x2
 
 __all__ = [
+    "VGG",
     "AdaptedBackbone",
     "AuxiliaryClassifier",
     "AuxiliaryNetwork",
     "BiFPN",
     "BiFPNc",
     "CIFARResNet",
+    "CIFARWideResNet",
     "ExtractorBackbone",
     "HookedBackbone",
     "OutputBackbone",
@@ -62,6 +66,15 @@ __all__ = [
     "resnet50",
     "resnet56",
     "resnet110",
+    "vgg8",
+    "vgg11",
+    "vgg13",
+    "vgg16",
+    "vgg19",
     "with_auxiliary_heads",
     "wrn16x2",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
 ]
