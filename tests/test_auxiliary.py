@@ -246,9 +246,28 @@ def test_any_other_network_gets_residual_blocks() -> None:
     trains(network)
 
 
-@pytest.mark.parametrize("build", [lambda: create_model("wrn16x2", 5), lambda: toy_method.ToyNet(5)])
-def test_heads_of_networks_of_this_library_and_of_users(build: Callable[[], nn.Module]) -> None:
-    trains(with_auxiliary_heads(build()))
+def test_stages_of_several_children_keep_their_last_blocks() -> None:
+    network: Any = create_model("wrn16x2_aux", 5)
+    heads = network.auxiliary_classifier
+    assert [len(stage) for stage in heads.block_extractor1] == [2, 2]  # a group and its BatchNorm
+    assert [type(block).__name__ for block in heads.block_extractor3] == ["WideBlock", "WideBlock"]
+    trains(network)
+
+
+def test_a_copied_stage_does_not_write_into_the_map_it_reads() -> None:
+    layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.Tanh(), nn.ReLU(inplace=True), nn.Conv2d(4, 8, 2, 2), nn.ReLU(inplace=True)]
+    model = nn.Sequential(layers[0], nn.Sequential(*layers[1:2]), nn.Sequential(*layers[2:]), nn.AdaptiveAvgPool2d(1))
+    model.extend([nn.Flatten(), nn.Linear(8, 5)])
+    network = with_auxiliary_heads(HookedBackbone(model, ["1", "2"]))
+    assert len(network.auxiliary_classifier.block_extractor1[0]) == 3
+    maps = [torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)]
+    before = [feature.clone() for feature in maps]
+    network.auxiliary_classifier(maps)
+    assert all(torch.equal(feature, want) for feature, want in zip(maps, before, strict=True))
+
+
+def test_a_users_own_network_gets_heads() -> None:
+    trains(with_auxiliary_heads(toy_method.ToyNet(5)))
 
 
 def test_heads_follow_the_backbones_device_and_dtype() -> None:
