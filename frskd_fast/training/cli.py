@@ -185,11 +185,12 @@ def _check_model_keys(words: Sequence[str], known: Container[str]) -> None:
 
 
 def _quieten() -> None:
-    """Leave out Lightning's hints about itself; its warnings stay, but for three that do not apply here."""
+    """Leave out Lightning's hints about itself; its warnings stay, but for those that do not apply here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not ours
     for message in (
+        r"Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen ones
         r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning's own
         r".*Couldn't infer the batch indices.*",  # predictions come in the order of the data
         r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged has been reduced
