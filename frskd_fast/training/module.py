@@ -121,10 +121,21 @@ class DistillationModule(LightningModule):
             "mean": [float(value) for value in getattr(data, "mean", ())],
             "std": [float(value) for value in getattr(data, "std", ())],
         }
+        if stage == "fit" and getattr(data, "crop_each_view", False) and self.task.views != "rotations":
+            raise ValueError(
+                f"data.crop_each_view is set, which hands out four rotations of each image, but {type(self.task).__name__} "
+                f"takes {self.task.views} images; set it to false."
+            )
         if stage == "fit" and self.trainer.is_global_zero:
             from .data import warn_if_stem_mismatch
 
             warn_if_stem_mismatch(self.backbone, (int(size[0]), int(size[1])), self.images["channels"])
+
+    @property
+    def turns_images(self) -> bool:
+        """Whether the task wants rotated images and the data hands out upright ones."""
+        data = getattr(self.trainer, "datamodule", None)
+        return self.task.views == "rotations" and not getattr(data, "crop_each_view", False)
 
     def on_train_start(self) -> None:
         """Tell the task where it is: Lightning calls no hook for the epoch within which a resumed run goes on."""
@@ -142,7 +153,7 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> dict[str, Tensor]:
         """The loss with its graph, and its parts without."""
         images, targets = batch
-        outputs = self.task(rotate4(images) if self.task.views == "rotations" else images, targets)
+        outputs = self.task(rotate4(images) if self.turns_images else images, targets)
         parts = {name: value for name, value in outputs.items() if value.dim() == 0}
         with torch.no_grad():
             measured = {
