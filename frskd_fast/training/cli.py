@@ -87,13 +87,9 @@ def _recipes(words: Sequence[str]) -> int:
         methods.setdefault(method, []).append(name)
     if not words:
         for method, names in methods.items():
-            data = collections.Counter(name.partition("_")[0] for name in names)
-            print(
-                f"{method.ljust(12)}  {len(names):3d}  ", ", ".join(f"{name} ({count})" for name, count in data.items())
-            )
-        print(
-            f"\nfrskd-fast recipes {next(iter(methods))} lists those of one method, frskd-fast recipes {DEFAULT_RECIPE} prints one."
-        )
+            counts = collections.Counter(name.partition("_")[0] for name in names)
+            print(f"{method.ljust(12)}  {len(names):3}  {', '.join(f'{data} ({n})' for data, n in counts.items())}")
+        print("\nfrskd-fast recipes METHOD lists those of one method, frskd-fast recipes RECIPE prints one.")
     elif words[0] in methods:
         names = methods[words[0]]
         for name in names:
