@@ -3,5 +3,16 @@
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .frskd import FRSKDTask, build_frskd
+from .linear_probe import LinearProbeTask
+from .rotation_metrics import rotation_accuracies
 
-__all__ = ["ClassificationTask", "FRSKDTask", "FrozenTeacher", "Student", "Task", "build_frskd"]
+__all__ = [
+    "ClassificationTask",
+    "FRSKDTask",
+    "FrozenTeacher",
+    "LinearProbeTask",
+    "Student",
+    "Task",
+    "build_frskd",
+    "rotation_accuracies",
+]

@@ -31,7 +31,7 @@ from .module import DistillationModule
 from .panels import Panels
 from .progress import ProgressBar
 from .records import Predictions, Records
-from .run_folder import check_same_run, leave_nothing, length_matters, set_aside
+from .run_folder import check_same_run, is_over, leave_nothing, length_matters, set_aside
 from .teacher_cache import TeacherCache
 from .weights import ExportError
 
@@ -56,13 +56,16 @@ class CommandLine(LightningCLI):
     Args:
         name: of the run's folder, where the settings name none.
         arguments: the stage, "fit", "validate", "test" or "predict", and its options.
+        before: called once the arguments are known to be right, with this object, before anything is built.
 
     Raises:
         Refusal: as a sentence, when the run's folder and the settings do not fit together.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str]) -> None:
-        self.run_name = name
+    def __init__(
+        self, name: str, arguments: Sequence[str], before: Callable[[CommandLine], None] | None = None
+    ) -> None:
+        self.run_name, self.before = name, before
         self.stage = arguments[0]
         super().__init__(
             DistillationModule,
@@ -115,6 +118,17 @@ class CommandLine(LightningCLI):
                 f"--seed_everything is {seed}, but a whole number was wanted: images and augmentation follow from it, "
                 "and a run that goes on needs the same again."
             )
+
+    def before_instantiate_classes(self) -> None:
+        """Make way for what has to come first; the seed is set again after it."""
+        if self.before is not None:
+            self.before(self)
+            self._set_seed()
+
+    @property
+    def only_tried(self) -> bool:
+        """Whether a few batches are all that is wanted."""
+        return bool(self._get(self.config, "trainer").get("fast_dev_run"))
 
     def instantiate_classes(self) -> None:
         """What a constructor says of its arguments is for the user; a traceback would hide it."""
@@ -224,9 +238,8 @@ class CommandLine(LightningCLI):
 
     def is_finished(self, found: Found, settings: dict[str, Any]) -> bool:
         """Whether nothing is left to train; says so."""
-        epochs, steps, done = self.trainer.max_epochs, self.trainer.max_steps, found.progress
-        reached = (epochs is not None and 0 <= epochs <= done.epochs) or 0 <= steps <= done.steps
-        if not (reached or done.stopped):
+        done = found.progress
+        if not is_over(done, self.trainer.max_epochs, self.trainer.max_steps):
             return False
         longer = "--trainer.max_epochs with a larger number goes on, --fresh begins anew."
         if done.stopped:

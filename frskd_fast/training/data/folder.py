@@ -107,6 +107,11 @@ class ImageFolderData(ImageData):
             resize = chosen.resize if side == chosen.image_size else max(side, round(side * 8 / 7))
         self.resize = whole_number(resize, "resize", side)
         self.augmentation = _one_of(augmentation, ("resized_crop", "padded_crop", "none"), "augmentation")
+        if self.crop_each_view and augmentation != "padded_crop":
+            raise ValueError(
+                f"crop_each_view is set and augmentation is {augmentation!r}, but views are cropped apart on the device, by "
+                "'padded_crop' alone; take that, or set crop_each_view to false."
+            )
         self.scale, self.ratio = _interval(scale, "scale", 1.0), _interval(ratio, "ratio")
         self.padding = whole_number(padding, "padding", 0)
         self.flip = probability(flip, "flip")
@@ -150,7 +155,7 @@ class ImageFolderData(ImageData):
             "test": listing.test if listing.test is not None else listing.validation,
         }[part]
         assert images is not None
-        names = ("augmentation", "scale", "ratio", "padding", "flip", "on_corrupt", "decoder")
+        names = ("augmentation", "scale", "ratio", "padding", "flip", "crop_each_view", "on_corrupt", "decoder")
         settings = {name: getattr(self, name) for name in names}
         return FileReader(self.root, images, self.image_size, self.resize, **settings)
 
@@ -177,6 +182,7 @@ class FileReader(Reader):
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         padding: int = 4,
         flip: float = 0.5,
+        crop_each_view: bool = False,
         on_corrupt: str = "error",
         decoder: str = "auto",
     ) -> None:
@@ -186,7 +192,7 @@ class FileReader(Reader):
         self.labels = torch.tensor([label for _, label in images], dtype=torch.int64)
         self.size, self.resize = size, resize
         self.augmentation, self.scale, self.ratio = augmentation, scale, ratio
-        self.padding, self.flip = padding, flip
+        self.padding, self.flip, self.crop_each_view = padding, flip, crop_each_view
         self.on_corrupt = on_corrupt
         self._decode_with_torchvision = decoder != "pil" and torchvision_decodes(required=decoder == "torchvision")
         first = self.name(0)
@@ -239,7 +245,9 @@ class FileReader(Reader):
             )
         # Channels stay last in memory, as the images come; the device puts them in front.
         images = torch.from_numpy(pixels[: len(rows)]).permute(0, 3, 1, 2)
-        crops = draw_crops_for(request, self.padding, self.flip) if self.augmentation == "padded_crop" else None
+        crops = None
+        if self.augmentation == "padded_crop":
+            crops = draw_crops_for(request, self.padding, self.flip, self.crop_each_view)
         keys = keys_of(self.looks, numpy.array(rows, dtype=numpy.int64), crops)
         return ImageBatch(images, self.labels[rows], crops, request.mixing_seed(), keys), tuple(corrupt)
 

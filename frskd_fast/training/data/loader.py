@@ -26,7 +26,8 @@ class ImageBatch(NamedTuple):
     Attributes:
         images: (N, C, H, W), uint8 (digits: float32), not normalised.
         targets: int64 (N,).
-        crops: int64 (N, 3) for `crop_and_flip`, or None where the images are augmented already, or not at all.
+        crops: int64 (N, 3) for `crop_and_flip`, (N, 4, 3) for `crop_views`, or None where the images are augmented already,
+            or not at all.
         mixing_seed: seed of the generator of mixup and cutmix; None outside training.
         keys: int64 (N,), on the host: which training image this is, see `Reader.looks`; None where nobody knows.
     """
@@ -357,6 +358,7 @@ class ArrayReader(Reader):
         labels: int64 (N,).
         padding: pixels of the random crop, or 0 for none.
         flip: probability of a horizontal flip.
+        crop_each_view: four rotations of each image, each cropped by itself.
 
     Example:
         >>> import torch
@@ -366,9 +368,11 @@ class ArrayReader(Reader):
         tensor([5, 6])
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, padding: int = 0, flip: float = 0.0) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, padding: int = 0, flip: float = 0.0, crop_each_view: bool = False
+    ) -> None:
         self.images, self.labels = images, labels
-        self.padding, self.flip = padding, flip
+        self.padding, self.flip, self.crop_each_view = padding, flip, crop_each_view
 
     def __len__(self) -> int:
         return len(self.images)
@@ -385,7 +389,7 @@ class ArrayReader(Reader):
 
     def read(self, request: Request) -> tuple[ImageBatch, tuple[int, ...]]:
         rows = torch.from_numpy(request.rows)
-        crops = draw_crops_for(request, self.padding, self.flip)
+        crops = draw_crops_for(request, self.padding, self.flip, self.crop_each_view)
         keys = keys_of(self.looks, request.rows, crops)
         return ImageBatch(self.images[rows], self.labels[rows], crops, request.mixing_seed(), keys), ()
 
@@ -401,10 +405,11 @@ def keys_of(
     return keys if crops is None else keys + crops.flatten(1)[:, 2].numpy()
 
 
-def draw_crops_for(request: Request, padding: int, flip: float) -> Tensor | None:
+def draw_crops_for(request: Request, padding: int, flip: float, crop_each_view: bool = False) -> Tensor | None:
     """The crops and flips of a request, None where nothing is to be done."""
-    from .augmentation import draw_crops
+    from .augmentation import draw_crops, draw_view_crops
 
-    if not request.training or not (padding or flip):
+    if not request.training or not (padding or flip or crop_each_view):
         return None
-    return request.draw(lambda count, generator: draw_crops(count, padding, flip, generator))
+    draw = draw_view_crops if crop_each_view else draw_crops
+    return request.draw(lambda count, generator: draw(count, padding, flip, generator))
