@@ -49,24 +49,6 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
-    def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """What validation and test measure of one batch, in evaluation mode and without gradients.
-
-        A method with more to measure than its student's accuracy overrides this, with a switch where it costs more passes
-        through a network. `rotation_accuracies` in `frskd_fast.tasks.rotation_metrics` names what learns from rotations.
-
-        Args:
-            images: (N, C, H, W), plain ones, whatever `views` is.
-            targets: class indices (N,).
-
-        Returns:
-            `output`, the student's logits (N, K), of which the trainer measures `accuracy` and more; besides, scalars under
-            the names of further metrics: means over the batch, which the trainer averages by images.
-        """
-        # Called, not `forward`: that reaches what was compiled or sharded. Do it once first where networks are called apart.
-        outputs: dict[str, Tensor] = self(images)
-        return {"output": outputs["output"]}
-
     def teacher_outputs(self, images: Tensor) -> dict[str, Tensor] | None:
         """What a frozen teacher makes of `images`, by name, for a task whose teacher can be cached; None for all others.
 
@@ -87,6 +69,24 @@ class Task(nn.Module):
             those before it. Names with "features" in them are kept only on request, because they are large.
         """
         return None
+
+    def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What validation and test measure of one batch, in evaluation mode and without gradients.
+
+        A method with more to measure than its student's accuracy overrides this, with a switch where it costs more passes
+        through a network. `rotation_accuracies` in `frskd_fast.tasks.rotation_metrics` names what learns from rotations.
+
+        Args:
+            images: (N, C, H, W), plain ones, whatever `views` is.
+            targets: class indices (N,).
+
+        Returns:
+            `output`, the student's logits (N, K), of which the trainer measures `accuracy` and more; besides, scalars under
+            the names of further metrics: means over the batch, which the trainer averages by images.
+        """
+        # Called, not `forward`: that reaches what was compiled or sharded. Do it once first where networks are called apart.
+        outputs: dict[str, Tensor] = self(images)
+        return {"output": outputs["output"]}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups: one of all that trains, unless the method has settings of its own for some."""
