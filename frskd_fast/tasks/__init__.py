@@ -5,6 +5,7 @@ from .classification import ClassificationTask
 from .distillation import DistillationTask
 from .frskd import FRSKDTask, build_frskd
 from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
+from .linear_probe import LinearProbeTask
 from .rotation_metrics import rotation_accuracies
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "HSAKDOnlineTask",
     "HSAKDTask",
     "HSAKDTeacherTask",
+    "LinearProbeTask",
     "Student",
     "Task",
     "build_frskd",
