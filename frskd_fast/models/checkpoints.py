@@ -230,13 +230,13 @@ def load_weights(
     if heads and heads <= {*HEADS} and heads.isdisjoint(name.partition(".")[0] for name in weights):
         head = heads.pop()
         raise CheckpointError(
-            f"The checkpoint {path} holds the network without its heads, of which {missing[0]} was wanted; train them first (task "
-            f"{HEADS[head]}), or give the file that holds both."
+            f"The checkpoint {path} holds the network without its heads, of which {missing[0]} was wanted; train them first "
+            f"(task {HEADS[head]}), or give the file that holds both."
         )
     if missing:
         raise CheckpointError(
-            f"The checkpoint {path} lacks {len(missing)} of the backbone's {len(own)} tensors, {', '.join(missing[:3])} among them; is it "
-            "another network?"
+            f"The checkpoint {path} lacks {len(missing)} of the backbone's {len(own)} tensors, {', '.join(missing[:3])} among "
+            "them; is it another network?"
         )
     if other:
         name = other[0]
