@@ -21,7 +21,7 @@ STATE, SHARDED = "frskd_fast", "meta.pt"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 # Where other trainers put the weights in a checkpoint, and what they put in front of the names.
 CONTAINERS = ("state_dict", "net", "model", "student", "model_state_dict")
-PREFIXES = ("module.", "_orig_mod.", "task.", "backbone.", "student.", "network.", "net.", "net1.", "model.")
+PREFIXES = ("module.", "_orig_mod.", "task.", "backbone.", "student.", "network.", "net.", "net1.", "net2.", "model.")
 # The parts of a network with heads that a checkpoint may lack, and what trains them.
 HEADS = {"auxiliary_classifier": "HSAKDTeacherTask", "proj_head": "SSKDHeadTask"}
 
@@ -183,7 +183,7 @@ def load_backbone_weights(
     | `frskd-fast fit`, `frskd-fast export` | `state_dict`; a .safetensors file |
     | RepDistiller, mdistiller | `model` |
     | SSKD | `state_dict`, with heads under `backbone.` and `proj_head.` |
-    | HSAKD | `net`, under `backbone.` and `auxiliary_classifier.` |
+    | HSAKD | `net`, under `backbone.` and `auxiliary_classifier.`; of an online pair the first, `net1.` |
     | torchvision, timm, `torch.save(network.state_dict(), path)` | the file itself |
 
     Names may stand behind `module.` (DataParallel), `_orig_mod.` (torch.compile) and the like.
