@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
@@ -136,3 +137,10 @@ def imported(path: str, argument: str = "", wanted: str = "a function or class")
             f"{argument}{path!r} cannot be imported ({error}); give the path of {wanted} in a package that Python finds "
             "(its folder may have to be in PYTHONPATH)."
         ) from error
+
+
+def makes(path: str, kind: type) -> bool:
+    """Whether the class with this import path is a `kind`, or the function says that it returns one."""
+    function = imported(path)
+    made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
+    return isinstance(made, type) and issubclass(made, kind)
