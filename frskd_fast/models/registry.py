@@ -101,7 +101,7 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
         builder = _builders.get(_aliases.get(wanted, wanted))
         if builder is not None:
             network = builder(num_classes=num_classes, **arguments)
-            return network if wanted == name else with_auxiliary_heads(network)
+            return network if wanted == name else with_auxiliary_heads(network, num_classes)
     if name.startswith("timm:"):
         return TimmBackbone.create(name.removeprefix("timm:"), num_classes=num_classes, **arguments)
     if "." in name:
