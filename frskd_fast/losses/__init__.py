@@ -2,6 +2,30 @@
 
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
+from frskd_fast.losses.hsakd import (
+    HSAKDLoss,
+    HSAKDLossParts,
+    HSAKDOnlineLoss,
+    HSAKDOnlineLossParts,
+    HSAKDTeacherLoss,
+    HSAKDTeacherLossParts,
+)
+from frskd_fast.losses.kd import KDLoss, KDLossParts
 from frskd_fast.losses.sla import SLALoss, SLALossParts
 
-__all__ = ["FRSKDLoss", "FRSKDLossParts", "FitNetLoss", "OverhaulLoss", "SLALoss", "SLALossParts"]
+__all__ = [
+    "FRSKDLoss",
+    "FRSKDLossParts",
+    "FitNetLoss",
+    "HSAKDLoss",
+    "HSAKDLossParts",
+    "HSAKDOnlineLoss",
+    "HSAKDOnlineLossParts",
+    "HSAKDTeacherLoss",
+    "HSAKDTeacherLossParts",
+    "KDLoss",
+    "KDLossParts",
+    "OverhaulLoss",
+    "SLALoss",
+    "SLALossParts",
+]

@@ -141,6 +141,9 @@ class _ShuffleNet(nn.Module):
     classifier_name = "linear"
     channels: list[int]
     num_classes: int
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def stem(self, num_classes: int) -> None:
         """The first layers."""

@@ -2,12 +2,14 @@
 
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
+from .distillation import DistillationTask
 from .frskd import FRSKDTask, build_frskd
 from .linear_probe import LinearProbeTask
 from .rotation_metrics import rotation_accuracies
 
 __all__ = [
     "ClassificationTask",
+    "DistillationTask",
     "FRSKDTask",
     "FrozenTeacher",
     "LinearProbeTask",
