@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoints import LAST
+from frskd_fast.models.checkpoints import LAST
+
 from .errors import Refusal
 from .recipe_files import NEEDED, RecipeError, recipe
 from .run_folder import finished
