@@ -4,6 +4,7 @@ from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .distillation import DistillationTask
 from .frskd import FRSKDTask, build_frskd
+from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
 from .linear_probe import LinearProbeTask
 from .rotation_metrics import rotation_accuracies
 
@@ -12,6 +13,9 @@ __all__ = [
     "DistillationTask",
     "FRSKDTask",
     "FrozenTeacher",
+    "HSAKDOnlineTask",
+    "HSAKDTask",
+    "HSAKDTeacherTask",
     "LinearProbeTask",
     "Student",
     "Task",

@@ -32,6 +32,7 @@ from .panels import Panels
 from .progress import ProgressBar
 from .records import Predictions, Records
 from .run_folder import check_same_run, is_over, leave_nothing, length_matters, set_aside
+from .teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -89,9 +90,15 @@ class CommandLine(LightningCLI):
         folder = "Folder of the run: checkpoints, records, panels. null is runs/RECIPE."
         fresh = "Begin anew; what the run's folder holds is moved to a folder beside it."
         events = "Write TensorBoard events; null does so where tensorboard can be imported."
+        kept = "Folder in which a frozen teacher's outputs are kept, so that it runs in the first epoch alone."
+        maps = "Keep the teacher's feature maps there, too, which are large."
+        half = "Keep its outputs in half precision."
         parser.add_argument("--run_dir", type=str | None, default=None, help=folder)
         parser.add_argument("--fresh", type=bool, default=False, help=fresh, nargs="?", const=True)
         parser.add_argument("--tensorboard", type=bool | None, default=None, help=events)
+        parser.add_argument("--teacher_cache", type=str | None, default=None, help=kept)
+        parser.add_argument("--teacher_cache_features", type=bool, default=False, help=maps)
+        parser.add_argument("--teacher_cache_half", type=bool, default=False, help=half)
         parser.add_argument("--wandb", type=str | None, default=None, help="Weights & Biases: name of the project.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ProgressBar, "progress")
@@ -156,6 +163,12 @@ class CommandLine(LightningCLI):
         own: list[Any] = [self.beginning, Records(), Predictions()]
         if settings.get("enable_model_summary") is not False and not settings.get("fast_dev_run"):
             own.append(ModelSummary(max_depth=2))  # the networks within the task
+        if self.subcommand == "fit":
+            folder, features, half = (
+                self._get(self.config, f"teacher_cache{name}") for name in ("", "_features", "_half")
+            )
+            if folder is not None:
+                own.append(TeacherCache(folder, features=features, half=half))
         kwargs["callbacks"] = [*own, *callbacks]
         processes = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
         if processes is not None and settings.get("num_nodes") == 1:

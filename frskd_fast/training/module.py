@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,8 @@ class DistillationModule(LightningModule):
 
     Attributes:
         task: the task; its keys lead the checkpoint's `state_dict`.
+        teacher_outputs: `teacher_outputs(images, keys)` gives what a frozen teacher makes of a batch, as `TeacherCache` sets
+            it, where batches are `(images, targets, keys)`; None lets the task run its teacher.
         seed: from which, with the epoch and the position of the batch, the random numbers of each step follow.
 
     Raises:
@@ -80,6 +83,7 @@ class DistillationModule(LightningModule):
         self.has_own_student = type(student) is not Student or student.backbone is not network
         if compile:
             self.task.compile()
+        self.teacher_outputs: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
         self.seed = torch.initial_seed()
         self.training_means: MeanOfParts | None = None
         self.evaluation = MetricCollection(
@@ -150,10 +154,12 @@ class DistillationModule(LightningModule):
         """Random numbers of a step depend on the seed, the epoch, the batch and the process, not on what ran before."""
         torch.manual_seed(step_seed(self.seed, self.trainer.current_epoch, batch_idx, self.global_rank))
 
-    def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Tensor]:
         """The loss with its graph, and its parts without."""
-        images, targets = batch
-        outputs = self.task(rotate4(images) if self.turns_images else images, targets)
+        images, targets, *keys = batch
+        views = rotate4(images) if self.turns_images else images
+        kept = {} if self.teacher_outputs is None else {"teacher_outputs": self.teacher_outputs(views, *keys)}
+        outputs = self.task(views, targets, **kept)
         parts = {name: value for name, value in outputs.items() if value.dim() == 0}
         with torch.no_grad():
             measured = {

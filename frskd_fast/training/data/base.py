@@ -31,6 +31,8 @@ class ImageData(LightningDataModule):
       targets int64 (N,), or
       `(targets, targets_b, lam)` with mixup or cutmix. Validation, test and prediction receive `(images, targets)`
       with targets int64 (N,).
+    * After `hand_out_keys()` a training step receives `(images, targets, keys)`: one number for each image and each way in
+      which it may look, on the host, under which something may be kept about these pixels.
     * Every random choice of training is a function of (seed, epoch, position of the batch, rank) and of nothing else:
       no global generator, no number of workers. The training loader has `set_epoch`, `state_dict` and
       `load_state_dict`, which Lightning calls, and continues an interrupted epoch with the next batch.
@@ -107,6 +109,7 @@ class ImageData(LightningDataModule):
         self._readers: dict[Part, Reader | None] = {}
         self._loaders: weakref.WeakSet[ImageLoader] = weakref.WeakSet()  # only to end their workers
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._with_keys = False
 
     @abstractmethod
     def make_reader(self, part: Part) -> Reader | None:
@@ -190,7 +193,32 @@ class ImageData(LightningDataModule):
         if self.trainer is not None:
             # Lightning converted the batch to the trainer's precision before it was normalised.
             prepared = self.trainer.precision_plugin.convert_input(prepared)
+        if self._with_keys and batch.mixing_seed is not None:  # in training
+            return (*prepared, batch.keys)
         return prepared
+
+    def hand_out_keys(self) -> tuple[int, dict[str, Any]]:
+        """From now on training batches are `(images, targets, keys)`, keys int64 (N,) of NumPy.
+
+        Returns:
+            The number of keys, and what decides the pixels that a key stands for, as values of JSON.
+
+        Raises:
+            ValueError: where training images are random beyond a flip, so that none comes a second time.
+        """
+        reader = self.reader("train")
+        assert reader is not None
+        mixed = [name for name in ("mixup", "cutmix") if getattr(self, name)]
+        if mixed or not reader.looks:
+            what = f"mixes images ({mixed[0]})" if mixed else "crops training images at random"
+            raise ValueError(
+                f"{type(self).__name__} {what}, so no image comes a second time and nothing can be kept about it; set mixup "
+                "and cutmix to 0 and turn the random crop off (data.padding, largest_shift or augmentation; a flip may stay)."
+            )
+        self._with_keys = True
+        decisive = ("image_size", "channels", "mean", "std", "pixel_scale")
+        settings = {name: getattr(self, name) for name in decisive}
+        return reader.looks * len(reader), {"images": reader.fingerprint(), "looks": reader.looks, **settings}
 
     def _statistics_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._statistics:

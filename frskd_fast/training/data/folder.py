@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -15,7 +16,7 @@ from .augmentation import draw_resized_crops, random_resized_crop, resize_and_ce
 from .base import ImageData, Part, colour_statistics, probability, whole_number
 from .errors import CorruptImageError, DataFileError, MissingDataError
 from .layouts import LAYOUTS, Images, Listing
-from .loader import ImageBatch, Reader, Request, draw_crops_for
+from .loader import ImageBatch, Reader, Request, draw_crops_for, keys_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -207,6 +208,19 @@ class FileReader(Reader):
         """The path of the image."""
         return os.path.join(self.root, os.fsdecode(self._paths[row]))
 
+    @property
+    def looks(self) -> int:
+        if self.augmentation == "padded_crop" and not self.padding:
+            return 2 if self.flip else 1
+        return 1 if self.augmentation == "none" else 0
+
+    def fingerprint(self) -> str:
+        """Of the paths, the size and the decoder; the files are not read, so it does not see that their content changed."""
+        decoder = "torchvision" if self._decode_with_torchvision else "pil"
+        digest = hashlib.sha256(f"{self.size} {self.resize} {decoder} {self.on_corrupt} {self._paths.dtype}".encode())
+        digest.update(self._paths.tobytes())
+        return digest.hexdigest()
+
     def read(self, request: Request) -> tuple[ImageBatch, tuple[int, ...]]:
         resized = request.training and self.augmentation == "resized_crop"
         uniforms = request.draw(draw_resized_crops).tolist() if resized else None
@@ -234,7 +248,8 @@ class FileReader(Reader):
         crops = None
         if self.augmentation == "padded_crop":
             crops = draw_crops_for(request, self.padding, self.flip, self.crop_each_view)
-        return ImageBatch(images, self.labels[rows], crops, request.mixing_seed()), tuple(corrupt)
+        keys = keys_of(self.looks, numpy.array(rows, dtype=numpy.int64), crops)
+        return ImageBatch(images, self.labels[rows], crops, request.mixing_seed(), keys), tuple(corrupt)
 
     def _first_readable(self, wanted: int, corrupt: list[int], replace: bool) -> tuple[int, Image] | None:
         """The image `wanted`, or where it is corrupt and may be replaced, the next one that is not."""
