@@ -12,6 +12,8 @@ import pytest
 import torch
 from test_tasks import CLASSES, Net, PreactNet, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from frskd_fast.losses import HSAKDLoss, HSAKDOnlineLoss, HSAKDTeacherLoss, SSKDHeadLoss, SSKDLoss
 from frskd_fast.mixing import rotate4
@@ -203,6 +205,31 @@ def test_data_parallel_finds_no_unused_parameter(name: str, tmp_path: Path) -> N
     task = TASKS[name]()
     train_in_a_group_of_one(task, [views(), views()], tmp_path)
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in task.parameters())
+
+
+def test_sharded_tasks_train_and_evaluate(tmp_path: Path) -> None:
+    """FSDP2 in a group of one, whose parameters are sharded all the same."""
+    images, labels = views()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name, build in TASKS.items():
+            plain = build(channels_last=False)
+            task = copy.deepcopy(plain)
+            for network in [*task.networks(), task]:
+                fully_shard(network, mesh=mesh)
+            for each in (task, plain):
+                each(images, labels)["loss"].backward()
+            for (key, ours), theirs in zip(task.named_parameters(), plain.parameters(), strict=True):
+                assert (ours.grad is None) == (theirs.grad is None), f"{name}: {key}"
+                if ours.grad is not None:
+                    torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=f"{name}: {key}")
+            measured, wanted = (each.eval().evaluate(images[::4], labels) for each in (task, plain))
+            torch.testing.assert_close(measured, wanted)
+            torch.testing.assert_close(task.student()(images), plain.student()(images))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_evaluation_measures_heads_and_both_networks() -> None:

@@ -92,6 +92,15 @@ class Task(nn.Module):
         """The optimiser's parameter groups: one of all that trains, unless the method has settings of its own for some."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
+    def networks(self) -> list[nn.Module]:
+        """The modules with parameters that are called as wholes, inner ones first: the units in which FSDP shards.
+
+        These are the task's children and, before them, what a child has under `backbone`, which may be called without it.
+        """
+        children = [child for child in self.children() if any(True for _ in child.parameters())]
+        inner = (getattr(child, "backbone", None) for child in children)
+        return [*(module for module in inner if isinstance(module, nn.Module)), *children]
+
     def start_epoch(self, epoch: int, epochs: int | None) -> None:
         """Called before each epoch, `epoch` = 0, ..., `epochs` - 1 (None: not known), for weights that change with it.
 

@@ -12,7 +12,7 @@ from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead
 
 from .base import Task, laid_out, logits_of, one_dtype
-from .networks import check_module, check_rotated, check_same_classes, frozen_teacher
+from .networks import check_module, check_rotated, check_same_classes, frozen_teacher, upright
 
 
 class SSKDHeadTask(Task):
@@ -88,7 +88,7 @@ class SSKDHeadTask(Task):
         check_rotated(images, targets)
         logits, projections, _ = self.net(images, detach_features=True)
         parts = self.loss(projections, return_parts=True)
-        return {"loss": parts.loss, "output": logits[::4], "pretext_accuracy": parts.accuracy}
+        return {"loss": parts.loss, "output": upright(logits), "pretext_accuracy": parts.accuracy}
 
     def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """`output`, and with `evaluate_rotations` the `pretext_accuracy`, which falls with the size of the batch."""
@@ -219,7 +219,12 @@ class SSKDTask(Task):
         parts = self.loss(
             logits, teacher_logits, projections, teacher_projections, targets, return_parts=True
         )._asdict()
-        return {"loss": parts.pop("loss"), "output": logits[::4], **parts, "teacher_output": teacher_logits[::4]}
+        return {
+            "loss": parts.pop("loss"),
+            "output": upright(logits),
+            **parts,
+            "teacher_output": upright(teacher_logits),
+        }
 
     def teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's logits and projections; see `Task.teacher_outputs`."""
