@@ -12,11 +12,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import create_model
+from frskd_fast.models.checkpoints import STATE, load_backbone_weights
 from frskd_fast.tasks import Student, Task
 
 from .class_paths import Settings, build
 from .metrics import MeanOfParts
-from .weights import STATE, load_backbone_weights
 
 SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}}
 
