@@ -20,7 +20,8 @@ from training_utils import process, same_weights, small_run, steps, weights
 
 from frskd_fast import functional
 from frskd_fast.mixing import rotate4
-from frskd_fast.tasks import ClassificationTask, FrozenTeacher, Task
+from frskd_fast.models import ProjectionHead, with_auxiliary_heads
+from frskd_fast.tasks import ClassificationTask, DistillationTask, FrozenTeacher, HSAKDTask, SSKDTask, Task
 from frskd_fast.training.cli import main
 from frskd_fast.training.data import ArrayReader, CIFARData, DigitsData
 from frskd_fast.training.data.loader import Request
@@ -373,6 +374,28 @@ def test_a_compiled_step_takes_the_outputs_as_inputs_of_one_graph(tmp_path: Path
         with torch.compiler.set_stance("default" if n == 6 else "fail_on_recompile"):
             torch.testing.assert_close(task(images[: 4 * n], targets[:n], given)["loss"], loss)
     assert KeptTask.seen == before + 24, "the first time, and not within the graph"
+
+
+METHODS: dict[str, Any] = {
+    "kd": lambda network: DistillationTask(network, ToyNet()),
+    "hints": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
+    "hsakd": lambda network: HSAKDTask(network, with_auxiliary_heads(ToyNet())),
+    "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_with_a_frozen_teacher_lose_the_same_by_what_was_kept(method: str, tmp_path: Path) -> None:
+    task, images = METHODS[method](ToyNet()).train(), task_and_images()[1]
+    images = rotate4(images) if task.views == "rotations" else images
+    targets = torch.arange(6)
+    outputs = TeacherOutputs(tmp_path, task, images, samples=6, keys=10, features=True)
+    outputs(images, KEYS)
+    task.teacher.network.forward = None  # type: ignore[method-assign]
+    found = task(images, targets, outputs(images, KEYS))
+    del task.teacher.network.forward
+    for name, value in task(images, targets).items():
+        torch.testing.assert_close(found[name], value)
 
 
 def test_two_processes_fill_one_file(tmp_path: Path) -> None:
