@@ -189,6 +189,26 @@ def test_random_resized_crops_have_no_keys() -> None:
         data.hand_out_keys()
 
 
+def test_augmentation_that_nobody_knows_of_is_refused() -> None:
+    class Noisy(DigitsData):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+            images, *more = super().on_after_batch_transfer(batch, dataloader_idx)
+            return images + torch.randn_like(images), *more
+
+    class Unkeyed(ArrayReader):
+        def read(self, request: Request) -> Any:
+            batch, corrupt = super().read(request)
+            return batch._replace(keys=None), corrupt
+
+    with pytest.raises(ValueError, match="Noisy prepares batches by an on_after_batch_transfer of its own"):
+        Noisy(largest_shift=0).hand_out_keys()
+    data = DigitsData(largest_shift=0)
+    data._readers["train"] = Unkeyed(torch.zeros(4, 1, 2, 2), torch.arange(4))
+    data.hand_out_keys()
+    with pytest.raises(ValueError, match="Unkeyed was asked for keys, but its batch has none"):
+        data.on_after_batch_transfer(next(iter(data.train_dataloader())))
+
+
 def test_keys_name_rows_and_flips() -> None:
     reader = ArrayReader(torch.arange(12.0).view(4, 1, 1, 3), torch.arange(4), flip=0.5)
     data = DigitsData()

@@ -194,6 +194,11 @@ class ImageData(LightningDataModule):
             # Lightning converted the batch to the trainer's precision before it was normalised.
             prepared = self.trainer.precision_plugin.convert_input(prepared)
         if self.hands_out_keys and batch.mixing_seed is not None:  # in training
+            if batch.keys is None:
+                raise ValueError(
+                    f"{type(self.reader('train')).__name__} was asked for keys, but its batch has none; let its read() give "
+                    "the ImageBatch keys (keys_of), or its looks be 0."
+                )
             return (*prepared, batch.keys)
         return prepared
 
@@ -206,6 +211,11 @@ class ImageData(LightningDataModule):
         Raises:
             ValueError: where training images are random beyond a flip, so that none comes a second time.
         """
+        if type(self).on_after_batch_transfer is not ImageData.on_after_batch_transfer:
+            raise ValueError(
+                f"{type(self).__name__} prepares batches by an on_after_batch_transfer of its own, which may change images at "
+                "random, so nothing can be kept about them; define hand_out_keys beside it if it does not."
+            )
         reader = self.reader("train")
         assert reader is not None
         mixed = [name for name in ("mixup", "cutmix") if getattr(self, name)]
