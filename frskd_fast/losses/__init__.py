@@ -2,6 +2,27 @@
 
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
+from frskd_fast.losses.hsakd import (
+    HSAKDLoss,
+    HSAKDLossParts,
+    HSAKDOnlineLoss,
+    HSAKDOnlineLossParts,
+    HSAKDTeacherLoss,
+    HSAKDTeacherLossParts,
+)
 from frskd_fast.losses.sla import SLALoss, SLALossParts
 
-__all__ = ["FRSKDLoss", "FRSKDLossParts", "FitNetLoss", "OverhaulLoss", "SLALoss", "SLALossParts"]
+__all__ = [
+    "FRSKDLoss",
+    "FRSKDLossParts",
+    "FitNetLoss",
+    "HSAKDLoss",
+    "HSAKDLossParts",
+    "HSAKDOnlineLoss",
+    "HSAKDOnlineLossParts",
+    "HSAKDTeacherLoss",
+    "HSAKDTeacherLossParts",
+    "OverhaulLoss",
+    "SLALoss",
+    "SLALossParts",
+]
