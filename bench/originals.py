@@ -94,7 +94,7 @@ def kept(scores: Tensor, right: Tensor, ratio: float) -> Tensor:
     of wrong rows and as the end of a slice. The published code sorts ranks without an order of ties; here the row decides.
     """
     order = torch.argsort(scores, dim=1, descending=True)
-    rank = torch.argmax((order == right.unsqueeze(1)).long(), dim=1)
+    rank = (order == right[:, None]).int().argmax(1)
     wrong = torch.nonzero(rank, as_tuple=True)[0].numel()
     keep = len(rank) - wrong + int(wrong * ratio)
     return torch.sort(torch.argsort(rank, stable=True)[:keep])[0]
@@ -113,8 +113,7 @@ def sskd(
     log_p_turned = F.log_softmax(student_logits[turned] / CLASS_TEMPERATURE, dim=1)
     p_upright = F.softmax(teacher_logits[upright] / CLASS_TEMPERATURE, dim=1)
     p_turned = F.softmax(teacher_logits[turned] / CLASS_TEMPERATURE, dim=1)
-    classes = targets.unsqueeze(1).expand(-1, VIEWS - 1).contiguous().view(-1)
-    kept_turned = kept(p_turned, classes, 1.0)
+    kept_turned = kept(p_turned, targets.repeat_interleave(VIEWS - 1), 1.0)
 
     similarity = similarities(student_projections[upright], student_projections[turned])
     teacher_similarity = similarities(teacher_projections[upright], teacher_projections[turned]).detach()
@@ -133,8 +132,7 @@ def sskd(
 
 def own_columns(similarity: Tensor) -> Tensor:
     """The column of the image that each turned row was made of."""
-    images = torch.arange(similarity.shape[1], device=similarity.device)
-    return images.unsqueeze(1).expand(-1, VIEWS - 1).contiguous().view(-1)
+    return torch.arange(similarity.shape[1], device=similarity.device).repeat_interleave(VIEWS - 1)
 
 
 def sskd_head(projections: Tensor) -> Tensor:
