@@ -25,10 +25,12 @@ from training_utils import PLAIN, SCHEDULES, epochs, same_weights, small_run, st
 import frskd_fast.losses
 import frskd_fast.tasks
 import frskd_fast.training
+from frskd_fast.mixing import rotate4
 from frskd_fast.models import wrn16x2
-from frskd_fast.tasks import Student
+from frskd_fast.tasks import Student, rotation_accuracies
 from frskd_fast.training.class_paths import build
 from frskd_fast.training.cli import expanded, main, run
+from frskd_fast.training.data import DigitsData
 from frskd_fast.training.export import load_student
 from frskd_fast.training.module import DistillationModule
 from frskd_fast.training.panels import draw_attention
@@ -336,3 +338,31 @@ def test_recipes_name_their_parts_by_class() -> None:
     for name in recipe_names():
         settings = recipe(name)
         assert {"class_path"} <= settings["task"].keys() & settings["optimizer"].keys() & settings["data"].keys()
+
+
+class MeasuringTask(ToyTask):
+    """Measures how many of the rotated images it takes for what they are, from the passes that give its output."""
+
+    def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        assert not self.training and not torch.is_grad_enabled()
+        output = self(rotate4(images))["output"]
+        return {"output": output[::4], **rotation_accuracies(output, [output.repeat(1, 4)], targets)}
+
+
+def test_a_task_may_measure_more_than_accuracy(tmp_path: Path) -> None:
+    """Means over images, also where the last batch is a smaller one."""
+    plain, more = tmp_path / "plain", tmp_path / "more"
+    settings: dict[str, Any] = {"model": {"backbone": "ToyNet"}, "data": {"init_args": {"evaluation_batch_size": 170}}}
+    for folder, task in ((plain, "toy_method.ToyTask"), (more, "test_any_task.MeasuringTask")):
+        words = small_recipe(folder, task={"class_path": task}, **settings)
+        assert main([*words, "--trainer.max_epochs", "1"]) == 0
+    names = {"rotation_class_accuracy", "rotation_class_accuracy_1", "joint_accuracy_1"}
+    (before,), (row,) = epochs(plain), epochs(more)
+    assert {name: row[name] for name in before} == before
+    assert row.keys() - before.keys() == {f"validation/{name}" for name in names}
+    module = DistillationModule.load_from_checkpoint(more / "last.ckpt", map_location="cpu").eval()
+    data = DigitsData(as_rgb=True, evaluate_on="test", evaluation_batch_size=2000)
+    images, targets = data.on_after_batch_transfer(next(iter(data.test_dataloader())))
+    classes = module(rotate4(images)).argmax(1).view(-1, 4)
+    expected = (classes == targets[:, None]).double().mean()
+    assert float(row["validation/rotation_class_accuracy"]) == pytest.approx(float(expected))

@@ -10,6 +10,7 @@ from frskd_fast.losses.hsakd import (
     HSAKDTeacherLoss,
     HSAKDTeacherLossParts,
 )
+from frskd_fast.losses.kd import KDLoss, KDLossParts
 from frskd_fast.losses.sla import SLALoss, SLALossParts
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "HSAKDOnlineLossParts",
     "HSAKDTeacherLoss",
     "HSAKDTeacherLossParts",
+    "KDLoss",
+    "KDLossParts",
     "OverhaulLoss",
     "SLALoss",
     "SLALossParts",

@@ -11,30 +11,72 @@ from .adapters import (
     TimmBackbone,
     adapt_backbone,
 )
+from .auxiliary import AuxiliaryClassifier, AuxiliaryNetwork, remaining_stages, with_auxiliary_heads
+from .checkpoints import CheckpointError, load_backbone_weights
+from .cifar_resnet import (
+    CIFARResNet,
+    cifar_resnet50,
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet44,
+    resnet56,
+    resnet110,
+)
+from .mobilenet import MobileNetV2, mobilenetv2
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
+from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from .teachers import load_teacher
 from .wide_resnet import WideResNet, wrn16x2
 
 __all__ = [
     "AdaptedBackbone",
+    "AuxiliaryClassifier",
+    "AuxiliaryNetwork",
     "BiFPN",
     "BiFPNc",
+    "CIFARResNet",
+    "CheckpointError",
     "ExtractorBackbone",
     "HookedBackbone",
+    "MobileNetV2",
     "OutputBackbone",
     "ProjectionHead",
     "ResNet",
+    "ShuffleNetV1",
+    "ShuffleNetV2",
     "TimmBackbone",
     "WideResNet",
     "adapt_backbone",
+    "cifar_resnet50",
     "cifarresnet18",
     "create_model",
     "list_models",
+    "load_backbone_weights",
+    "load_teacher",
+    "mobilenetv2",
     "register_model",
+    "remaining_stages",
+    "resnet8",
+    "resnet8x4",
+    "resnet14",
     "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet32x4",
     "resnet34",
+    "resnet44",
     "resnet50",
+    "resnet56",
+    "resnet110",
+    "shufflenetv1",
+    "shufflenetv2",
+    "with_auxiliary_heads",
     "wrn16x2",
 ]

@@ -5,20 +5,35 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from .adapters import TimmBackbone, adapt_backbone
+from .auxiliary import with_auxiliary_heads
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
+_aliases: dict[str, str] = {}
 
 
-def register_model(builder: Builder) -> Builder:
+@overload
+def register_model(builder: Builder) -> Builder: ...
+@overload
+def register_model(*, aliases: Sequence[str]) -> Callable[[Builder], Builder]: ...
+
+
+def register_model(
+    builder: Builder | None = None, *, aliases: Sequence[str] = ()
+) -> Builder | Callable[[Builder], Builder]:
     """Decorate a function or class, called with `num_classes`, that `create_model` shall know by its name.
+
+    Args:
+        builder: the function or class.
+        aliases: other names that `create_model` accepts and `list_models` does not show.
 
     Raises:
         ValueError: when another one has the name.
@@ -31,21 +46,30 @@ def register_model(builder: Builder) -> Builder:
         >>> list_models("*docstring")
         ['wrn16x2_for_a_docstring']
     """
-    name = builder.__name__
-    known = _builders.setdefault(name, builder)
-    if (known.__module__, known.__qualname__) != (builder.__module__, builder.__qualname__):
-        raise ValueError(f"a model called {name!r} is registered by {known.__module__}, but each name was wanted once.")
-    _builders[name] = builder
-    return builder
+
+    def register(builder: Builder) -> Builder:
+        name = builder.__name__
+        known = _builders.get(name, builder)
+        if (known.__module__, known.__qualname__) != (builder.__module__, builder.__qualname__) or name in _aliases:
+            owner = known.__module__ if name in _builders else _builders[_aliases[name]].__module__
+            raise ValueError(f"a model called {name!r} is registered by {owner}, but each name was wanted once.")
+        for alias in aliases:
+            if alias in _builders or _aliases.get(alias, name) != name:
+                raise ValueError(f"{alias!r} is an alias of {name!r}, but another model has that name.")
+        _builders[name] = builder
+        _aliases.update(dict.fromkeys(aliases, name))
+        return builder
+
+    return register if builder is None else register(builder)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of the registered networks that match `pattern`, sorted.
+    """The names of the registered networks that match `pattern`, sorted. Each may get the suffix `_aux` in `create_model`.
 
     Example:
         >>> from frskd_fast.models import list_models
-        >>> list_models("resnet*")
-        ['resnet18', 'resnet34', 'resnet50']
+        >>> list_models("resnet8*")
+        ['resnet8', 'resnet8x4']
     """
     return sorted(fnmatch.filter(_builders, pattern))
 
@@ -54,13 +78,15 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
     """model = the network called `name`, with `num_classes` logits: `model(images) -> (features, logits)`.
 
     Args:
-        name: one of `list_models()`; or "timm:NAME" for a network of timm (installed by the extra `timm`); or the import path
-            of a function or class, "package.module.name".
+        name: one of `list_models()`, or its spelling in the original code (`ResNet50` is `cifar_resnet50`); or "timm:NAME" for
+            a network of timm (installed by the extra `timm`); or the import path of a function or class,
+            "package.module.name". A registered name with the suffix `_aux` gives that network with HSAKD's auxiliary heads.
         num_classes: number of logits K.
         arguments: further keyword arguments of the network.
 
     Returns:
-        A module `(images) -> (features, logits)`. What an import path gives is adapted where it has no `channels`.
+        A module `(images) -> (features, logits)`. What an import path gives is adapted where it has no `channels`. With
+        `_aux` an `AuxiliaryNetwork`, `(images) -> (logits, auxiliary logits)`.
 
     Raises:
         ValueError: when no such network is known, naming those that are spelt alike.
@@ -71,19 +97,22 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
         >>> create_model("wrn16x2", 10).channels
         [32, 64, 128]
     """
-    if name in _builders:
-        return _builders[name](num_classes=num_classes, **arguments)
+    for wanted in (name, name.removesuffix("_aux")):
+        builder = _builders.get(_aliases.get(wanted, wanted))
+        if builder is not None:
+            network = builder(num_classes=num_classes, **arguments)
+            return network if wanted == name else with_auxiliary_heads(network)
     if name.startswith("timm:"):
         return TimmBackbone.create(name.removeprefix("timm:"), num_classes=num_classes, **arguments)
     if "." in name:
-        builder = imported(name, "backbone ", "a function or class that is called with num_classes,")
-        network = builder(num_classes=num_classes, **arguments)
+        imported_builder = imported(name, "backbone ", "a function or class that is called with num_classes,")
+        network = imported_builder(num_classes=num_classes, **arguments)
         if not isinstance(network, nn.Module):
             raise TypeError(f"backbone gave a {type(network).__name__}, but a torch.nn.Module was wanted.")
         return network if hasattr(network, "channels") else adapt_backbone(network)
-    alike = difflib.get_close_matches(name, _builders, n=3)
+    alike = difflib.get_close_matches(name, [*_builders, *_aliases], n=3)
     raise ValueError(
-        f"backbone is {name!r}, but one of {', '.join(_builders)} was wanted, or 'timm:NAME' for a network of timm, or an "
+        f"backbone is {name!r}, but one of {', '.join(sorted(_builders))} was wanted, or 'timm:NAME' for a network of timm, or an "
         "import path such as 'mypackage.networks.MyNet'"
         + (f"; did you mean {' or '.join(map(repr, alike))}?" if alike else ".")
     )
@@ -108,3 +137,10 @@ def imported(path: str, argument: str = "", wanted: str = "a function or class")
             f"{argument}{path!r} cannot be imported ({error}); give the path of {wanted} in a package that Python finds "
             "(its folder may have to be in PYTHONPATH)."
         ) from error
+
+
+def makes(path: str, kind: type) -> bool:
+    """Whether the class with this import path is a `kind`, or the function says that it returns one."""
+    function = imported(path)
+    made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
+    return isinstance(made, type) and issubclass(made, kind)

@@ -13,19 +13,13 @@ from torch import Tensor, nn
 from frskd_fast.ops._checks import check_positive_integer
 
 from ._checks import check_images
+from ._initialisers import initialise_convolutions
+from .auxiliary import AuxiliaryClassifier, remaining_stages
 from .registry import register_model
+from .residual_blocks import shortcut
 
 # Up to this many pixels a side, a stem that divides the size by four leaves almost nothing to the last stages.
 SMALL_IMAGE_SIDE = 64
-
-
-def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """1x1 convolution and BatchNorm where a block changes the shape, None where the identity will do."""
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
 
 
 class BasicBlock(nn.Module):
@@ -87,6 +81,7 @@ class ResNet(nn.Module):
 
     Attributes:
         channels: channels of each feature map, finest first; build the self-teacher with it.
+        classifier_name: name of the linear layer, "fc".
 
     Calling `model(images, preact=False)` with images (N, 3, H, W), floating point, returns `(features, logits)`:
     four maps (N, channels[l], H_l, W_l), the sizes halving (rounded up) from H for the CIFAR stem and from H / 4 for
@@ -134,24 +129,29 @@ class ResNet(nn.Module):
         else:
             self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self._stage(block, 64, 64, layers[0], stride=1)
-        self.layer2 = self._stage(block, self.channels[0], 128, layers[1], stride=2)
-        self.layer3 = self._stage(block, self.channels[1], 256, layers[2], stride=2)
-        self.layer4 = self._stage(block, self.channels[2], 512, layers[3], stride=2)
+        self._block, self._layers = block, layers
+        self.layer1 = self._stage(0, 64, stride=1)
+        self.layer2 = self._stage(1, self.channels[0], stride=2)
+        self.layer3 = self._stage(2, self.channels[1], stride=2)
+        self.layer4 = self._stage(3, self.channels[2], stride=2)
+        self.classifier_name = "fc"
         self.fc = nn.Linear(self.channels[3], num_classes)
 
         # The CIFAR network keeps PyTorch's own initialisation, as the original does.
         if stem == "imagenet":
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            initialise_convolutions(self)
 
-    @staticmethod
-    def _stage(
-        block: type[BasicBlock] | type[Bottleneck], in_channels: int, planes: int, blocks: int, stride: int
-    ) -> nn.Sequential:
-        first = block(in_channels, planes, stride)
-        return nn.Sequential(first, *(block(planes * block.expansion, planes) for _ in range(blocks - 1)))
+    def _stage(self, level: int, in_channels: int, stride: int) -> nn.Sequential:
+        block, channels, count = self._block, self.channels[level], self._layers[level]
+        planes = channels // block.expansion
+        return nn.Sequential(block(in_channels, planes, stride), *(block(channels, planes) for _ in range(count - 1)))
+
+    def build_auxiliary_classifier(self, num_classes: int) -> AuxiliaryClassifier:
+        """HSAKD's heads: head l repeats the stages after l, the last one the last stage at stride 1."""
+        extractors = remaining_stages(self.channels, self._stage)
+        classifier = AuxiliaryClassifier(extractors, self.channels[-1], num_classes, final_relu=True)
+        initialise_convolutions(classifier)
+        return classifier
 
     def _warn_of_small_images(self, height: int, width: int) -> None:
         if self._warned_of_small_images or min(height, width) > SMALL_IMAGE_SIDE:
@@ -198,7 +198,7 @@ def cifarresnet18(num_classes: int = 100) -> ResNet:
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, stem="cifar")
 
 
-@register_model
+@register_model(aliases=["resnet18_imagenet"])
 def resnet18(num_classes: int = 1000) -> ResNet:
     """ResNet-18 for 224 x 224 images, with torchvision's parameter names.
 
@@ -209,7 +209,7 @@ def resnet18(num_classes: int = 1000) -> ResNet:
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, stem="imagenet")
 
 
-@register_model
+@register_model(aliases=["resnet34_imagenet"])
 def resnet34(num_classes: int = 1000) -> ResNet:
     """ResNet-34 for 224 x 224 images, with torchvision's parameter names.
 
@@ -220,7 +220,7 @@ def resnet34(num_classes: int = 1000) -> ResNet:
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, stem="imagenet")
 
 
-@register_model
+@register_model(aliases=["resnet50_imagenet"])
 def resnet50(num_classes: int = 1000) -> ResNet:
     """ResNet-50 for 224 x 224 images (stride on the 3x3 convolution), with torchvision's parameter names.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from frskd_fast.ops._checks import check_positive_integer
 
 from ._checks import check_images
+from ._initialisers import initialise_convolutions
 from .registry import register_model
 
 
@@ -61,6 +62,7 @@ class WideResNet(nn.Module):
 
     Attributes:
         channels: channels of each feature map, finest first; build the self-teacher with it.
+        classifier_name: name of the linear layer, "fc".
 
     Calling `model(images, preact=False)` with images (N, 3, H, W), floating point, returns `(features, logits)`:
     three maps (N, channels[l], H_l, W_l), the sizes halving (rounded up) from H, and logits (N, K). With
@@ -111,12 +113,10 @@ class WideResNet(nn.Module):
         self.block3bn = nn.BatchNorm2d(self.channels[2])
         # Unused, see "Differences from the original"; checkpoints carry it.
         self.bn1 = nn.BatchNorm2d(self.channels[2]).requires_grad_(False)
+        self.classifier_name = "fc"
         self.fc = nn.Linear(self.channels[2], num_classes)
 
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                # Standard deviation sqrt(2 / (kernel area * output channels)).
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
         """The BatchNorm that makes each pre-activation feature map, finest first, for overhaul margins.

@@ -2,6 +2,17 @@
 
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
+from .distillation import DistillationTask
 from .frskd import FRSKDTask, build_frskd
+from .rotation_metrics import rotation_accuracies
 
-__all__ = ["ClassificationTask", "FRSKDTask", "FrozenTeacher", "Student", "Task", "build_frskd"]
+__all__ = [
+    "ClassificationTask",
+    "DistillationTask",
+    "FRSKDTask",
+    "FrozenTeacher",
+    "Student",
+    "Task",
+    "build_frskd",
+    "rotation_accuracies",
+]

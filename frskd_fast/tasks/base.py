@@ -70,6 +70,24 @@ class Task(nn.Module):
         """
         return None
 
+    def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What validation and test measure of one batch, in evaluation mode and without gradients.
+
+        A method with more to measure than its student's accuracy overrides this, with a switch where it costs more passes
+        through a network. `rotation_accuracies` in `frskd_fast.tasks.rotation_metrics` names what learns from rotations.
+
+        Args:
+            images: (N, C, H, W), plain ones, whatever `views` is.
+            targets: class indices (N,).
+
+        Returns:
+            `output`, the student's logits (N, K), of which the trainer measures `accuracy` and more; besides, scalars under
+            the names of further metrics: means over the batch, which the trainer averages by images.
+        """
+        # Called, not `forward`: that reaches what was compiled or sharded. Do it once first where networks are called apart.
+        outputs: dict[str, Tensor] = self(images)
+        return {"output": outputs["output"]}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups: one of all that trains, unless the method has settings of its own for some."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]

@@ -18,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .weights import SHARDED, brief
+from frskd_fast.models.checkpoints import LAST, PREVIOUS, SHARDED, brief
 
-LAST, PREVIOUS, BEST, INCOMING = "last.ckpt", "previous.ckpt", "best.ckpt", "incoming.ckpt"
+BEST, INCOMING = "best.ckpt", "incoming.ckpt"
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | memoryview) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -64,10 +63,3 @@ def paths_in(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping) and "class_path" in value:
         yield class_path(value)
         yield from paths_in(list(arguments_in(value).values()))
-
-
-def makes(path: str, kind: type) -> bool:
-    """Whether the class with this import path is a `kind`, or the function says that it returns one."""
-    function = imported(path)
-    made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
-    return isinstance(made, type) and issubclass(made, kind)

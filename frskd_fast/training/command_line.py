@@ -32,13 +32,12 @@ from .panels import Panels
 from .progress import ProgressBar
 from .records import Predictions, Records
 from .run_folder import check_same_run, leave_nothing, length_matters, set_aside
-from .weights import ExportError
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 # What constructors and readers raise of wrong settings.
-MISTAKES = (ValueError, TypeError, ImportError, FileNotFoundError, MisconfigurationException, ExportError)
+MISTAKES = (ValueError, TypeError, ImportError, FileNotFoundError, MisconfigurationException)
 # The parts that the module builds, by their classes.
 CLASSES: dict[str, Any] = {"task": Task, "optimizer": Optimizer, "lr_scheduler": LRSchedulerTypeTuple}
 

@@ -17,12 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from frskd_fast.models import create_model
+from frskd_fast.models.checkpoints import STATE, load_file, load_weights
+from frskd_fast.models.registry import makes
+from frskd_fast.models.teachers import described
 from frskd_fast.tasks import Student
 
-from .class_paths import build, makes, paths_in
-from .weights import STATE, ExportError, classes_in, load_backbone_weights, load_file
+from .class_paths import build, paths_in
 
 FORMATS = (".safetensors", ".pt2", ".onnx")
+
+
+class ExportError(Exception):
+    """What kept the student from being exported, as a sentence."""
 
 
 @dataclass(frozen=True)
@@ -63,36 +69,31 @@ def load_student(
     Raises:
         ExportError: as a sentence.
     """
-    content = load_file(path)
-    settings = content.get("hyper_parameters", {})
-    state = content[STATE] if isinstance(content.get(STATE), Mapping) else {}
-    about = state.get("images", {})
-    arguments = {} if backbone else settings.get("backbone_args") or {}
-    name = backbone or settings.get("backbone")
-    if name is None:
-        raise ExportError(f"The checkpoint {path} does not say which network it holds; give --backbone a name.")
     try:
-        classes = num_classes or settings.get("num_classes") or classes_in(content, create_model(name, **arguments))
-        if classes is None:
-            raise ExportError(f"The number of classes in {path} was not found; give --num_classes.")
-        network = create_model(name, int(classes), **arguments)
+        content = load_file(path)
+        found = described(content, path, backbone, num_classes, options=("--backbone", "--num_classes"))
+        network = create_model(found.name, found.num_classes, **found.arguments)
+        settings = content.get("hyper_parameters", {})
+        state = content[STATE] if isinstance(content.get(STATE), Mapping) else {}
+        about = state.get("images", {})
+        name = found.name
+        if state.get("own_student") and backbone is None:
+            student = _own_student(content, network)
+            name = name if student.backbone is network else type(student.backbone).__name__
+        else:
+            load_weights(network, content, path)
+            # Runs of earlier versions have it among their settings.
+            student = Student(network, bool(state.get("channels_last", settings.get("channels_last", False))))
     except (ValueError, TypeError, ImportError) as error:
         raise ExportError(str(error)) from error
-    if state.get("own_student") and backbone is None:
-        student = _own_student(content, network)
-        name = name if student.backbone is network else type(student.backbone).__name__
-    else:
-        load_backbone_weights(network, path)
-        # Runs of earlier versions have it among their settings.
-        student = Student(network, bool(state.get("channels_last", settings.get("channels_last", False))))
     if size is None:
         size = about.get("size") or (224 if name in ("resnet18", "resnet34", "resnet50") else 32)
     sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return Export(
         student.eval(),
         name,
-        arguments,
-        int(classes),
+        found.arguments,
+        found.num_classes,
         int(channels or about.get("channels") or 3),
         sides,
         tuple(about.get("mean", ())),
@@ -184,6 +185,7 @@ def _safetensors(exported: Export, path: Path, images: Tensor) -> Any:
     metadata = {
         "format": "pt",
         "backbone": exported.backbone,
+        "backbone_args": json.dumps(dict(exported.backbone_args)),
         "num_classes": str(exported.num_classes),
         "input": json.dumps(
             {"channels": exported.channels, "size": exported.size, "mean": exported.mean, "std": exported.std}

@@ -12,11 +12,11 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import create_model
+from frskd_fast.models.checkpoints import STATE, load_backbone_weights
 from frskd_fast.tasks import Student, Task
 
 from .class_paths import Settings, build
 from .metrics import MeanOfParts
-from .weights import STATE, load_backbone_weights
 
 SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}}
 
@@ -92,7 +92,8 @@ class DistillationModule(LightningModule):
             },
             compute_groups=False,
         )
-        self.evaluation_loss = MeanOfParts(["loss"])
+        # The loss, and what the task measures besides; the names are known after the first batch.
+        self.evaluation_means: MeanOfParts | None = None
         # What goes into checkpoints, so that an export knows the student's input.
         self.images: dict[str, Any] = {}
 
@@ -194,15 +195,22 @@ class DistillationModule(LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, targets = batch
-        logits = self.task(images)["output"].float()
+        measured = dict(self.task.evaluate(images, targets))
+        logits = measured.pop("output").float()
         self.evaluation.update(logits, targets)
-        self.evaluation_loss.update([nn.functional.cross_entropy(logits, targets)], images.shape[0])
+        measured = {"loss": nn.functional.cross_entropy(logits, targets), **measured}
+        if self.evaluation_means is None:
+            self.evaluation_means = MeanOfParts(list(measured)).to(images.device)
+        self.evaluation_means.update(list(measured.values()), images.shape[0])
 
     def _log_evaluation(self, stage: str) -> None:
-        values = {**self.evaluation.compute(), "loss": self.evaluation_loss.compute().reshape(())}
+        values: dict[str, Any] = dict(self.evaluation.compute())
+        if self.evaluation_means is not None:
+            means = self.evaluation_means.compute().reshape(-1).unbind()
+            values.update(zip(self.evaluation_means.names, means, strict=True))
+            self.evaluation_means.reset()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
         self.evaluation.reset()
-        self.evaluation_loss.reset()
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the task's parameters, and the schedule."""

@@ -1,0 +1,148 @@
+"""MobileNetV2 of half width for 32 x 32 images, as RepDistiller, SSKD and HSAKD use it.
+
+Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from frskd_fast.ops._checks import check_positive_integer
+
+from ._checks import check_images
+from .registry import register_model
+
+# Expansion, channels (already halved), blocks and stride of each group.
+GROUPS = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
+# The groups whose maps are handed out: the last of each size.
+HANDED_OUT = (1, 2, 4, 6)
+HEAD_CHANNELS = 1280
+
+
+def convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    """x -> relu(bn(conv(x)))."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class InvertedResidual(nn.Module):
+    """x -> bn(conv1x1(depthwise3x3(conv1x1(x)))), with BatchNorm and ReLU between; plus x where the shape stays."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = in_channels * expansion
+        self.residual = stride == 1 and in_channels == out_channels
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_channels, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return x + out if self.residual else out
+
+
+def group(in_channels: int, out_channels: int, blocks: int, stride: int, expansion: int) -> nn.Sequential:
+    """`blocks` inverted residuals, the first with the stride and the change of channels."""
+    return nn.Sequential(
+        InvertedResidual(in_channels, out_channels, stride, expansion),
+        *(InvertedResidual(out_channels, out_channels, 1, expansion) for _ in range(blocks - 1)),
+    )
+
+
+def initialise(network: nn.Module) -> None:
+    """Convolutions N(0, 2 / (kernel area * output channels)), linear layers N(0, 0.01^2) without bias."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            area = module.kernel_size[0] * module.kernel_size[1]
+            nn.init.normal_(module.weight, std=math.sqrt(2.0 / (area * module.out_channels)))
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+
+
+class MobileNetV2(nn.Module):
+    """features = the last maps of each size among seven groups of blocks; logits = classifier(mean of conv2(last map)).
+
+    Args:
+        num_classes: number of logits, K.
+        stem_stride: stride of the first convolution: 2 in RepDistiller and SSKD, 1 in HSAKD. The parameters are the same.
+
+    Attributes:
+        channels: channels of each feature map, finest first.
+        classifier_name: name of the last linear layer.
+        other_names: names that layers have in other programs' checkpoints.
+
+    Calling `model(images, preact=False)` with images (N, 3, H, W), floating point, returns `(features, logits)`: four maps
+    (N, channels[l], H_l, W_l), the sizes halving (rounded up) from H / stem_stride, and logits (N, K). A block ends in its
+    BatchNorm, so `preact=True` changes nothing.
+
+    Raises:
+        ValueError, TypeError: on images of another rank, channel count or integer type; on other strides than 1 and 2.
+
+    Differences from the original:
+        * Averaging covers the whole last map, so any image size works; the original's 2x2 window needs 32 x 32 images.
+        * It prints nothing on construction, and the stem's map is not among the features.
+
+    Example:
+        >>> import torch
+        >>> features, logits = MobileNetV2(num_classes=7)(torch.zeros(2, 3, 32, 32))
+        >>> [tuple(feature.shape) for feature in features], tuple(logits.shape)
+        ([(2, 12, 16, 16), (2, 16, 8, 8), (2, 48, 4, 4), (2, 160, 2, 2)], (2, 7))
+
+    Source: Sandler et al., CVPR 2018, at half width with ReLU for ReLU6, as in the releases of RepDistiller, SSKD and
+    HSAKD.
+    """
+
+    classifier_name = "classifier"
+    other_names: ClassVar = {"classifier.0": "classifier"}  # RepDistiller, mdistiller
+
+    def __init__(self, num_classes: int = 100, stem_stride: int = 2) -> None:
+        super().__init__()
+        check_positive_integer("num_classes", num_classes)
+        if stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride is {stem_stride!r}, but 1 (HSAKD) or 2 (RepDistiller, SSKD) was wanted.")
+        self.num_classes = num_classes
+        self.channels = [GROUPS[position][1] for position in HANDED_OUT]
+        in_channels = 16
+        self.conv1 = convolution(3, in_channels, 3, stem_stride)
+        self.blocks = nn.ModuleList()
+        for expansion, channels, blocks, stride in GROUPS:
+            self.blocks.append(group(in_channels, channels, blocks, stride, expansion))
+            in_channels = channels
+        self.conv2 = convolution(in_channels, HEAD_CHANNELS, 1)
+        self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
+        initialise(self)
+
+    def forward(self, images: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
+        check_images(images, 3)
+        x = self.conv1(images)
+        features = []
+        for position, blocks in enumerate(self.blocks):
+            x = blocks(x)
+            if position in HANDED_OUT:
+                features.append(x)
+        return features, self.classifier(self.conv2(x).mean(dim=(2, 3)))
+
+
+@register_model
+def mobilenetv2(num_classes: int = 100, stem_stride: int = 2) -> MobileNetV2:
+    """MobileNetV2 of half width for 32 x 32 images: 812,836 parameters for 100 classes. `stem_stride`: see `MobileNetV2`.
+
+    Example:
+        >>> mobilenetv2(num_classes=10).channels
+        [12, 16, 48, 160]
+    """
+    return MobileNetV2(num_classes, stem_stride)

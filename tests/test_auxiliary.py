@@ -1,0 +1,280 @@
+"""HSAKD's auxiliary heads: the original's layouts and numbers, and heads for networks that have none of their own."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import toy_method
+from golden_utils import fill_parameters, load_golden, state_dict_layout
+from test_zoo import parameter_names, standard_deviations, thinned
+from torch import Tensor, nn
+
+from frskd_fast.models import (
+    AuxiliaryClassifier,
+    AuxiliaryNetwork,
+    HookedBackbone,
+    adapt_backbone,
+    create_model,
+    with_auxiliary_heads,
+)
+
+# Name of the original, as create_model takes it -> parameters of backbone and heads for 100 (ImageNet: 1000) classes.
+NETWORKS = {
+    "resnet20_aux": (278_324, 762_992),
+    "resnet56_aux": (861_620, 2_206_064),
+    "resnet8x4_aux": (1_233_540, 3_557_296),
+    "resnet32x4_aux": (7_433_860, 18_907_056),
+    "ResNet50_aux": (23_705_252, 76_976_704),
+    "resnet18_imagenet_aux": (11_689_512, 47_555_456),
+    "resnet34_imagenet_aux": (21_797_672, 76_474_240),
+    "resnet50_imagenet_aux": (25_557_032, 106_482_304),
+}
+WITH_NUMBERS = ["resnet8x4_aux"]
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layout_is_the_originals(name: str) -> None:
+    classes = 1000 if "imagenet" in name else 100
+    with torch.device("meta"):
+        network: Any = create_model(name, classes)
+    layout = state_dict_layout(f"HSAKD {name}")
+    assert [(key, list(value.shape)) for key, value in network.state_dict().items()] == list(layout.items())
+    assert [key for key, _ in network.named_parameters()] == parameter_names(layout)
+    assert (parameter_count(network.backbone), parameter_count(network.auxiliary_classifier)) == NETWORKS[name]
+
+
+@pytest.mark.parametrize("name", WITH_NUMBERS)
+def test_a_network_meets_the_originals_numbers(name: str) -> None:
+    golden = load_golden(f"hsakd_net_{name}")
+    network: Any = create_model(name, 10)
+    fill_parameters(network)
+    network.double()
+    seen: list[list[Tensor]] = []
+    network.auxiliary_classifier.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    images = golden["images"].double()
+    with torch.no_grad():
+        found = network(images)
+        in_eval = network.eval()(images)
+    for prefix, (logits, auxiliary_logits) in (("", found), ("eval_", in_eval)):
+        if f"{prefix}logits" not in golden:
+            continue
+        torch.testing.assert_close(logits, golden[f"{prefix}logits"], rtol=1e-9, atol=1e-11)
+        assert f"{prefix}aux_logits.{len(auxiliary_logits)}" not in golden
+        for head, values in enumerate(auxiliary_logits):
+            torch.testing.assert_close(values, golden[f"{prefix}aux_logits.{head}"], rtol=1e-9, atol=1e-11)
+    if "feat.0" in golden:
+        assert f"feat.{len(seen[0])}" not in golden
+        for level, feature in enumerate(seen[0]):
+            torch.testing.assert_close(thinned(feature), golden[f"feat.{level}"], rtol=1e-9, atol=1e-11)
+            total = feature.abs().sum(dim=(1, 2, 3))
+            torch.testing.assert_close(total, golden[f"feat_abs_sum.{level}"], rtol=1e-9, atol=0)
+
+
+# The linear layers: whether their bias starts at 0, and whether their weights are PyTorch's uniform ones.
+@pytest.mark.parametrize(("name", "zero_bias"), [("resnet20_aux", True), ("cifar_resnet50_aux", False)])
+def test_initialisers(name: str, zero_bias: bool) -> None:
+    torch.manual_seed(0)
+    classifier: Any = create_model(name, 20).auxiliary_classifier
+    deviations = standard_deviations(classifier)
+    assert len(deviations) > 4
+    for found, wanted in deviations:
+        assert found == pytest.approx(wanted, rel=0.05)
+    limit = classifier.fc1.in_features**-0.5
+    assert 0.95 * limit < float(classifier.fc1.weight.detach().abs().max()) <= limit
+    assert (float(classifier.fc1.bias.detach().abs().max()) == 0) == zero_bias
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "cifarresnet18"])
+def test_a_step_gives_every_parameter_a_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the ImageNet stem and small images
+        network: Any = create_model(f"{name}_aux", 3)
+        logits, auxiliary_logits = network(torch.randn(4, 3, 32, 32))
+    assert network.num_classes == 3 and network.heads == len(auxiliary_logits) == len(network.backbone.channels)
+    assert logits.shape == (4, 3) and all(head.shape == (4, 12) for head in auxiliary_logits)
+    joint = torch.arange(4)
+    (F.cross_entropy(logits, joint % 3) + sum(F.cross_entropy(head, joint) for head in auxiliary_logits)).backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("through_call", [True, False])
+def test_detached_features_keep_the_heads_from_the_backbone(through_call: bool) -> None:
+    network: Any = create_model("resnet8_aux", 3)
+    images = torch.randn(2, 3, 8, 8)
+    if through_call:
+        _, auxiliary_logits = network(images, detach_features=True)
+    else:
+        network.detach_features = True
+        logits, auxiliary_logits = network(images)
+        assert logits.requires_grad
+        kept = network(images, detach_features=False)[1]
+        assert kept[0].grad_fn is not None and torch.autograd.grad(kept[0].sum(), network.backbone.conv1.weight)
+    sum(head.sum() for head in auxiliary_logits).backward()
+    assert all(parameter.grad is None for parameter in network.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in network.auxiliary_classifier.parameters())
+
+
+def test_one_graph() -> None:
+    network = create_model("resnet8_aux", 3).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found = torch.compile(network, fullgraph=True, backend="aot_eager")(images)
+        torch.testing.assert_close(found, network(images))
+
+
+# Networks without heads of their own
+
+
+class Torchvision(nn.Module):
+    """layer1 to layer3 in torchvision's form: blocks that keep the shape behind one that does not."""
+
+    def __init__(self, blocks: int = 3, stem: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1)
+        channels = [stem, 4, 8, 16]
+        for level in (1, 2, 3):
+            first = self.block(channels[level - 1], channels[level], 1 if level == 1 else 2)
+            others = (self.block(channels[level], channels[level], 1) for _ in range(blocks - 1))
+            self.add_module(f"layer{level}", nn.Sequential(first, *others))
+        self.fc = nn.Linear(16, 5)
+
+    @staticmethod
+    def block(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        convolution = nn.Conv2d(in_channels, out_channels, 3, stride, 1)
+        return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv1(images)
+        for level in (1, 2, 3):
+            x = getattr(self, f"layer{level}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def trains(network: AuxiliaryNetwork) -> None:
+    """Heads give 4K logits and every parameter of theirs a gradient."""
+    logits, auxiliary_logits = network(torch.randn(2, 3, 16, 16))
+    assert [head.shape for head in auxiliary_logits] == [(2, 4 * logits.shape[1])] * network.heads
+    sum(head.square().sum() for head in auxiliary_logits).backward()
+    assert all(parameter.grad is not None for parameter in network.auxiliary_classifier.parameters())
+
+
+def test_stages_are_copied_afresh_where_there_are_some() -> None:
+    backbone = HookedBackbone(Torchvision(), ["layer1", "layer2", "layer3"])
+    nn.init.constant_(backbone.model.layer2[0][0].weight, 7.0)
+    backbone.requires_grad_(False).eval()
+    network = with_auxiliary_heads(backbone)
+    heads = network.auxiliary_classifier
+    assert [[len(stage) for stage in getattr(heads, f"block_extractor{level}")] for level in (1, 2)] == [[3, 3], [3]]
+    # The last head: three blocks of layer3 that keep the shape.
+    assert [block[0].weight.shape for block in heads.block_extractor3] == [(16, 16, 3, 3)] * 3
+    assert float(heads.block_extractor1[0][0][0].weight.detach().abs().max()) < 7
+    assert float(heads.fc1.bias.detach().abs().max()) == 0 and heads.training
+    trains(network)
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    first, second = heads.block_extractor2[0][0][0].weight, heads.block_extractor1[1][0][0].weight
+    assert not torch.equal(first, second)
+
+
+def test_a_stage_without_a_block_that_keeps_the_shape_gets_a_residual_block() -> None:
+    network = with_auxiliary_heads(HookedBackbone(Torchvision(blocks=1), ["layer1", "layer2", "layer3"]))
+    assert type(network.auxiliary_classifier.block_extractor3[0][0]).__name__ == "BasicBlock"
+    trains(network)
+
+
+def test_one_of_several_children_between_two_maps() -> None:
+    layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    network = with_auxiliary_heads(adapt_backbone(model, ["1", "4"]))
+    assert [type(layer) for layer in network.auxiliary_classifier.block_extractor1[0]] == [
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+    ]
+    trains(network)
+
+
+class Functional(nn.Module):
+    """Maps that no children of one module give one from the other."""
+
+    def __init__(self, channels: list[int]) -> None:
+        super().__init__()
+        self.channels, self.num_classes = channels, 5
+        self.stem = nn.Conv2d(3, channels[0], 1)
+        self.steps = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in itertools.pairwise(channels))
+        self.fc = nn.Linear(channels[-1], 5)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        maps = [self.stem(images)]
+        for step in self.steps:
+            maps.append(step(F.avg_pool2d(maps[-1], 2)))
+        return maps, self.fc(maps[-1].mean((2, 3)))
+
+
+def test_any_other_network_gets_residual_blocks() -> None:
+    network = with_auxiliary_heads(Functional([4, 8, 1024]))
+    heads = network.auxiliary_classifier
+    blocks = [[type(b).__name__ for b in getattr(heads, f"block_extractor{level}")] for level in (1, 2, 3)]
+    assert blocks == [["BasicBlock", "Bottleneck"], ["Bottleneck"], ["Bottleneck"]]
+    trains(network)
+
+
+@pytest.mark.parametrize("build", [lambda: create_model("wrn16x2", 5), lambda: toy_method.ToyNet(5)])
+def test_heads_of_networks_of_this_library_and_of_users(build: Callable[[], nn.Module]) -> None:
+    trains(with_auxiliary_heads(build()))
+
+
+def test_heads_follow_the_backbones_device_and_dtype() -> None:
+    network = with_auxiliary_heads(Functional([4, 8]).to("meta", torch.bfloat16), num_classes=9)
+    assert network.num_classes == 9 and network.backbone.num_classes == 5
+    assert {(p.device.type, p.dtype) for p in network.auxiliary_classifier.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_building_heads_leaves_no_trace_in_the_backbone() -> None:
+    backbone = HookedBackbone(Torchvision(), ["layer1", "layer2", "layer3"])
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    modes = [module.training for module in backbone.modules()]
+    hooks = sum(len(module._forward_hooks) for module in backbone.modules())
+    with_auxiliary_heads(backbone)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    assert [module.training for module in backbone.modules()] == modes
+    assert sum(len(module._forward_hooks) for module in backbone.modules()) == hooks
+
+
+def test_a_network_with_heads_is_returned_as_it_is() -> None:
+    network = create_model("resnet8_aux", 3)
+    assert with_auxiliary_heads(network) is network and with_auxiliary_heads(network, 3) is network
+    with pytest.raises(ValueError, match="num_classes is 4, but the heads of this network were built for 3 classes"):
+        with_auxiliary_heads(network, 4)
+
+
+def without(attribute: str) -> nn.Module:
+    network = Functional([4, 8])
+    delattr(network, attribute)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "sentence"),
+    [
+        (lambda: with_auxiliary_heads(without("num_classes")), ValueError, "has no attribute num_classes"),
+        (lambda: with_auxiliary_heads(without("channels")), TypeError, "has no list of channels"),
+        (lambda: AuxiliaryClassifier([nn.Identity()], [3, 4], 2), ValueError, "widths holds 2 items, but one for each"),
+        (lambda: AuxiliaryClassifier([nn.Identity()], 3, 0), ValueError, "num_classes must be at least 1"),
+        (lambda: AuxiliaryClassifier([nn.Identity()], 3, 2)([]), ValueError, "features holds 0 maps, .* has 1 heads"),
+    ],
+)
+def test_wrong_arguments_are_refused(build: Callable[[], Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        build()
