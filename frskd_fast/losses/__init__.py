@@ -12,6 +12,7 @@ from frskd_fast.losses.hsakd import (
 )
 from frskd_fast.losses.kd import KDLoss, KDLossParts
 from frskd_fast.losses.sla import SLALoss, SLALossParts
+from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
 __all__ = [
     "FRSKDLoss",
@@ -28,4 +29,8 @@ __all__ = [
     "OverhaulLoss",
     "SLALoss",
     "SLALossParts",
+    "SSKDHeadLoss",
+    "SSKDHeadLossParts",
+    "SSKDLoss",
+    "SSKDLossParts",
 ]
