@@ -184,6 +184,22 @@ def test_a_task_gets_the_views_that_it_asks_for(tmp_path: Path) -> None:
     assert steps(turned) == steps(upright) and epochs(turned) == epochs(upright)
 
 
+def test_views_that_the_data_crops_apart_are_not_turned_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a shift they are those that the trainer turns."""
+    runs = {}
+    for crop_each_view in (False, True):
+        folder = runs[crop_each_view] = tmp_path / str(crop_each_view)
+        data = {"init_args": {"largest_shift": 0, "crop_each_view": crop_each_view}}
+        turned: dict[str, Any] = {"task": {"class_path": "test_any_task.TurnedTask"}, "model": {"backbone": "ToyNet"}}
+        assert main([*small_recipe(folder, data=data, **turned), "--trainer.max_epochs", "1"]) == 0
+    assert steps(runs[True]) == steps(runs[False])
+    words = small_recipe(tmp_path / "upright", task=PLAIN, data={"init_args": {"crop_each_view": True}})
+    assert main(words) == 1
+    assert "but ClassificationTask takes plain images; set it to false." in capsys.readouterr().err
+
+
 def test_no_source_of_the_trainer_names_a_method_a_loss_or_a_task() -> None:
     """But for docstrings, which may say where a number comes from."""
     roots = {frskd_fast.losses, frskd_fast.tasks}

@@ -30,12 +30,16 @@ NETWORKS = {
     "resnet56_aux": (861_620, 2_206_064),
     "resnet8x4_aux": (1_233_540, 3_557_296),
     "resnet32x4_aux": (7_433_860, 18_907_056),
+    "wrn_16_2_aux": (703_284, 1_928_304),
+    "wrn_40_1_aux": (569_780, 1_484_432),
+    "wrn_40_2_aux": (2_255_156, 5_769_328),
+    "vgg13_bn_aux": (9_462_180, 37_049_664),
     "ResNet50_aux": (23_705_252, 76_976_704),
     "resnet18_imagenet_aux": (11_689_512, 47_555_456),
     "resnet34_imagenet_aux": (21_797_672, 76_474_240),
     "resnet50_imagenet_aux": (25_557_032, 106_482_304),
 }
-WITH_NUMBERS = ["resnet8x4_aux"]
+WITH_NUMBERS = ["resnet8x4_aux", "wrn_16_2_aux", "vgg13_bn_aux"]
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -80,21 +84,33 @@ def test_a_network_meets_the_originals_numbers(name: str) -> None:
             torch.testing.assert_close(total, golden[f"feat_abs_sum.{level}"], rtol=1e-9, atol=0)
 
 
-# The linear layers: whether their bias starts at 0, and whether their weights are PyTorch's uniform ones.
-@pytest.mark.parametrize(("name", "zero_bias"), [("resnet20_aux", True), ("cifar_resnet50_aux", False)])
-def test_initialisers(name: str, zero_bias: bool) -> None:
+# The linear layers' bias: 0, or PyTorch's own; their weights are PyTorch's in all of these.
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [("resnet20_aux", False), ("wrn_16_2_aux", False), ("cifar_resnet50_aux", True), ("resnet18_aux", True)],
+)
+def test_initialisers(name: str, bias: bool) -> None:
     torch.manual_seed(0)
-    classifier: Any = create_model(name, 20).auxiliary_classifier
+    classifier: Any = create_model(name, 20).auxiliary_classifier.requires_grad_(False)
     deviations = standard_deviations(classifier)
     assert len(deviations) > 4
     for found, wanted in deviations:
         assert found == pytest.approx(wanted, rel=0.05)
     limit = classifier.fc1.in_features**-0.5
-    assert 0.95 * limit < float(classifier.fc1.weight.detach().abs().max()) <= limit
-    assert (float(classifier.fc1.bias.detach().abs().max()) == 0) == zero_bias
+    assert 0.95 * limit < float(classifier.fc1.weight.abs().max()) <= limit
+    assert bool(classifier.fc1.bias.any()) == bias
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet18", "cifarresnet18"])
+def test_vggs_heads_start_as_pytorch_starts_them() -> None:
+    torch.manual_seed(0)
+    classifier: Any = create_model("vgg8_aux", 20).auxiliary_classifier.requires_grad_(False)
+    for layer in classifier.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            limit = layer.weight[0].numel() ** -0.5
+            assert 0.95 * limit < float(layer.weight.abs().max()) <= limit and layer.bias.any()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "cifarresnet18", "wrn_16_1", "vgg11"])
 def test_a_step_gives_every_parameter_a_gradient(name: str) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -230,9 +246,28 @@ def test_any_other_network_gets_residual_blocks() -> None:
     trains(network)
 
 
-@pytest.mark.parametrize("build", [lambda: create_model("wrn16x2", 5), lambda: toy_method.ToyNet(5)])
-def test_heads_of_networks_of_this_library_and_of_users(build: Callable[[], nn.Module]) -> None:
-    trains(with_auxiliary_heads(build()))
+def test_stages_of_several_children_keep_their_last_blocks() -> None:
+    network: Any = create_model("wrn16x2_aux", 5)
+    heads = network.auxiliary_classifier
+    assert [len(stage) for stage in heads.block_extractor1] == [2, 2]  # a group and its BatchNorm
+    assert [type(block).__name__ for block in heads.block_extractor3] == ["WideBlock", "WideBlock"]
+    trains(network)
+
+
+def test_a_copied_stage_does_not_write_into_the_map_it_reads() -> None:
+    layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.Tanh(), nn.ReLU(inplace=True), nn.Conv2d(4, 8, 2, 2), nn.ReLU(inplace=True)]
+    model = nn.Sequential(layers[0], nn.Sequential(*layers[1:2]), nn.Sequential(*layers[2:]), nn.AdaptiveAvgPool2d(1))
+    model.extend([nn.Flatten(), nn.Linear(8, 5)])
+    network = with_auxiliary_heads(HookedBackbone(model, ["1", "2"]))
+    assert len(network.auxiliary_classifier.block_extractor1[0]) == 3
+    maps = [torch.randn(2, 4, 8, 8), torch.randn(2, 8, 4, 4)]
+    before = [feature.clone() for feature in maps]
+    network.auxiliary_classifier(maps)
+    assert all(torch.equal(feature, want) for feature, want in zip(maps, before, strict=True))
+
+
+def test_a_users_own_network_gets_heads() -> None:
+    trains(with_auxiliary_heads(toy_method.ToyNet(5)))
 
 
 def test_heads_follow_the_backbones_device_and_dtype() -> None:

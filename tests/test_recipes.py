@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -178,16 +179,19 @@ def test_mistakes_in_recipes_are_sentences(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    """How many each method has, those of one method, and one recipe."""
+    names = recipe_names()
     assert main(["recipes"]) == 0
-    found, method = {}, ""
-    for line in capsys.readouterr().out.splitlines():
-        if line.startswith("  "):
+    *lines, _, _ = capsys.readouterr().out.splitlines()
+    assert {line.split()[0]: int(line.split()[1]) for line in lines} == Counter(names.values())
+    found = {}
+    for method in dict.fromkeys(names.values()):
+        assert main(["recipes", method]) == 0
+        for line in capsys.readouterr().out.splitlines():
             name, summary = line.split(maxsplit=1)
             assert len(summary) > 10
             found[name] = method
-        else:
-            method = line.removesuffix(":")
-    assert found == recipe_names() and {"frskd", "plain"} <= set(found.values())
+    assert found == names and {"frskd", "plain"} <= set(found.values())
     assert found["cifar100_resnet18_plain"] == "plain" and found["digits"] == "frskd"
     assert main(["recipes", "cifar100_wrn16x2_frskd_sla"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == recipe_files.recipe("cifar100_wrn16x2_frskd_sla")

@@ -118,7 +118,6 @@ def test_an_import_path() -> None:
             lambda: create_model("alexnet_"),
             ValueError,
             r"backbone is 'alexnet_', but one of .* 'mypackage.networks.MyNet'\.$",
-            r"backbone is 'resnet', but one of .*cifarresnet18, .* was wanted, .*; did you mean 'resnet\d\d' or ",
         ),
         (lambda: create_model("no_such_package.Net"), ImportError, r"'no_such_package\.Net' cannot be imported"),
         (lambda: create_model("toy_method.NoNet"), ImportError, r"'toy_method\.NoNet' cannot be imported"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,21 @@ NETWORKS: dict[str, tuple[str, int | None]] = {
     "resnet8x4": ("resnet8x4", 1_233_540),
     "resnet32x4": ("resnet32x4", 7_433_860),
     "cifar_resnet50": ("ResNet50", 23_705_252),
+    "wrn_16_1": ("wrn_16_1", None),
+    "wrn_16_2": ("wrn_16_2", 703_284),
+    "wrn_40_1": ("wrn_40_1", 569_780),
+    "wrn_40_2": ("wrn_40_2", 2_255_156),
+    "vgg8": ("vgg8", 3_965_028),
+    "vgg11": ("vgg11_bn", None),
+    "vgg13": ("vgg13", 9_462_180),
+    "vgg16": ("vgg16_bn", None),
+    "vgg19": ("vgg19_bn", None),
 }
-WITH_LAYOUT = ["resnet8", "resnet20", "resnet56", "resnet8x4", "resnet32x4", "cifar_resnet50"]
-WITH_NUMBERS = ["resnet20", "resnet8x4", "cifar_resnet50"]
-ONE_OF_A_FAMILY = ["resnet8", "cifar_resnet50"]
+WITH_LAYOUT = [
+    *("resnet8", "resnet20", "resnet56", "resnet8x4", "resnet32x4", "cifar_resnet50"),
+    *("wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2", "vgg8", "vgg13"),
+]
+ONE_OF_A_FAMILY = ["resnet8", "cifar_resnet50", "wrn_16_1", "vgg8"]
 
 
 def parameter_names(layout: dict[str, list[int]]) -> list[str]:
@@ -116,10 +128,13 @@ MORE: dict[str, tuple[str, int, Callable[[Tensor], Tensor]]] = {
     "resnet20": ("bn1", 0, F.relu),
     "resnet8x4": ("bn1", 0, F.relu),
     "cifar_resnet50": ("bn1", 0, F.relu),
+    "wrn_16_2": ("conv1", 0, torch.clone),
+    "wrn_40_1": ("conv1", 0, torch.clone),
+    "vgg8": ("block3", 3, F.relu),
 }
 
 
-@pytest.mark.parametrize("name", WITH_NUMBERS)
+@pytest.mark.parametrize("name", MORE)
 def test_a_network_meets_the_originals_numbers(name: str) -> None:
     golden = load_golden(f"sskd_net_{NETWORKS[name][0]}")
     module, position, between = MORE[name]
@@ -155,19 +170,28 @@ def standard_deviations(network: nn.Module) -> list[tuple[float, float]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet20", "cifar_resnet50"])
-def test_initialisers(name: str) -> None:
+# Name -> standard deviation of the classifier's weights, None for PyTorch's own, uniform up to 1 / sqrt(inputs); its bias.
+@pytest.mark.parametrize(
+    ("name", "deviation", "bias"),
+    [("resnet20", None, True), ("cifar_resnet50", None, True), ("wrn_16_2", None, False), ("vgg8", 0.01, False)],
+)
+def test_initialisers(name: str, deviation: float | None, bias: bool) -> None:
     torch.manual_seed(0)
-    network: Any = create_model(name, 50)
+    network: Any = create_model(name, 50).requires_grad_(False)
     deviations = standard_deviations(network)
-    assert len(deviations) > 4
+    assert len(deviations) > 3
     for found, wanted in deviations:
         assert found == pytest.approx(wanted, rel=0.05)
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d) and layer.bias is not None]
+    assert len(convolutions) == (5 if name == "vgg8" else 0) and not any(layer.bias.any() for layer in convolutions)
     classifier: Any = network.get_submodule(network.classifier_name)
-    # PyTorch's own: uniform up to 1 / sqrt(inputs).
     limit = classifier.in_features**-0.5
-    assert 0.95 * limit < float(classifier.weight.abs().max()) <= limit
-    assert 0.5 * limit < float(classifier.bias.abs().max()) <= limit
+    if deviation is None:
+        assert 0.95 * limit < float(classifier.weight.abs().max()) <= limit
+    else:
+        assert float(classifier.weight.std()) == pytest.approx(deviation, rel=0.05)
+    largest = float(classifier.bias.abs().max())
+    assert 0.5 * limit < largest <= limit if bias else largest == 0
 
 
 # What ours add
@@ -189,13 +213,13 @@ def test_a_step_gives_every_parameter_a_gradient(name: str) -> None:
 def test_any_image_size(name: str) -> None:
     with torch.device("meta"):
         network: Any = create_model(name, 5)
-        for size in ((64, 64), (33, 50), (7, 9)):
+        for size in ((96, 64), (33, 50), (7, 9)):
             features, logits = network(torch.zeros(2, 3, *size))
             check_features(features, network.channels)
             assert features[0].shape[2:] == size and logits.shape == (2, 5)
 
 
-@pytest.mark.parametrize("name", ["resnet8"])
+@pytest.mark.parametrize("name", ["resnet8", "vgg8"])
 def test_preact_maps_are_those_before_the_relu(name: str) -> None:
     torch.manual_seed(0)
     network = create_model(name, 5)
@@ -208,6 +232,29 @@ def test_preact_maps_are_those_before_the_relu(name: str) -> None:
     assert torch.equal(logits, same_logits)
     for feature, early in zip(features, before, strict=True):
         assert early.min() < 0 and torch.equal(F.relu(early), feature)
+
+
+def test_preact_maps_of_a_wide_network_are_what_its_batch_norms_make_of_them() -> None:
+    torch.manual_seed(0)
+    network: Any = create_model("wrn_16_1", 5).double()
+    other = copy.deepcopy(network)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    features, logits = network(images)
+    before, same_logits = other(images, preact=True)
+    torch.testing.assert_close(logits, same_logits)
+    # One pass gathers statistics once, with and without preact.
+    torch.testing.assert_close(network.state_dict(), other.state_dict())
+    for feature, early, batch_norm in zip(features, before, network.get_bn_before_relu(), strict=True):
+        torch.testing.assert_close(early, batch_norm(feature))
+
+
+def test_vgg_pools_images_of_64_pixels_once_more_as_the_original_does() -> None:
+    with torch.device("meta"):
+        network: Any = create_model("vgg8", 5)
+        sizes = {
+            side: [feature.shape[-1] for feature in network(torch.zeros(2, 3, side, side))[0]] for side in (64, 65)
+        }
+    assert sizes == {64: [64, 32, 16, 4], 65: [65, 33, 17, 9]}
 
 
 def test_channels_last_gives_the_same_numbers_and_stays() -> None:

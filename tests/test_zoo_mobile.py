@@ -13,12 +13,13 @@ from frskd_fast.models import ProjectionHead, create_model
 
 # Our name, and the original's.
 NAMES = {"mobilenetv2": "MobileNetV2", "shufflenetv1": "ShuffleV1", "shufflenetv2": "ShuffleV2"}
-# Parameters at 100 classes, channels of the maps, and the side of the first one at 32 pixels.
+# Parameters of the network and of HSAKD's heads at 100 classes, and channels of the maps.
 KNOWN = {
-    "mobilenetv2": (812_836, [12, 16, 48, 160], 16),
-    "shufflenetv1": (949_258, [240, 480, 960], 16),
-    "shufflenetv2": (1_355_528, [116, 232, 464], 16),
+    "mobilenetv2": (812_836, 4_671_496, [12, 16, 48, 160]),
+    "shufflenetv1": (949_258, 3_118_740, [240, 480, 960]),
+    "shufflenetv2": (1_355_528, 4_519_988, [116, 232, 464]),
 }
+HSAKD_NAMES = {**NAMES, "mobilenetv2": "mobilenetV2"}
 
 
 def close(ours: Tensor, golden: Tensor) -> None:
@@ -62,18 +63,62 @@ def test_outputs_are_those_of_sskd(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_layout_with_heads_is_the_originals(name: str) -> None:
+    with torch.device("meta"):
+        network = create_model(f"{HSAKD_NAMES[name]}_aux")
+    layout = state_dict_layout(f"HSAKD {HSAKD_NAMES[name]}_aux")
+    assert [(key, list(value.shape)) for key, value in network.state_dict().items()] == list(layout.items())
+    assert sum(parameter.numel() for parameter in network.auxiliary_classifier.parameters()) == KNOWN[name][1]
+    assert type(network.backbone) is type(create_model(name, 2))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2", "shufflenetv1"])
+def test_outputs_with_heads_are_those_of_hsakd(name: str) -> None:
+    golden = load_golden(f"hsakd_net_{HSAKD_NAMES[name]}_aux")
+    network = create_model(f"{name}_aux", 10)
+    fill_parameters(network)
+    network.double()
+    images = golden["images"].double()
+    maps: list[Tensor] = []
+    handle = network.backbone.register_forward_hook(lambda module, arguments, output: maps.extend(output[0]))
+    with torch.no_grad():
+        outputs = {"": network(images), "eval_": network.eval()(images)}
+    handle.remove()
+    check_features(maps[: network.heads], golden, first=0)
+    for prefix, (logits, auxiliary) in outputs.items():
+        close(logits, golden[f"{prefix}logits"])
+        for level, head in enumerate(auxiliary):
+            close(head, golden[f"{prefix}aux_logits.{level}"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_start_as_the_originals(name: str) -> None:
+    torch.manual_seed(0)
+    network = create_model(f"{name}_aux", 5)
+    assert network.heads == len(network.backbone.channels)
+    heads = network.auxiliary_classifier
+    weight, bias = heads.fc1.weight.detach(), heads.fc1.bias.detach()
+    deviation = 0.01 if name == "mobilenetv2" else 1 / math.sqrt(3 * weight.shape[1])  # PyTorch's own
+    assert abs(float(weight.std()) / deviation - 1) < 0.05
+    assert bool(bias.any()) == (name == "shufflenetv2")
+    convolutions = [module.weight.detach() for module in heads.modules() if isinstance(module, nn.Conv2d)]
+    fan_out = [float(weight.std()) / math.sqrt(2 / weight[:, 0].numel()) for weight in convolutions]
+    assert all(abs(ratio - 1) < 0.2 for ratio in fan_out) == (name != "shufflenetv2")
+
+
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_maps_before_their_relu_and_other_sizes(name: str) -> None:
     torch.manual_seed(0)
     network = create_model(name, 7).eval()
-    _, channels, side = KNOWN[name]
+    channels = KNOWN[name][2]
     assert network.channels == channels and network.num_classes == 7
     for size in (32, 45):
         images = torch.randn(2, 3, size, size)
         features, logits = network(images)
         before, again = network(images, preact=True)
         assert torch.equal(logits, again) and logits.shape == (2, 7)
-        expected = math.ceil(size * side / 32)
+        expected = math.ceil(size / 2)
         for feature, map_before, wanted in zip(features, before, channels, strict=True):
             assert feature.shape == (2, wanted, expected, expected)
             if name == "mobilenetv2":

@@ -26,22 +26,26 @@ from .cifar_resnet import (
     resnet56,
     resnet110,
 )
-from .mobilenet import MobileNetV2, mobilenetv2
+from .cifar_wide_resnet import CIFARWideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
+from .mobilenet import MobileNetV2, mobilenetv2, mobilenetv2_aux
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
 from .teachers import load_teacher
+from .vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from .wide_resnet import WideResNet, wrn16x2
 
 __all__ = [
+    "VGG",
     "AdaptedBackbone",
     "AuxiliaryClassifier",
     "AuxiliaryNetwork",
     "BiFPN",
     "BiFPNc",
     "CIFARResNet",
+    "CIFARWideResNet",
     "CheckpointError",
     "ExtractorBackbone",
     "HookedBackbone",
@@ -61,6 +65,7 @@ __all__ = [
     "load_backbone_weights",
     "load_teacher",
     "mobilenetv2",
+    "mobilenetv2_aux",
     "register_model",
     "remaining_stages",
     "resnet8",
@@ -77,6 +82,15 @@ __all__ = [
     "resnet110",
     "shufflenetv1",
     "shufflenetv2",
+    "vgg8",
+    "vgg11",
+    "vgg13",
+    "vgg16",
+    "vgg19",
     "with_auxiliary_heads",
     "wrn16x2",
+    "wrn_16_1",
+    "wrn_16_2",
+    "wrn_40_1",
+    "wrn_40_2",
 ]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from frskd_fast.ops._checks import check_positive_integer
 
 from ._initialisers import initialise_convolutions, initialise_linears
+from .adapters import AdaptedBackbone
 from .dry_pass import dry_pass
 from .residual_blocks import BasicBlock, Bottleneck, ReLUSequential
 
@@ -286,6 +287,8 @@ def _fresh_copy(module: nn.Module) -> nn.Module:
         reset = getattr(layer, "reset_parameters", None)
         if callable(reset):
             reset()
+        if getattr(layer, "inplace", False):
+            layer.inplace = False  # type: ignore[assignment]  # the feature map it reads has other readers
     initialise_convolutions(fresh)
     return fresh
 
@@ -312,10 +315,12 @@ def _stages_of(backbone: nn.Module) -> tuple[list[nn.Module], list[nn.Module]] |
     Some module's children, in their order, must have taken the first feature map and given all the others. One dry pass
     tells; only shapes are compared.
     """
+    # The adapters' networks know the sizes of their images.
+    model: nn.Module = backbone.model if isinstance(backbone, AdaptedBackbone) else backbone
     calls = {module: _Call() for module in backbone.modules()}
     handles = [module.register_forward_hook(call, with_kwargs=True) for module, call in calls.items()]
     try:
-        features, _ = dry_pass(backbone, backbone)
+        features, _ = dry_pass(model, backbone)
     except Exception:  # the residual blocks need no dry pass
         return None
     finally:
@@ -337,7 +342,7 @@ def _stages_of(backbone: nn.Module) -> tuple[list[nn.Module], list[nn.Module]] |
         ):
             later = [children[start + 1 : end + 1] for start, end in itertools.pairwise(ends)]
             stages = [group[0] if len(group) == 1 else nn.Sequential(*group) for group in later]
-            return stages, _shape_keeping(children[ends[-1]], shapes[-1], calls)
+            return stages, _shape_keeping(stages[-1] if stages else children[ends[-1]], shapes[-1], calls)
     return None
 
 

@@ -66,7 +66,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            content = {name: file.get_tensor(name) for name in file.keys()}
         if "backbone" not in about:
             return content
         settings = {

@@ -5,7 +5,6 @@ Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -13,12 +12,16 @@ from torch import Tensor, nn
 from frskd_fast.ops._checks import check_positive_integer
 
 from ._checks import check_images
+from ._initialisers import initialise_convolutions, initialise_linears
+from .auxiliary import AuxiliaryClassifier, AuxiliaryNetwork, with_auxiliary_heads
 from .registry import register_model
 
 # Expansion, channels (already halved), blocks and stride of each group.
 GROUPS = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
 # The groups whose maps are handed out: the last of each size.
 HANDED_OUT = (1, 2, 4, 6)
+# Between the last but one map and the last.
+LAST_GROUPS = GROUPS[HANDED_OUT[-2] + 1 :]
 HEAD_CHANNELS = 1280
 
 
@@ -60,17 +63,6 @@ def group(in_channels: int, out_channels: int, blocks: int, stride: int, expansi
         InvertedResidual(in_channels, out_channels, stride, expansion),
         *(InvertedResidual(out_channels, out_channels, 1, expansion) for _ in range(blocks - 1)),
     )
-
-
-def initialise(network: nn.Module) -> None:
-    """Convolutions N(0, 2 / (kernel area * output channels)), linear layers N(0, 0.01^2) without bias."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            area = module.kernel_size[0] * module.kernel_size[1]
-            nn.init.normal_(module.weight, std=math.sqrt(2.0 / (area * module.out_channels)))
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.01)
-            nn.init.zeros_(module.bias)
 
 
 class MobileNetV2(nn.Module):
@@ -124,7 +116,26 @@ class MobileNetV2(nn.Module):
             in_channels = channels
         self.conv2 = convolution(in_channels, HEAD_CHANNELS, 1)
         self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
-        initialise(self)
+        initialise_convolutions(self)
+        initialise_linears(self, std=0.01)
+
+    def build_auxiliary_classifier(self, num_classes: int) -> AuxiliaryClassifier:
+        """HSAKD's heads: head l repeats the groups after map l, the last two of them for the last map, and conv2."""
+        extractors = []
+        for position in HANDED_OUT:
+            # None are left for the last map: those that made it, at stride 1.
+            later = GROUPS[position + 1 :] or [(*shape, 1) for *shape, _ in LAST_GROUPS]
+            in_channels = GROUPS[position][1]
+            groups = []
+            for expansion, channels, blocks, stride in later:
+                groups.append(group(in_channels, channels, blocks, stride, expansion))
+                in_channels = channels
+            extractors.append(nn.Sequential(*groups))
+        necks = [convolution(in_channels, HEAD_CHANNELS, 1) for _ in extractors]
+        classifier = AuxiliaryClassifier(extractors, HEAD_CHANNELS, num_classes, necks=necks, neck_name="conv2_")
+        initialise_convolutions(classifier)
+        initialise_linears(classifier, std=0.01)
+        return classifier
 
     def forward(self, images: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         check_images(images, 3)
@@ -137,7 +148,7 @@ class MobileNetV2(nn.Module):
         return features, self.classifier(self.conv2(x).mean(dim=(2, 3)))
 
 
-@register_model
+@register_model(aliases=["MobileNetV2", "mobilenetV2"])
 def mobilenetv2(num_classes: int = 100, stem_stride: int = 2) -> MobileNetV2:
     """MobileNetV2 of half width for 32 x 32 images: 812,836 parameters for 100 classes. `stem_stride`: see `MobileNetV2`.
 
@@ -146,3 +157,14 @@ def mobilenetv2(num_classes: int = 100, stem_stride: int = 2) -> MobileNetV2:
         [12, 16, 48, 160]
     """
     return MobileNetV2(num_classes, stem_stride)
+
+
+@register_model(aliases=["MobileNetV2_aux", "mobilenetV2_aux"])
+def mobilenetv2_aux(num_classes: int = 100, stem_stride: int = 1) -> AuxiliaryNetwork:
+    """`mobilenetv2` with HSAKD's auxiliary heads and, as there, a stem of stride 1; 4,671,496 more parameters.
+
+    Example:
+        >>> mobilenetv2_aux(num_classes=10).heads
+        4
+    """
+    return with_auxiliary_heads(MobileNetV2(num_classes, stem_stride))

@@ -112,7 +112,7 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
         return network if hasattr(network, "channels") else adapt_backbone(network)
     alike = difflib.get_close_matches(name, [*_builders, *_aliases], n=3)
     raise ValueError(
-        f"backbone is {name!r}, but one of {', '.join(sorted(_builders))} was wanted, or 'timm:NAME' for a network of timm, or an "
+        f"backbone is {name!r}, but one of {', '.join(list_models())} was wanted, or 'timm:NAME' for a network of timm, or an "
         "import path such as 'mypackage.networks.MyNet'"
         + (f"; did you mean {' or '.join(map(repr, alike))}?" if alike else ".")
     )

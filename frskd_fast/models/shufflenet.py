@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from frskd_fast.ops._checks import check_positive_integer
 
 from ._checks import check_images
+from ._initialisers import initialise_convolutions, initialise_linears
+from .auxiliary import AuxiliaryClassifier, remaining_stages
 from .registry import register_model
 
 STEM_CHANNELS = 24
 GROUPS = 3
+# Of V2's last convolution.
+V2_WIDTH = 1024
 
 
 def depthwise(channels: int, stride: int = 1) -> nn.Conv2d:
@@ -113,28 +117,6 @@ class ShuffleV2Block(nn.Module):
         return torch.channel_shuffle(torch.cat([kept, out], dim=1), 2)
 
 
-def shuffle_v1_stage(
-    in_channels: int, out_channels: int, blocks: int, stride: int = 2, activated: bool = True
-) -> nn.Sequential:
-    """`blocks` blocks, the first with the stride; `activated`: whether the ReLU of the last one is in it."""
-    return nn.Sequential(
-        ShuffleV1Block(in_channels, out_channels, stride),
-        *(ShuffleV1Block(out_channels, out_channels) for _ in range(blocks - 2)),
-        ShuffleV1Block(out_channels, out_channels, activated=activated),
-    )
-
-
-def shuffle_v2_stage(
-    in_channels: int, out_channels: int, blocks: int, stride: int = 2, activated: bool = True
-) -> nn.Sequential:
-    """A down-block of the stride and `blocks` blocks; `activated`: whether the ReLU of the last one is in it."""
-    return nn.Sequential(
-        ShuffleV2DownBlock(in_channels, out_channels, stride),
-        *(ShuffleV2Block(out_channels) for _ in range(blocks - 1)),
-        ShuffleV2Block(out_channels, activated=activated),
-    )
-
-
 class _ShuffleNet(nn.Module):
     """Stem, three stages and the walk through them, which both versions share."""
 
@@ -199,10 +181,25 @@ class ShuffleNetV1(_ShuffleNet):
         super().__init__()
         self.channels = [240, 480, 960]
         self.stem(num_classes)
-        self.layer1 = shuffle_v1_stage(STEM_CHANNELS, 240, 4, activated=False)
-        self.layer2 = shuffle_v1_stage(240, 480, 8, activated=False)
-        self.layer3 = shuffle_v1_stage(480, 960, 4, activated=False)
-        self.linear = nn.Linear(960, num_classes)
+        self.layer1 = self._stage(0, STEM_CHANNELS, activated=False)
+        self.layer2 = self._stage(1, self.channels[0], activated=False)
+        self.layer3 = self._stage(2, self.channels[1], activated=False)
+        self.linear = nn.Linear(self.channels[2], num_classes)
+
+    def _stage(self, level: int, in_channels: int, stride: int = 2, activated: bool = True) -> nn.Sequential:
+        channels, blocks = self.channels[level], (4, 8, 4)[level]
+        return nn.Sequential(
+            ShuffleV1Block(in_channels, channels, stride),
+            *(ShuffleV1Block(channels, channels) for _ in range(blocks - 2)),
+            ShuffleV1Block(channels, channels, activated=activated),
+        )
+
+    def build_auxiliary_classifier(self, num_classes: int) -> AuxiliaryClassifier:
+        """HSAKD's heads: head l repeats the stages after l, the last one the last stage at stride 1."""
+        classifier = AuxiliaryClassifier(remaining_stages(self.channels, self._stage), self.channels[-1], num_classes)
+        initialise_convolutions(classifier)
+        initialise_linears(classifier)
+        return classifier
 
     def forward(self, images: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         features, last = self.stages(images, preact)
@@ -232,19 +229,36 @@ class ShuffleNetV2(_ShuffleNet):
         super().__init__()
         self.channels = [116, 232, 464]
         self.stem(num_classes)
-        self.layer1 = shuffle_v2_stage(STEM_CHANNELS, 116, 3, activated=False)
-        self.layer2 = shuffle_v2_stage(116, 232, 7, activated=False)
-        self.layer3 = shuffle_v2_stage(232, 464, 3, activated=False)
-        self.conv2 = pointwise(464, 1024)
-        self.bn2 = nn.BatchNorm2d(1024)
-        self.linear = nn.Linear(1024, num_classes)
+        self.layer1 = self._stage(0, STEM_CHANNELS, activated=False)
+        self.layer2 = self._stage(1, self.channels[0], activated=False)
+        self.layer3 = self._stage(2, self.channels[1], activated=False)
+        self.conv2 = pointwise(self.channels[2], V2_WIDTH)
+        self.bn2 = nn.BatchNorm2d(V2_WIDTH)
+        self.linear = nn.Linear(V2_WIDTH, num_classes)
+
+    def _stage(self, level: int, in_channels: int, stride: int = 2, activated: bool = True) -> nn.Sequential:
+        channels, blocks = self.channels[level], (3, 7, 3)[level]
+        return nn.Sequential(
+            ShuffleV2DownBlock(in_channels, channels, stride),
+            *(ShuffleV2Block(channels) for _ in range(blocks - 1)),
+            ShuffleV2Block(channels, activated=activated),
+        )
+
+    def build_auxiliary_classifier(self, num_classes: int) -> AuxiliaryClassifier:
+        """HSAKD's heads: head l repeats the stages after l and conv2, the last one the last stage at stride 1."""
+
+        def chain(*stages: nn.Module) -> nn.Module:
+            last = (pointwise(self.channels[2], V2_WIDTH), nn.BatchNorm2d(V2_WIDTH), nn.ReLU(inplace=True))
+            return nn.Sequential(*stages, *last)
+
+        return AuxiliaryClassifier(remaining_stages(self.channels, self._stage, chain), V2_WIDTH, num_classes)
 
     def forward(self, images: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         features, last = self.stages(images, preact)
         return features, self.linear(F.relu(self.bn2(self.conv2(last)), inplace=True).mean(dim=(2, 3)))
 
 
-@register_model
+@register_model(aliases=["ShuffleV1"])
 def shufflenetv1(num_classes: int = 100) -> ShuffleNetV1:
     """ShuffleNet V1 with three groups for 32 x 32 images: 949,258 parameters for 100 classes.
 
@@ -255,7 +269,7 @@ def shufflenetv1(num_classes: int = 100) -> ShuffleNetV1:
     return ShuffleNetV1(num_classes)
 
 
-@register_model
+@register_model(aliases=["ShuffleV2"])
 def shufflenetv2(num_classes: int = 100) -> ShuffleNetV2:
     """ShuffleNet V2 of width 1 for 32 x 32 images: 1,355,528 parameters for 100 classes.
 

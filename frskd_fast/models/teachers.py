@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from .adapters import TimmBackbone
+from .auxiliary import with_auxiliary_heads
 from .checkpoints import LAST, PREVIOUS, CheckpointError, classes_in, load_file, load_weights, without_heads
 from .projection import ProjectionHead
 from .registry import create_model, makes
@@ -133,8 +134,6 @@ def load_teacher(
 def _with_heads(network: nn.Module, heads: str | None) -> nn.Module:
     """The network with fresh heads of one kind; with none, the backbone."""
     if heads == "auxiliary":
-        from .auxiliary import with_auxiliary_heads
-
         return with_auxiliary_heads(network)
     return ProjectionHead(without_heads(network)) if heads == "projection" else without_heads(network)
 

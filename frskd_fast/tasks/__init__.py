@@ -4,6 +4,8 @@ from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .distillation import DistillationTask
 from .frskd import FRSKDTask, build_frskd
+from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
+from .linear_probe import LinearProbeTask
 from .rotation_metrics import rotation_accuracies
 
 __all__ = [
@@ -11,6 +13,10 @@ __all__ = [
     "DistillationTask",
     "FRSKDTask",
     "FrozenTeacher",
+    "HSAKDOnlineTask",
+    "HSAKDTask",
+    "HSAKDTeacherTask",
+    "LinearProbeTask",
     "Student",
     "Task",
     "build_frskd",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from frskd_fast.losses.base import channels_of
-from frskd_fast.models import adapt_backbone
+from frskd_fast.models import adapt_backbone, load_teacher
 from frskd_fast.ops.labels import is_mix
 
 from .base import FrozenTeacher
@@ -47,28 +47,30 @@ def check_takes_preact(module: nn.Module, name: str, loss: nn.Module) -> None:
         )
 
 
-def frozen_teacher(teacher: nn.Module | str, name: str | None, backbone: nn.Module) -> FrozenTeacher:
-    """What `load_teacher(teacher, name)` gives, frozen; what was read from a file goes where the backbone is."""
+def frozen_teacher(
+    teacher: nn.Module | str,
+    name: str | None,
+    backbone: nn.Module,
+    heads: Literal["auxiliary", "projection"] | None = None,
+) -> FrozenTeacher:
+    """What `load_teacher` gives, frozen; what was read from a file goes to the device and dtype of `backbone`."""
     if isinstance(teacher, FrozenTeacher):
         return teacher
+    network = load_teacher(teacher, name, heads=heads)
     if isinstance(teacher, nn.Module):
-        return FrozenTeacher(teacher)
-    from frskd_fast.models import load_teacher  # type: ignore[attr-defined]
-
-    frozen = FrozenTeacher(
-        load_teacher(teacher, name), str(teacher)
-    )  # its checksum is that of the file, whatever the backbone's dtype
+        return FrozenTeacher(network)
+    frozen = FrozenTeacher(network, str(teacher))  # its checksum is that of the file, whatever the backbone's dtype
     like(backbone, frozen)
     return frozen
 
 
-def check_same_classes(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise where both networks say how many classes they score, and the numbers differ."""
+def check_same_classes(student: nn.Module, teacher: nn.Module, name: str = "teacher") -> None:
+    """Raise where both networks say how many classes they score and the numbers differ; errors call the second `name`."""
     counts = [getattr(network, "num_classes", None) for network in (student, teacher)]
     if None not in counts and counts[0] != counts[1]:
         raise ValueError(
-            f"teacher ({type(teacher).__name__}) scores {counts[1]} classes, but backbone ({type(student).__name__}) scores "
-            f"{counts[0]} and the same classes were wanted; is it a teacher of another data set?"
+            f"{name} ({type(teacher).__name__}) scores {counts[1]} classes, but backbone ({type(student).__name__}) scores "
+            f"{counts[0]} and the same classes were wanted; is it a network for another data set?"
         )
 
 

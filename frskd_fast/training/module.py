@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,8 @@ class DistillationModule(LightningModule):
 
     Attributes:
         task: the task; its keys lead the checkpoint's `state_dict`.
+        teacher_outputs: `teacher_outputs(images, keys)` gives what a frozen teacher makes of a batch, as `TeacherCache` sets
+            it, where batches are `(images, targets, keys)`; None lets the task run its teacher.
         seed: from which, with the epoch and the position of the batch, the random numbers of each step follow.
 
     Raises:
@@ -80,6 +83,7 @@ class DistillationModule(LightningModule):
         self.has_own_student = type(student) is not Student or student.backbone is not network
         if compile:
             self.task.compile()
+        self.teacher_outputs: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
         self.seed = torch.initial_seed()
         self.training_means: MeanOfParts | None = None
         self.evaluation = MetricCollection(
@@ -121,10 +125,21 @@ class DistillationModule(LightningModule):
             "mean": [float(value) for value in getattr(data, "mean", ())],
             "std": [float(value) for value in getattr(data, "std", ())],
         }
+        if stage == "fit" and getattr(data, "crop_each_view", False) and self.task.views != "rotations":
+            raise ValueError(
+                f"data.crop_each_view is set, which hands out four rotations of each image, but {type(self.task).__name__} "
+                f"takes {self.task.views} images; set it to false."
+            )
         if stage == "fit" and self.trainer.is_global_zero:
             from .data import warn_if_stem_mismatch
 
             warn_if_stem_mismatch(self.backbone, (int(size[0]), int(size[1])), self.images["channels"])
+
+    @property
+    def turns_images(self) -> bool:
+        """Whether the task wants rotated images and the data hands out upright ones."""
+        data = getattr(self.trainer, "datamodule", None)
+        return self.task.views == "rotations" and not getattr(data, "crop_each_view", False)
 
     def on_train_start(self) -> None:
         """Tell the task where it is: Lightning calls no hook for the epoch within which a resumed run goes on."""
@@ -139,10 +154,12 @@ class DistillationModule(LightningModule):
         """Random numbers of a step depend on the seed, the epoch, the batch and the process, not on what ran before."""
         torch.manual_seed(step_seed(self.seed, self.trainer.current_epoch, batch_idx, self.global_rank))
 
-    def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Tensor]:
         """The loss with its graph, and its parts without."""
-        images, targets = batch
-        outputs = self.task(rotate4(images) if self.task.views == "rotations" else images, targets)
+        images, targets, *keys = batch
+        views = rotate4(images) if self.turns_images else images
+        kept = {} if self.teacher_outputs is None else {"teacher_outputs": self.teacher_outputs(views, *keys)}
+        outputs = self.task(views, targets, **kept)
         parts = {name: value for name, value in outputs.items() if value.dim() == 0}
         with torch.no_grad():
             measured = {
