@@ -19,10 +19,14 @@ from frskd_fast.models import (
     AuxiliaryClassifier,
     AuxiliaryNetwork,
     HookedBackbone,
+    ResNet,
     adapt_backbone,
     create_model,
+    remaining_stages,
     with_auxiliary_heads,
 )
+from frskd_fast.models import resnet as relu_first
+from frskd_fast.models.residual_blocks import BasicBlock, ReLUSequential
 
 # Name of the original, as create_model takes it -> parameters of backbone and heads for 100 (ImageNet: 1000) classes.
 NETWORKS = {
@@ -140,6 +144,22 @@ def test_detached_features_keep_the_heads_from_the_backbone(through_call: bool) 
     sum(head.sum() for head in auxiliary_logits).backward()
     assert all(parameter.grad is None for parameter in network.backbone.parameters())
     assert all(parameter.grad is not None for parameter in network.auxiliary_classifier.parameters())
+
+
+def test_heads_of_imagenet_networks_equal_the_textbook_form() -> None:
+    torch.manual_seed(0)
+    network = ResNet(relu_first.BasicBlock, (1, 1, 1, 2), num_classes=3).double()
+    heads = network.build_auxiliary_classifier(3).double()
+
+    def stage(level: int, in_channels: int, stride: int) -> nn.Module:
+        width = network.channels[level]
+        others = [BasicBlock(width, width)] if level == 3 else []
+        return ReLUSequential(BasicBlock(in_channels, width, stride), *others)
+
+    textbook = AuxiliaryClassifier(remaining_stages(network.channels, stage, ReLUSequential), 512, 3, final_relu=True)
+    textbook.load_state_dict(heads.state_dict())
+    features, _ = network(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    torch.testing.assert_close(heads(features), textbook.double()(features))
 
 
 def test_one_graph() -> None:
@@ -271,8 +291,8 @@ def test_a_users_own_network_gets_heads() -> None:
 
 
 def test_heads_follow_the_backbones_device_and_dtype() -> None:
-    network = with_auxiliary_heads(Functional([4, 8]).to("meta", torch.bfloat16), num_classes=9)
-    assert network.num_classes == 9 and network.backbone.num_classes == 5
+    network = with_auxiliary_heads(Functional([4, 8]).to("meta", torch.bfloat16), num_classes=9, detach_features=True)
+    assert network.detach_features and network.num_classes == 9 and network.backbone.num_classes == 5
     assert {(p.device.type, p.dtype) for p in network.auxiliary_classifier.parameters()} == {("meta", torch.bfloat16)}
 
 

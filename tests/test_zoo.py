@@ -89,9 +89,15 @@ def test_what_a_network_says_of_itself(name: str) -> None:
         features, logits = network(torch.zeros(2, 3, 32, 32))
     check_features(features, network.channels)
     assert features[0].shape[2:] == (32, 32) and logits.shape == (2, network.num_classes) == (2, 7)
+    assert type(create_model(NETWORKS[name][0], 7)) is type(network)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "cifarresnet18", "resnet18", "resnet34", "resnet50", "wrn16x2"])
+def test_the_classifiers_name_is_that_of_the_last_layer(name: str) -> None:
+    with torch.device("meta"):
+        network: Any = create_model(name, 7)
     classifier = network.get_submodule(network.classifier_name)
     assert isinstance(classifier, nn.Linear) and classifier is list(network.modules())[-1]
-    assert type(create_model(NETWORKS[name][0], 7)) is type(network)
 
 
 # The original's numbers

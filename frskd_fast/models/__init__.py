@@ -1,6 +1,7 @@
 """Backbones and self-teachers: `model(x, preact=False) -> (features, logits)`, finest feature map first.
 
-`create_model` makes one by its name; `adapt_backbone` turns other networks into backbones.
+`create_model` makes one by its name; `adapt_backbone` turns other networks into backbones; `with_auxiliary_heads` gives
+them the auxiliary classifiers of HSAKD.
 """
 
 from .adapters import (

@@ -95,13 +95,12 @@ class CIFARResNet(nn.Module):
     def forward(self, images: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         check_images(images, self.conv1.in_channels)
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        before_relu, features = [], []
+        features = []
         for name in self._stages:
-            before_relu.append(getattr(self, name)(x))
-            x = F.relu(before_relu[-1])
-            features.append(x)
-        logits = getattr(self, self.classifier_name)(x.mean(dim=(2, 3)))
-        return (before_relu if preact else features), logits
+            before_relu = getattr(self, name)(x)
+            x = F.relu(before_relu)
+            features.append(before_relu if preact else x)
+        return features, getattr(self, self.classifier_name)(x.mean(dim=(2, 3)))
 
 
 def _basic(depth: int, num_classes: int, widen: int = 1) -> CIFARResNet:

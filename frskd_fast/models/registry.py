@@ -101,7 +101,7 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
         builder = _builders.get(_aliases.get(wanted, wanted))
         if builder is not None:
             network = builder(num_classes=num_classes, **arguments)
-            return network if wanted == name else with_auxiliary_heads(network)
+            return network if wanted == name else with_auxiliary_heads(network, num_classes)
     if name.startswith("timm:"):
         return TimmBackbone.create(name.removeprefix("timm:"), num_classes=num_classes, **arguments)
     if "." in name:
@@ -142,5 +142,8 @@ def imported(path: str, argument: str = "", wanted: str = "a function or class")
 def makes(path: str, kind: type) -> bool:
     """Whether the class with this import path is a `kind`, or the function says that it returns one."""
     function = imported(path)
-    made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
+    try:
+        made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
+    except (TypeError, NameError):  # nothing that can be called, or a hint that only a type checker knows
+        return False
     return isinstance(made, type) and issubclass(made, kind)

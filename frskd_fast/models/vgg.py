@@ -100,17 +100,14 @@ class VGG(nn.Module):
     def forward(self, images: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         check_images(images, 3)
         pools_before = (False, True, True, True, images.shape[2] == 64)
-        x = images
-        before_relu, features = [], []
         blocks = (self.block0, self.block1, self.block2, self.block3, self.block4)
+        x = images
+        maps = []
         for block, pools in zip(blocks, pools_before, strict=True):
-            raw = block(F.max_pool2d(x, 2, ceil_mode=True) if pools else x)
-            x = F.relu(raw)
-            before_relu.append(raw)
-            features.append(x)
-        logits = self.classifier(x.mean(dim=(2, 3)))
-        maps = before_relu if preact else features
-        return [maps[block] for block in FEATURE_BLOCKS], logits
+            before_relu = block(F.max_pool2d(x, 2, ceil_mode=True) if pools else x)
+            x = F.relu(before_relu)
+            maps.append(before_relu if preact else x)
+        return [maps[block] for block in FEATURE_BLOCKS], self.classifier(x.mean(dim=(2, 3)))
 
 
 @register_model(aliases=["vgg8_bn"])
