@@ -172,6 +172,10 @@ def test_recipe_fits_together(name: str) -> None:
         signature = inspect.signature(imported(class_path(settings[part])))
         takes_more = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
         assert takes_more or arguments_in(settings[part]).keys() <= signature.parameters.keys(), part
+    trainer = settings["trainer"]
+    assert trainer["max_epochs"] % trainer.get("check_val_every_n_epoch", 1) == 0, (
+        "the last epoch would not be validated"
+    )
     _, needed, _ = split_off(["--config", json.dumps(settings)], name)
     takes_teacher = "teacher" in inspect.signature(imported(class_path(settings["task"]))).parameters
     assert ("teacher" in [one.kind for one in needed]) == takes_teacher or recipe_names()[name] == "frskd"
