@@ -11,11 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tasks import CLASSES, Net, PreactNet, batch, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
+from test_tasks import (
+    CLASSES,
+    Net,
+    PreactNet,
+    batch,
+    compare_compiled,
+    every_kind_of_targets,
+    replay_matches_a_plain_step,
+    train_in_a_group_of_one,
+)
 from torch import Tensor, nn
 
 from frskd_fast.losses import FitNetLoss, FRSKDLoss, KDLoss, OverhaulLoss, SLALoss
-from frskd_fast.models import wrn16x2
+from frskd_fast.models import create_model, wrn16x2
 from frskd_fast.tasks import DistillationTask, FrozenTeacher
 
 DISTILL = ("kd", "att", "fit", "od")
@@ -251,6 +260,25 @@ def test_data_parallel_trains_every_parameter_but_the_teachers(tmp_path: Path) -
     task = distilling("fit")
     train_in_a_group_of_one(task, [batch(), batch()], tmp_path)
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg8", "wrn_16_1"])
+def test_networks_of_the_zoo_teach_by_the_overhaul_distance(name: str) -> None:
+    teacher = create_model(name, CLASSES)
+    for number, batch_norm in enumerate(teacher.get_bn_before_relu()):  # type: ignore[operator]
+        nn.init.constant_(batch_norm.bias, number - 5.0)  # E[t | t < 0] is about the bias where that is far below 0
+    task = DistillationTask(create_model(name, CLASSES), teacher, "od")
+    for number, channels in enumerate(teacher.channels):  # type: ignore[arg-type, var-annotated]
+        margin = task.loss.get_buffer(f"margin{number + 1}")
+        assert margin.shape == (1, channels, 1, 1) and (margin < number - 4.9).all()
+    assert task(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))["loss"].isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distill", DISTILL)
+def test_a_step_waits_for_no_device_and_is_captured_in_a_cuda_graph(distill: str) -> None:
+    images, labels = (tensor.cuda() for tensor in batch())
+    replay_matches_a_plain_step(distilling(distill).cuda(), images, labels)
 
 
 @pytest.mark.parametrize(
