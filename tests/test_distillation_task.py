@@ -15,6 +15,7 @@ from test_tasks import (
     CLASSES,
     Net,
     PreactNet,
+    Several,
     batch,
     compare_compiled,
     every_kind_of_targets,
@@ -208,6 +209,10 @@ def test_networks_of_every_kind() -> None:
     assert task.backbone.channels == task.teacher.network.channels == [4, 6]
     assert {name: len(maps) for name, maps in task.maps(images).items()} == {"student": 2, "teacher": 2}
     assert torch.isfinite(task(images, labels)["loss"])
+    headed = create_model("resnet8_aux", CLASSES)
+    assert DistillationTask(create_model("resnet8", CLASSES), headed, "att").teacher.network is headed.backbone
+    with pytest.raises(TypeError, match=r"teacher \(Several\) returned a dict, but logits"):
+        DistillationTask(LogitsAlone(), Several())(images, labels)
     # The teacher's maps are half as large.
     networks = wrn16x2(num_classes=CLASSES), nn.Module()
     networks[1].channels, networks[1].network = [32, 64, 128], wrn16x2(num_classes=CLASSES)  # type: ignore[assignment]
