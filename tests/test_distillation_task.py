@@ -194,6 +194,20 @@ def test_states_copies_and_files_agree(tmp_path: Path) -> None:
     torch.testing.assert_close(double(images.double(), labels)["loss"].float(), wanted)
 
 
+def test_a_teacher_comes_from_a_file(tmp_path: Path) -> None:
+    path, teacher = tmp_path / "resnet8_vanilla.pth", create_model("resnet8", CLASSES).eval()
+    torch.save({"epoch": 240, "model": teacher.state_dict()}, path)  # as RepDistiller's trainer does
+    images, labels = batch()
+    task = DistillationTask(Net().double(), str(path), teacher_name="resnet8")
+    assert task.teacher.path == str(path)
+    output = task(images.double(), labels)["teacher_output"]
+    torch.testing.assert_close(output, teacher.double()(images.double())[1].detach())
+    # The checksum is that of the file's weights, in whatever dtype they are used.
+    DistillationTask(Net(), str(path), teacher_name="resnet8").load_state_dict(task.state_dict())
+    with pytest.raises(ValueError, match="source is a module"):
+        DistillationTask(Net(), teacher, teacher_name="resnet8")
+
+
 def test_networks_of_every_kind() -> None:
     images, labels = batch()
     teacher = FrozenTeacher(LogitsAlone(), "somewhere.pt")
