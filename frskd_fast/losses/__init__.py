@@ -3,5 +3,17 @@
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
 from frskd_fast.losses.sla import SLALoss, SLALossParts
+from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
-__all__ = ["FRSKDLoss", "FRSKDLossParts", "FitNetLoss", "OverhaulLoss", "SLALoss", "SLALossParts"]
+__all__ = [
+    "FRSKDLoss",
+    "FRSKDLossParts",
+    "FitNetLoss",
+    "OverhaulLoss",
+    "SLALoss",
+    "SLALossParts",
+    "SSKDHeadLoss",
+    "SSKDHeadLossParts",
+    "SSKDLoss",
+    "SSKDLossParts",
+]
