@@ -2,6 +2,14 @@
 
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
+from frskd_fast.losses.hsakd import (
+    HSAKDLoss,
+    HSAKDLossParts,
+    HSAKDOnlineLoss,
+    HSAKDOnlineLossParts,
+    HSAKDTeacherLoss,
+    HSAKDTeacherLossParts,
+)
 from frskd_fast.losses.sla import SLALoss, SLALossParts
 from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
@@ -9,6 +17,12 @@ __all__ = [
     "FRSKDLoss",
     "FRSKDLossParts",
     "FitNetLoss",
+    "HSAKDLoss",
+    "HSAKDLossParts",
+    "HSAKDOnlineLoss",
+    "HSAKDOnlineLossParts",
+    "HSAKDTeacherLoss",
+    "HSAKDTeacherLossParts",
     "OverhaulLoss",
     "SLALoss",
     "SLALossParts",
