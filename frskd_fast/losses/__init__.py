@@ -10,6 +10,7 @@ from frskd_fast.losses.hsakd import (
     HSAKDTeacherLoss,
     HSAKDTeacherLossParts,
 )
+from frskd_fast.losses.kd import KDLoss, KDLossParts
 from frskd_fast.losses.sla import SLALoss, SLALossParts
 from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
@@ -23,6 +24,8 @@ __all__ = [
     "HSAKDOnlineLossParts",
     "HSAKDTeacherLoss",
     "HSAKDTeacherLossParts",
+    "KDLoss",
+    "KDLossParts",
     "OverhaulLoss",
     "SLALoss",
     "SLALossParts",
