@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-import tempfile
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -319,9 +318,9 @@ def _problem_with(path: Path, beginning: bytes, size: int) -> str | None:
 def _create(path: Path, beginning: bytes, size: int) -> None:
     """Write an empty file of its full size beside `path` and rename it; an OSError where there is no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(descriptor, "wb") as file:
+        with open(partial, "xb") as file:
             # A hole would be filled when a page goes to the disk, where a full one ends the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -333,10 +332,9 @@ def _create(path: Path, beginning: bytes, size: int) -> None:
             file.write(beginning)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(partial, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        partial.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
 
