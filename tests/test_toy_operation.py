@@ -102,7 +102,7 @@ def test_every_implementation_solves_the_problems(compiled: None, implementation
 def test_schemas_come_from_annotations_and_fields(compiled: None) -> None:
     arguments = "Tensor student, Tensor teacher, float scale"
     schema = str(torch.ops.frskd_fast.toy_forward.default._schema)
-    assert schema == f"frskd_fast::toy_forward({arguments}, str impl) -> Tensor"
+    assert schema == f'frskd_fast::toy_forward({arguments}, str impl, *, str version="") -> Tensor'
     native = str(torch.ops.frskd_fast_native.toy.default._schema)
     assert native == f"frskd_fast_native::toy({arguments}, Tensor(a!) out) -> ()"
 

@@ -142,8 +142,10 @@ class GradientRows {
 
   void clear_sums() {
     for (int i = 0; i < node_.call.count; ++i) {
-      for (int64 k = 0; k < line_; ++k) sum_dy_[i][k] = sum_dot_[i][k] = 0;
-      for (int64 k = 0; k < line_; ++k) total_dy_[i][k] = total_dot_[i][k] = 0;
+      clear(sum_dy_[i], line_);
+      clear(sum_dot_[i], line_);
+      clear(total_dy_[i], line_);
+      clear(total_dot_[i], line_);
     }
   }
 
@@ -158,7 +160,7 @@ class GradientRows {
     int64 next_row[kMostFusionInputs] = {};
     for (int i = 0; i < call.count; ++i) {
       if (call.inputs[i].resample == kResampleNone || !wanted(i)) continue;
-      for (int64 k = 0; k < kRowsInFlight * row_of_upstream(i, slice); ++k) upstream_[i][k] = 0;
+      clear(upstream_[i], kRowsInFlight * row_of_upstream(i, slice));
     }
     for (int64 y = 0; y < call.out.height; y += node_.strip) {
       const int64 rest = call.out.height - y, rows = rest < node_.strip ? rest : node_.strip;
@@ -284,7 +286,7 @@ class GradientRows {
            first_destination(
                static_cast<int>(next_row + 1), static_cast<int>(map.height), static_cast<int>(out.height)) <= y + 1) {
       finish_rows<false>(i, Lines<const A>{upstream_[i], nullptr, node_.pitch_of(map, slice)}, slice, next_row, 1);
-      for (int64 k = 0; k < row_of_upstream(i, slice); ++k) upstream_[i][k] = 0;
+      clear(upstream_[i], row_of_upstream(i, slice));
       ++next_row;
     }
   }
@@ -323,7 +325,7 @@ class GradientRows {
     for (; next_row < reached; ++next_row) {
       A* ready = upstream_[i] + next_row % kRowsInFlight * row;
       finish_rows<true>(i, Lines<const A>{ready, nullptr, node_.pitch_of(map, slice)}, slice, next_row, 1);
-      for (int64 k = 0; k < row; ++k) ready[k] = 0;
+      clear(ready, row);
     }
   }
 

@@ -65,9 +65,7 @@ class FusedRows {
   void fuse(const Slice& slice, int64 y, int64 rows, A* sums, bool write) {
     const Fusion& call = node_.call;
     const int64 pitch = node_.pitch_of(call.out, slice);
-    if (!starts_sums(0)) {
-      for (int64 k = 0; k < node_.lines_of(call.out, rows) * pitch; ++k) sums[k] = 0;
-    }
+    if (!starts_sums(0)) clear(sums, node_.lines_of(call.out, rows) * pitch);
     bool written = false;
     for (int i = 0; i < call.count; ++i) {
       node_.with_input(i, [&](auto normalised, auto pre) {

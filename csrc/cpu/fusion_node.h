@@ -87,6 +87,12 @@ inline __attribute__((always_inline)) auto load_some(const T* pointer, int64 res
   return rest >= width ? load(pointer) : load_first(pointer, rest);
 }
 
+// The bound is an argument: as an expression of members the compiler takes it anew for every element.
+template <typename A>
+inline void clear(A* place, int64 count) {
+  for (int64 k = 0; k < count; ++k) place[k] = 0;
+}
+
 inline bool channels_are_contiguous(const Map& map) { return map.stride_c == 1 || map.channels == 1; }
 
 // How a node is cut: units of work are groups of samples times blocks of channels.

@@ -1,6 +1,8 @@
 // What the kernel files share: scratch memory, loops over PyTorch's threads, types and numbers known at compile time.
 #pragma once
 
+#include <stdlib.h>
+
 #include "simd.h"
 #include "views.h"
 
@@ -12,12 +14,16 @@ struct Constant {
   static constexpr int kValue = Value;
 };
 
+constexpr unsigned long kCacheLine = 64;  // bytes
+
+// Vectors of memory that begins with a cache line do not cross into the next one.
 template <typename A>
 struct Scratch {
-  explicit Scratch(int64 count) : data(static_cast<A*>(__builtin_malloc(sizeof(A) * (count > 0 ? count : 1)))) {
+  explicit Scratch(int64 count)
+      : data(static_cast<A*>(aligned_alloc(kCacheLine, (sizeof(A) * count / kCacheLine + 1) * kCacheLine))) {
     if (data == nullptr) __builtin_trap();
   }
-  ~Scratch() { __builtin_free(data); }
+  ~Scratch() { free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   A* data;

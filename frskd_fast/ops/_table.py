@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import typing
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar
 
@@ -74,6 +76,12 @@ def _gatherer(annotation: Any) -> Callable[[Iterator[Any]], Any]:
     return lambda flat: make([take(flat) for take in fields])
 
 
+def _version(fake: Callable[..., Any]) -> str:
+    """Changes with the file that holds the fake. Where source files were left out, it is always the same."""
+    source = Path(fake.__code__.co_filename)
+    return f"{zlib.crc32(source.read_bytes()):08x}" if source.is_file() else "no source"
+
+
 def register(operation: str, function: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator of a fake: the callable that takes its place runs the raw function ``function`` of ``operation``.
 
@@ -81,6 +89,10 @@ def register(operation: str, function: str = "") -> Callable[[Callable[P, R]], C
     results will have. Its arguments are those of the raw function (tensors, numbers, lists of them, and NamedTuples of all
     these), all positional, and behind them ``impl``, the name of the implementation. The operator is called
     ``frskd_fast::<operation>_<function>``, or by the function's name where that begins with the operation's.
+
+    In a graph the operator has one more argument, ``version``. Inductor's cache on the disk knows a graph by its operators
+    and their arguments alone: without it, code that an older version of this library left there would be run, with the
+    sizes of older results.
 
     Args:
         operation: the operation it belongs to; ``last_impl`` reports on it by this name.
@@ -106,17 +118,23 @@ def register(operation: str, function: str = "") -> Callable[[Callable[P, R]], C
             return getattr(_dispatch.raw(operation, implementation), raw_name)(*arguments)
 
         _library.define(
-            f"{name}({arguments}) -> ({', '.join(map(_schema_type, results))})", tags=(torch.Tag.needs_exact_strides,)
+            f'{name}({arguments}, *, str version="") -> ({", ".join(map(_schema_type, results))})',
+            tags=(torch.Tag.needs_exact_strides,),
         )
-        _library.impl(name, lambda *flat: run(*gathered(flat)), "CompositeExplicitAutograd")
+        _library.impl(name, lambda *flat, version="": run(*gathered(flat)), "CompositeExplicitAutograd")
         untyped: Callable[..., Any] = fake
-        torch.library.register_fake(f"frskd_fast::{name}", lambda *flat: untyped(*gathered(flat)), lib=_library)
+        torch.library.register_fake(
+            f"frskd_fast::{name}", lambda *flat, version="": untyped(*gathered(flat)), lib=_library
+        )
         operator = getattr(torch.ops.frskd_fast, name).default
+        version = _version(fake)
 
         @functools.wraps(fake)
         def call(*given: P.args, **_: P.kwargs) -> R:
-            result: R = operator(*_flatten(given)) if torch.compiler.is_compiling() else run(*given)
-            return result
+            if torch.compiler.is_compiling():
+                result: R = operator(*_flatten(given), version=version)
+                return result
+            return run(*given)  # type: ignore[no-any-return]
 
         return call
 
