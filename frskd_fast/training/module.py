@@ -80,8 +80,8 @@ class DistillationModule(LightningModule):
         random_classifier = weights is not None and _load_all_that_fits(network, weights, num_classes)
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.task: Task = build(task, network)
-        plain = without_heads(network)
-        if random_classifier and not plain.get_submodule(last_linear(plain)).weight.requires_grad:
+        headless = without_heads(network)
+        if random_classifier and not headless.get_submodule(last_linear(headless)).weight.requires_grad:
             raise ValueError(
                 f"weights ({weights}) are those of a network for other classes, so its classifier was left out, but "
                 f"{type(self.task).__name__} does not train the classifier, which would stay random; give the weights of a "
