@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +120,13 @@ def test_make_targets_named_in_the_documents_exist() -> None:
         assert named or document not in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"), name_of(document)
 
 
+def test_evidence_is_that_of_its_result_files() -> None:
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "evidence.py"), "--check"], check=True, timeout=60)
+
+
 def test_each_generated_table_has_one_place() -> None:
     places = {"README.md": "bench", "docs/benchmarks.md": "bench", "docs/evidence.md": "evidence"}
-    for document, name in [*places.items(), ("docs/evidence.md", "demo")]:
+    for document, name in [*places.items(), *(("docs/evidence.md", name) for name in ("evidence-teachers", "demo"))]:
         text = (ROOT / document).read_text(encoding="utf-8")
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         assert text.count(begin) == text.count(end) == 1, document

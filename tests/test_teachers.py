@@ -68,6 +68,7 @@ PROGRAMS: dict[str, Callable[[State], dict[str, Any]]] = {
     "HSAKD, a pair": lambda state: {
         "net": {**under("net1.backbone.", state), **under("net2.backbone.", {n: v + 1 for n, v in state.items()})}
     },
+    "HSAKD, the second of a pair": lambda state: {"net": under("module.net2.backbone.", state)},
     "mdistiller": lambda state: {"model": state},
     "mdistiller, everything": lambda state: {
         "epoch": 240,
@@ -98,7 +99,17 @@ def test_layers_that_other_programs_call_otherwise(tmp_path: Path) -> None:
     assert same(headed, network) and headed.conv1[0].stride == (1, 1)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "task.", "task.backbone."])
+def test_a_resnet_with_other_spellings(tmp_path: Path) -> None:
+    network = trained("cifarresnet18")
+    state = {
+        name.replace("downsample", "shortcut").replace("fc.", "linear."): value
+        for name, value in network.state_dict().items()
+    }
+    assert "layer2.0.shortcut.0.weight" in state and "linear.bias" in state
+    assert same(load_teacher(written(tmp_path, under("module.", state)), "cifarresnet18"), network)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "task.", "task.net."])
 @pytest.mark.parametrize("heads", ["auxiliary", "projection"])
 def test_heads_come_with_the_network(heads: Any, prefix: str, tmp_path: Path) -> None:
     network = trained("resnet8_aux" if heads == "auxiliary" else "resnet8", heads=heads)
@@ -125,7 +136,7 @@ def test_heads_that_a_file_lacks(prefix: str, tmp_path: Path) -> None:
 def checkpoint(network: nn.Module, **settings: Any) -> dict[str, Any]:
     """As `frskd-fast fit` writes it."""
     return {
-        "state_dict": {**under("task.backbone.", network.state_dict()), "task.teacher.source": torch.zeros(3)},
+        "state_dict": {**under("task.net.", network.state_dict()), "task.teacher.source": torch.zeros(3)},
         "hyper_parameters": {"backbone": "resnet8", "backbone_args": None, "num_classes": 7, **settings},
         "epoch": 3,
     }
@@ -152,7 +163,8 @@ def test_arguments_of_a_network_are_those_of_its_run_unless_they_are_given(tmp_p
     path = written(tmp_path, checkpoint(network, **settings))
     assert load_teacher(path).conv1[0].stride == (1, 1)
     assert load_teacher(path, stem_stride=2).conv1[0].stride == (2, 2)
-    assert load_teacher(path, "mobilenetv2").conv1[0].stride == (2, 2)
+    assert load_teacher(path, "mobilenetv2").conv1[0].stride == (1, 1)
+    assert load_teacher(path, "MobileNetV2").conv1[0].stride == (2, 2)
 
 
 def test_shards_in_the_folder_of_a_run(tmp_path: Path) -> None:
@@ -265,7 +277,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "another network": (
         lambda folder: load_teacher(written(folder, trained().state_dict()), "wrn16x2"),
         CheckpointError,
-        "lacks|has shape|tensors below",
+        r"lacks 51 of the backbone's 68 tensors, block1\.layer\.0\.conv1\.weight, .* is it another network\?",
     ),
     "a deeper network": (
         lambda folder: load_teacher(written(folder, trained("resnet14").state_dict()), "resnet8"),
@@ -290,7 +302,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a call": (
         lambda folder: load_teacher(written(folder, checkpoint(trained(), backbone="fractions.Fraction"))),
         CheckpointError,
-        r"names fractions\.Fraction as its network, which makes no torch\.nn\.Module; give name\.",
+        r"names fractions\.Fraction as its network, of which nothing says .*; if you trust the file, give name the same\.",
+    ),
+    "no call": (
+        lambda folder: load_teacher(written(folder, checkpoint(trained(), backbone="math.pi"))),
+        CheckpointError,
+        r"names math\.pi as its network",
     ),
     "no source": (lambda folder: load_teacher(3), TypeError, "source is a int, but a module, a path or"),  # type: ignore[arg-type]
     "no heads": (

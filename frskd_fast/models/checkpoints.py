@@ -21,7 +21,7 @@ STATE, SHARDED = "frskd_fast", "meta.pt"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 # Where other trainers put the weights in a checkpoint, and what they put in front of the names.
 CONTAINERS = ("state_dict", "net", "model", "student", "model_state_dict")
-PREFIXES = ("module.", "_orig_mod.", "task.", "backbone.", "student.", "network.", "net.", "net1.", "model.")
+PREFIXES = ("module.", "_orig_mod.", "task.", "backbone.", "student.", "network.", "net.", "net1.", "net2.", "model.")
 # The parts of a network with heads that a checkpoint may lack, and what trains them.
 HEADS = {"auxiliary_classifier": "HSAKDTeacherTask", "proj_head": "SSKDHeadTask"}
 
@@ -183,7 +183,7 @@ def load_backbone_weights(
     | `frskd-fast fit`, `frskd-fast export` | `state_dict`; a .safetensors file |
     | RepDistiller, mdistiller | `model` |
     | SSKD | `state_dict`, with heads under `backbone.` and `proj_head.` |
-    | HSAKD | `net`, under `backbone.` and `auxiliary_classifier.` |
+    | HSAKD | `net`, under `backbone.` and `auxiliary_classifier.`; of an online pair the first, `net1.` |
     | torchvision, timm, `torch.save(network.state_dict(), path)` | the file itself |
 
     Names may stand behind `module.` (DataParallel), `_orig_mod.` (torch.compile) and the like.
@@ -224,25 +224,25 @@ def load_weights(
         weights = {name: value for name, value in weights.items() if name not in classifier}
         own = {name: value for name, value in own.items() if name not in classifier}
         other = [name for name in other if name not in classifier]
-    if other:
-        name = other[0]
-        raise CheckpointError(
-            f"{name} in {path} has shape {tuple(weights[name].shape)}, but the backbone's has {tuple(own[name].shape)}; "
-            "another network, or another number of classes?"
-        )
     # A counter that older files lack; it starts from 0.
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     heads = {name.partition(".")[0] for name in missing}
     if heads and heads <= {*HEADS} and heads.isdisjoint(name.partition(".")[0] for name in weights):
         head = heads.pop()
         raise CheckpointError(
-            f"{path} holds the network without its heads, of which {missing[0]} was wanted; train them first (task "
-            f"{HEADS[head]}), or give the file that holds both."
+            f"The checkpoint {path} holds the network without its heads, of which {missing[0]} was wanted; train them first "
+            f"(task {HEADS[head]}), or give the file that holds both."
         )
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} of the backbone's {len(own)} tensors, {', '.join(missing[:3])} among them; is it "
-            "another network?"
+            f"The checkpoint {path} lacks {len(missing)} of the backbone's {len(own)} tensors, {', '.join(missing[:3])} among "
+            "them; is it another network?"
+        )
+    if other:
+        name = other[0]
+        raise CheckpointError(
+            f"{name} in {path} has shape {tuple(weights[name].shape)}, but the backbone's has {tuple(own[name].shape)}; "
+            "another network, or another number of classes?"
         )
     backbone.load_state_dict(weights, strict=False)
 

@@ -142,5 +142,8 @@ def imported(path: str, argument: str = "", wanted: str = "a function or class")
 def makes(path: str, kind: type) -> bool:
     """Whether the class with this import path is a `kind`, or the function says that it returns one."""
     function = imported(path)
-    made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
+    try:
+        made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
+    except (TypeError, NameError):  # nothing that can be called, or a hint that only a type checker knows
+        return False
     return isinstance(made, type) and issubclass(made, kind)

@@ -4,7 +4,7 @@ He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, as used by
 """
 
 import warnings
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion = 1
+    other_names: ClassVar = {"shortcut": "downsample"}  # mdistiller, for one
 
     def __init__(self, in_channels: int, planes: int, stride: int = 1) -> None:
         super().__init__()
@@ -49,6 +50,7 @@ class Bottleneck(nn.Module):
     """As `BasicBlock`, with a 1x1, a 3x3 (which carries the stride) and a 1x1 convolution to 4 * planes channels."""
 
     expansion = 4
+    other_names: ClassVar = BasicBlock.other_names
 
     def __init__(self, in_channels: int, planes: int, stride: int = 1) -> None:
         super().__init__()
@@ -103,6 +105,8 @@ class ResNet(nn.Module):
 
     Source: He et al., CVPR 2016; the split of stages before their ReLU is FRSKD's, Ji et al., CVPR 2021.
     """
+
+    other_names: ClassVar = {"linear": "fc"}
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ def described(
 
     Args:
         content, path: what `load_file(path)` gave.
-        name, num_classes, arguments: of `create_model`. Those in the file are left aside where `name` is given.
+        name, num_classes, arguments: of `create_model`. Arguments in the file are those of the network that it names.
         options: what errors call name and num_classes.
 
     Raises:
@@ -48,9 +48,10 @@ def described(
     settings = content.get("hyper_parameters")
     settings = settings if isinstance(settings, Mapping) else {}
     arguments = dict(arguments or {})
+    if name in (None, settings.get("backbone")):
+        arguments = {**(settings.get("backbone_args") or {}), **arguments}
     if name is None:
         name = settings.get("backbone")
-        arguments = {**(settings.get("backbone_args") or {}), **arguments}
         if name is None:
             raise CheckpointError(
                 f"The checkpoint {path} does not say which network it holds; give {options[0]} a name that "
@@ -59,7 +60,8 @@ def described(
         # A file from elsewhere could name anything that Python can call.
         if "." in name and not name.startswith(TIMM) and not makes(name, nn.Module):
             raise CheckpointError(
-                f"The checkpoint {path} names {name} as its network, which makes no torch.nn.Module; give {options[0]}."
+                f"The checkpoint {path} names {name} as its network, of which nothing says that it makes a torch.nn.Module; if "
+                f"you trust the file, give {options[0]} the same."
             )
     classes = num_classes or settings.get("num_classes") or classes_in(content, create_model(name, **arguments))
     if classes is None:
