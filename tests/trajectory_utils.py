@@ -28,9 +28,10 @@ def warmed_up(network: nn.Module, case: str) -> nn.Module:
 
 
 def follow(case: str, task: Task, columns_of: Callable[[dict[str, Tensor]], list[Tensor]]) -> dict[str, Tensor]:
-    """Train `task` on rotated images as the case says and compare losses and the sum over |p|; returns what is stored.
+    """Train `task` as the case says and compare losses and the sum over |p|; returns what is stored.
 
-    `columns_of` finds the losses of the case's columns in what the task returned.
+    Images are rotated for a task that wants them so. `columns_of` finds the losses of the case's columns in what the task
+    returned.
     """
     stored, settings = load_golden(case), golden_settings(case)
     images, targets, batch = stored["images"].double(), stored["targets"], settings["batch"]
@@ -39,7 +40,8 @@ def follow(case: str, task: Task, columns_of: Callable[[dict[str, Tensor]], list
     for step in range(settings["steps"]):
         begin = step * batch % len(images)
         rows = slice(begin, begin + batch)
-        parts = task(rotate4(images[rows]), targets[rows])
+        views = rotate4(images[rows]) if task.views == "rotations" else images[rows]
+        parts = task(views, targets[rows])
         torch.testing.assert_close(
             torch.stack(columns_of(parts)).detach(),
             stored["losses"][step],

@@ -34,8 +34,9 @@ class FFLResNet(nn.Module):
         num_classes: K.
 
     Calling `model(images)` with images (N, 3, H, W), floating point, returns `([z_1, z_2], [f_1, f_2])`: logits (N, K) and
-    the last maps (N, 64, H/4, W/4), sizes rounded up. Names of parameters are those of the original's checkpoints, whose
-    classifiers are called `classfier3_1` and `classfier3_2`.
+    the last maps (N, 64, H/4, W/4), sizes rounded up. With `pyramids=True` there is instead of each map the list of all maps
+    of its network, finest first, of which the first two are shared. Names of parameters are those of the original's
+    checkpoints, whose classifiers are called `classfier3_1` and `classfier3_2`.
 
     Raises:
         ValueError, TypeError: on another depth; on images of another rank, channel count or integer type.
@@ -80,13 +81,15 @@ class FFLResNet(nn.Module):
         others = (BasicBlock(planes, planes) for _ in range(self._blocks - 1))
         return ReLUSequential(BasicBlock(in_channels, planes, stride), *others)
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, images: Tensor, pyramids: bool = False) -> tuple[list[Tensor], list[Any]]:
         check_images(images, self.conv1.in_channels)
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        trunk = F.relu(self.layer2(F.relu(self.layer1(x), inplace=True)), inplace=True)
-        maps = [F.relu(stage(trunk), inplace=True) for stage in (self.layer3_1, self.layer3_2)]
+        first = F.relu(self.layer1(x), inplace=True)
+        second = F.relu(self.layer2(first), inplace=True)
+        maps = [F.relu(stage(second), inplace=True) for stage in (self.layer3_1, self.layer3_2)]
         classifiers = (self.classfier3_1, self.classfier3_2)
-        return [classify(f.mean(dim=(2, 3))) for classify, f in zip(classifiers, maps, strict=True)], maps
+        logits = [classify(f.mean(dim=(2, 3))) for classify, f in zip(classifiers, maps, strict=True)]
+        return logits, [[first, second, f] for f in maps] if pyramids else maps
 
     def subnetwork(self, index: int) -> CIFARResNet:
         """Sub-network 0 or 1 alone, a ResNet of this depth that shares the modules.

@@ -3,6 +3,7 @@
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .distillation import DistillationTask
+from .ffl import FFLTask, FusedNetwork, IndependentNetworks
 from .frskd import FRSKDTask, build_frskd
 from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
 from .linear_probe import LinearProbeTask
@@ -11,11 +12,14 @@ from .rotation_metrics import rotation_accuracies
 __all__ = [
     "ClassificationTask",
     "DistillationTask",
+    "FFLTask",
     "FRSKDTask",
     "FrozenTeacher",
+    "FusedNetwork",
     "HSAKDOnlineTask",
     "HSAKDTask",
     "HSAKDTeacherTask",
+    "IndependentNetworks",
     "LinearProbeTask",
     "Student",
     "Task",
