@@ -121,6 +121,19 @@ def test_crop_and_flip_is_the_slow_loop(dtype: torch.dtype, height: int, width: 
     assert {0, 1} == set(crops[:, 2].tolist())
 
 
+@pytest.mark.parametrize(("height", "width", "padding"), [(5, 7, 2), (4, 5, 3), (4, 4, 0)])
+def test_crops_of_reflected_images(height: int, width: int, padding: int) -> None:
+    images = torch.randint(1, 256, (20, 3, height, width), dtype=torch.uint8)
+    crops = draw_crops(20, padding, 0.5, torch.Generator().manual_seed(1))
+    padded = F.pad(images.float(), (padding,) * 4, mode="reflect")
+    windows = [
+        image[:, top : top + height, left : left + width] for image, (top, left, _) in zip(padded, crops, strict=True)
+    ]
+    wanted = [window.flip(2) if flip else window for window, flip in zip(windows, crops[:, 2], strict=True)]
+    for given in (images, images.to(memory_format=torch.channels_last)):
+        assert torch.equal(crop_and_flip(given, crops, padding, reflect=True), torch.stack(wanted).byte())
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize(("side", "padding"), [(5, 2), (4, 0), (1, 3)])
 def test_views_are_flipped_turned_and_cropped_apart(dtype: torch.dtype, side: int, padding: int) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from golden_utils import fill_parameters, golden_settings, load_golden, state_dict_layout
 from numerics import assert_close
+from problems import Problem, problems
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -232,28 +233,21 @@ def test_without_offset_the_divergence_is_that_of_operation_logits(impl: str) ->
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("classes", [1, 7, 16, 37])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_three_way(dtype: torch.dtype, classes: int, impl: str) -> None:
-    given = heads_of(2, 5, classes, dtype)
-    labels = torch.tensor([0, classes - 1, classes // 2, 0, classes - 1])
-    upstream = 64.0
+@pytest.mark.parametrize("problem", problems("mutual_logits"), ids=lambda problem: problem.name)
+def test_problem(problem: Problem, impl: str) -> None:
+    problem.run(impl, "cpu")
 
-    def run(function: Callable[[list[Tensor]], Tensor], dtype: torch.dtype) -> list[Tensor]:
-        heads = [z.detach().to(dtype, copy=True).requires_grad_() for z in given]
-        loss = function(heads)
-        return [loss.detach(), *torch.autograd.grad(upstream * loss, heads)]
 
-    def plain(heads: list[Tensor]) -> Tensor:
-        return plain_parts(heads, lambda z: F.cross_entropy(z, labels), 1.0, 3.0, 1e-7)[0]
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_same_bits_on_every_run(impl: str) -> None:
+    heads, labels = heads_of(2, 33, 100, torch.float32), torch.arange(33)
 
-    criterion = FFLLoss(impl=impl)
-    ours = run(lambda z: criterion(z[:-1], z[-1], labels), dtype)
-    assert ours[0].dtype == (dtype if dtype == torch.float64 else torch.float32)
-    for index, triple in enumerate(zip(ours, run(plain, dtype), run(plain, torch.float64), strict=True)):
-        assert_close(*triple, f"result {index}", scale=8.0 if index == 0 else upstream)
-    again = run(lambda z: criterion(z[:-1], z[-1], labels), dtype)
-    assert all(map(torch.equal, ours, again))
+    def run() -> list[Tensor]:
+        loss = FFLLoss(impl=impl)(heads[:2], heads[2], labels)
+        assert loss.dtype == torch.float32
+        return [loss.detach(), *torch.autograd.grad(loss, heads)]
+
+    assert all(map(torch.equal, run(), run()))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -28,6 +28,7 @@ from frskd_fast.training.prerequisites import split_off
 from frskd_fast.training.recipe_files import RecipeError, merged, recipe, recipe_names, recipe_text
 
 WRITERS = {
+    "cifar10": data_files.write_cifar10,
     "cifar100": data_files.write_cifar100,
     "tinyimagenet": data_files.write_tiny_imagenet,
     "cub200": data_files.write_cub200,
@@ -38,6 +39,7 @@ WRITERS = {
     "stl10": data_files.write_stl10,
 }
 CLASSES = {
+    "cifar10": 10,
     "cifar100": 100,
     "tinyimagenet": 200,
     "cub200": 200,
@@ -60,6 +62,7 @@ WANTED = (
         "wrn_40_2", "wrn_40_1", "resnet56", "resnet32x4", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2")}
     | {f"cifar100_resnet56_resnet20_hsakd_{share}percent" for share in (25, 50, 75)}
     | {"imagenet_resnet34_resnet18_hsakd", "imagenet_resnet34_resnet18_hsakd_joint", "imagenet_resnet18_hsakd_online"}
+    | {"cifar10_resnet32_ffl", "cifar100_resnet32_ffl", "digits_ffl"}
     | {"stl10_mobilenetv2_hsakd_probe", "tinyimagenet_mobilenetv2_hsakd_probe"}
 )  # fmt: skip
 
