@@ -6,9 +6,10 @@
     python scripts/evidence.py --check             fail where docs/evidence.md is not what its result files give
 
 Every run is `frskd-fast fit --config RECIPE` in a process of its own, with the overrides that the table names; a run that
-was interrupted goes on. All methods of a study share student, labelled images of a seed, batches, augmentation, optimiser,
-schedule and number of steps. A teacher that a recipe needs is trained once, for all seeds. Accuracies are those of the
-student alone on the test images after the last epoch, never of the best. What the logs say is kept in bench/results.
+was interrupted goes on. All methods of a study share student, labelled images of a seed, batches, augmentation, optimiser
+and schedule, and those with one recipe the number of steps. A teacher that a recipe needs is trained once, for all seeds.
+Accuracies are those of the student alone on the test images after the last epoch, never of the best. What the logs say is
+kept in bench/results.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ STUDIES = {
         "mixup": Variant("FRSKD (att), mixup 0.2", ("--data.mixup", "0.2")),
     },
     "teachers": {
-        "ce": Variant("cross-entropy", ("--task", PLAIN), "digits_kd"),
+        "ce": Variant("cross-entropy", recipe="digits_resnet8_plain"),
         "kd": Variant("KD", recipe="digits_kd"),
         "hsakd": Variant("HSAKD", recipe="digits_hsakd"),
         "sskd": Variant("SSKD", recipe="digits_sskd"),
@@ -182,9 +183,14 @@ def collect(study: str, out: Path) -> Document:
                 found.setdefault(variant, {})[folder.name.rsplit("seed", 1)[1]] = run._asdict()
     if BASELINE not in found:
         sys.exit(f"{out} holds no finished run of {BASELINE}, which the others are compared with.")
-    lengths = {run["epochs"] for runs in found.values() for run in runs.values()}
-    if len(lengths) > 1:
-        sys.exit(f"{out} holds runs of {sorted(lengths)} epochs, which do not compare; remove those of other lengths.")
+    lengths: dict[str, set[int]] = {}
+    for variant, runs in found.items():
+        lengths.setdefault(STUDIES[study][variant].recipe, set()).update(run["epochs"] for run in runs.values())
+    for recipe, epochs in lengths.items():
+        if len(epochs) > 1:
+            sys.exit(
+                f"{out} holds runs of {recipe} of {sorted(epochs)} epochs, which do not compare; remove those of other lengths."
+            )
     about = json.loads((folder_of(out, BASELINE, int(next(iter(found[BASELINE])))) / "process.json").read_text("utf-8"))
     curves = {file.parent.name: read_epochs(file)[0] for file in sorted(out.glob("*/epochs.csv"))}
     teachers = {name: curve[-1][1] for name, curve in curves.items() if "-seed" not in name and curve}
@@ -192,7 +198,6 @@ def collect(study: str, out: Path) -> Document:
         "schema": SCHEMA,
         "study": study,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "epochs": lengths.pop(),
         **{name: about[name] for name in ("python", "machine", "cores")},
         "teachers": teachers,
         "runs": found,
@@ -209,10 +214,21 @@ def load(study: str, source: Path) -> Document:
     return document
 
 
-def plot_of(document: Document) -> Path:
-    """The file of the plot of runs of this length."""
+def name_of(document: Document) -> str:
+    """The study, unless it is the first, and the length of its runs, where all have one."""
     study = "" if document["study"] == "frskd" else f"-{document['study']}"
-    return DOCUMENT.with_name(f"evidence{study}-{document['epochs']}.png")
+    lengths = lengths_of(document)
+    return f"evidence{study}-{lengths[0]}" if len(lengths) == 1 else f"evidence{study}"
+
+
+def lengths_of(document: Document) -> list[int]:
+    """The different numbers of epochs."""
+    return sorted({run["epochs"] for runs in document["runs"].values() for run in runs.values()})
+
+
+def plot_of(document: Document) -> Path:
+    """The file of the plot."""
+    return DOCUMENT.with_name(f"{name_of(document)}.png")
 
 
 def by_seed(document: Document, variant: str) -> dict[int, Run]:
@@ -226,9 +242,9 @@ def report(document: Document) -> str:
     baseline = by_seed(document, BASELINE)
     base_seconds = statistics.median(run.seconds for run in baseline.values())
     lines = [
-        "| method | seeds | test accuracy, % (mean ± deviation) | minus cross-entropy (95 % interval, paired) | epoch, ms | "
-        "of cross-entropy | peak memory, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | seeds | test accuracy, % (mean ± deviation) | minus cross-entropy (95 % interval, paired) | epochs | "
+        "epoch, ms | of cross-entropy | peak memory, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     verdicts = []
     for variant in document["runs"]:
@@ -240,27 +256,28 @@ def report(document: Document) -> str:
         differences = [found[seed].accuracy - baseline[seed].accuracy for seed in shared]
         lines.append(
             f"| {variants[variant].title} | {len(values)} | {statistics.fmean(values):.2f}{deviation} | "
-            f"{'-' if variant == BASELINE else interval(differences)} | {1000 * seconds:.0f} | "
+            f"{'-' if variant == BASELINE else interval(differences)} | {next(iter(found.values())).epochs} | "
+            f"{1000 * seconds:.0f} | "
             f"{seconds / base_seconds:.2f}x | {max(run.peak for run in found.values()) / 1e6:.0f} |"
         )
         if variant != BASELINE:
             verdicts.append(f"* {verdict(variants[variant].title, differences)}")
     teachers = "; ".join(f"`{name}` {accuracy:.2f} %" for name, accuracy in document["teachers"].items())
     commands = (f"{variants[name].title}: `{command_of(variants[name])}`" for name in document["runs"])
-    plot = plot_of(document)
+    lengths = lengths_of(document)
+    steps = "The same steps for all methods; " if len(lengths) == 1 else ""
     return "\n".join(
         [
-            f"### {document['epochs']} epochs",
-            "",
+            *([f"### {lengths[0]} epochs", ""] if len(lengths) == 1 else []),
             *lines,
             "",
             *verdicts,
             "",
             *([f"Runs that others need, each trained once: {teachers}.", ""] if teachers else []),
-            f"The same steps for all methods; {document['machine']}, {document['cores']} cores. Memory "
+            f"{steps}{document['machine']}, {document['cores']} cores. Memory "
             f"is that of the whole process, Python and PyTorch included. {'; '.join(commands)}.",
             "",
-            f"![Test accuracy against epochs: mean over the seeds, and their range]({plot.name})",
+            f"![Test accuracy against epochs: mean over the seeds, and their range]({plot_of(document).name})",
         ]
     )
 
@@ -316,7 +333,7 @@ def block(documents: dict[Path, Document]) -> str:
 
 def kept(document: Document) -> Path:
     """Write a document to its file in bench/results."""
-    file = RESULTS / f"{document['date']}-evidence-{document['study']}-{document['epochs']}.json"
+    file = RESULTS / f"{document['date']}-{name_of(document)}.json"
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return file
 

@@ -42,6 +42,7 @@ def test_trajectory(impl: str) -> None:
     columns = ["loss", *(f"{name}_{term}" for term in ("ce", "kd") for name in NAMES)]
     with use_impl(impl):
         stored = follow("trajectory_ffl", task, lambda parts: [parts[column] for column in columns])
+    assert stored is not None
     task.eval()
     with torch.no_grad():
         for name, student in task.students().items():

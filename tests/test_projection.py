@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frskd_fast.models import ProjectionHead, WideResNet, adapt_backbone
+from frskd_fast.models import ProjectionHead, WideResNet, adapt_backbone, create_model
 from frskd_fast.models.last_linear import last_linear
 
 
@@ -50,6 +50,29 @@ def test_features_are_the_input_of_the_classifier(network: ProjectionHead, image
     assert logits.shape == (3, network.num_classes)
     heads = [name for name in network.state_dict() if not name.startswith("backbone.")]
     assert heads == ["proj_head.0.weight", "proj_head.0.bias", "proj_head.2.weight", "proj_head.2.bias"]
+
+
+# D of SSKD's pairs.
+WIDTHS = {
+    "resnet56": 64,
+    "wrn_40_1": 64,
+    "wrn_16_2": 128,
+    "resnet32x4": 256,
+    "vgg13": 512,
+    "shufflenetv1": 960,
+    "shufflenetv2": 1024,
+    "mobilenetv2": 1280,
+    "cifar_resnet50": 2048,
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_width_on_every_family_of_the_zoo(name: str) -> None:
+    with torch.device("meta"):
+        network = ProjectionHead(create_model(name, 7))
+        logits, projections, features = network(torch.zeros(2, 3, 32, 32))
+    assert projections.shape == features.shape == (2, WIDTHS[name]) and logits.shape == (2, 7)
+    assert network.classifier_name == f"backbone.{network.backbone.classifier_name}"
 
 
 def test_detached_features_keep_gradients_from_the_backbone(network: ProjectionHead, images: Tensor) -> None:

@@ -68,6 +68,9 @@ PROGRAMS: dict[str, Callable[[State], dict[str, Any]]] = {
     "HSAKD, a pair": lambda state: {
         "net": {**under("net1.backbone.", state), **under("net2.backbone.", {n: v + 1 for n, v in state.items()})}
     },
+    "HSAKD, beside a deeper one": lambda state: {
+        "net": {**under("net1.backbone.", trained("resnet14").state_dict()), **under("net2.backbone.", state)}
+    },
     "HSAKD, the second of a pair": lambda state: {"net": under("module.net2.backbone.", state)},
     "mdistiller": lambda state: {"model": state},
     "mdistiller, everything": lambda state: {

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_utils import fill_parameters, load_golden, state_dict_layout
 from torch import Tensor, nn
 
@@ -145,6 +146,18 @@ def test_channels_last_stays_and_one_graph_holds_it(name: str) -> None:
         torch.compiler.reset()
         compiled = torch.compile(network, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(images, preact=True)[0], network(images, preact=True)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_step_reaches_every_parameter(name: str) -> None:
+    torch.manual_seed(0)
+    network = create_model(f"{name}_aux", 3)
+    logits, auxiliary = network(torch.randn(4, 3, 32, 32))
+    joint = torch.arange(4)
+    loss = F.cross_entropy(logits, joint % 3) + sum(F.cross_entropy(head, joint) for head in auxiliary)
+    loss.backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), key
 
 
 def test_mobilenet_starts_as_the_original() -> None:

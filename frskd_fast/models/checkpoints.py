@@ -124,9 +124,9 @@ def backbone_weights(
         if isinstance(inner, Mapping):
             return backbone_weights(inner, wanted, other_names)
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    names, layers = set(wanted), {name.split(".", 1)[0] for name in wanted if "." in name}
     best: dict[str, Tensor] = {}
-    best_others: list[str] = []
-    names = set(wanted)
+    more: list[str] = []
     for prefix in _prefixes(tensors):
         under = {
             _own_name(name.removeprefix(prefix), other_names or {}): value
@@ -134,16 +134,16 @@ def backbone_weights(
             if name.startswith(prefix)
         }
         found = {name: value for name, value in under.items() if name in names}
-        if len(found) > len(best):
-            best, best_others = found, [name for name in under if name not in names]
+        others = [name for name in under if name not in names and "." in name and name.split(".", 1)[0] in layers]
+        # Of two networks in one file the deeper has all names of the other.
+        if (len(found), -len(others)) > (len(best), -len(more)) and found:
+            best, more = found, others
     if not best:
         some = ", ".join(list(content)[:5])
         raise CheckpointError(
             f"The checkpoint holds none of the backbone's weights. It has {len(content)} entries such as {some}; wanted "
             f"were names such as {', '.join(list(wanted)[:3])}, perhaps behind a prefix like 'module.'. Is it another network?"
         )
-    layers = {name.split(".", 1)[0] for name in wanted if "." in name}
-    more = [name for name in best_others if "." in name and name.split(".", 1)[0] in layers]
     if more:
         raise CheckpointError(
             f"The checkpoint has {len(more)} tensors below the backbone's layers that the backbone has not, such as "

@@ -8,6 +8,7 @@ from .frskd import FRSKDTask, build_frskd
 from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
 from .linear_probe import LinearProbeTask
 from .rotation_metrics import rotation_accuracies
+from .sskd import SSKDHeadTask, SSKDTask
 
 __all__ = [
     "ClassificationTask",
@@ -21,6 +22,8 @@ __all__ = [
     "HSAKDTeacherTask",
     "IndependentNetworks",
     "LinearProbeTask",
+    "SSKDHeadTask",
+    "SSKDTask",
     "Student",
     "Task",
     "build_frskd",
