@@ -40,7 +40,7 @@ class FFLLoss(Loss[FFLLossParts]):
         temperature: T > 0 of both softmaxes of J.
         target_offset: at least 0.
         ignore_index: class index whose images do not count in the cross-entropies; J keeps them.
-        impl: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
 
     Raises:
         TypeError, ValueError: a sentence naming the argument, what came and what was wanted.
