@@ -211,6 +211,8 @@ class FrozenTeacher(nn.Module):
 
     def __init__(self, network: nn.Module, path: str = "") -> None:
         super().__init__()
+        # Its BatchNorms are not folded into convolutions: that saves a few percent of its forward pass, and the folded weights
+        # would follow neither a state that is loaded later nor a wider dtype.
         self.network = network.requires_grad_(False)
         self.path = str(path)
         self.checksum = checksum(network)
