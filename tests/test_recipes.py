@@ -222,6 +222,18 @@ def test_pairs_of_sskd(teacher: str, student: str) -> None:
     assert head["optimizer"]["init_args"]["lr"] == 0.05 and head["data"]["init_args"]["crop_each_view"]
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_settings_of_ffl(classes: int) -> None:
+    settings = recipe(f"cifar{classes}_resnet32_ffl")
+    assert settings["model"] == {"backbone": "frskd_fast.models.FFLResNet", "backbone_args": {"depth": 32}}
+    assert settings["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    assert (settings["trainer"]["max_epochs"], settings["lr_scheduler"]["init_args"]["milestones"]) == (300, [150, 225])
+    data = settings["data"]["init_args"]
+    assert (data["classes"], data["batch_size"], data["padding_mode"]) == (classes, 128, "reflect")
+    for name, wanted in (("mean", (129.3, 124.1, 112.4)), ("std", (68.2, 65.4, 70.4))):
+        assert data[name] == pytest.approx([value / 255 for value in wanted], abs=1e-6)
+
+
 def test_every_experiment_of_the_papers_has_its_recipe() -> None:
     assert set(recipe_names()) >= WANTED
 
