@@ -121,6 +121,19 @@ def test_crop_and_flip_is_the_slow_loop(dtype: torch.dtype, height: int, width: 
     assert {0, 1} == set(crops[:, 2].tolist())
 
 
+@pytest.mark.parametrize(("height", "width", "padding"), [(5, 7, 2), (4, 5, 3), (4, 4, 0)])
+def test_crops_of_reflected_images(height: int, width: int, padding: int) -> None:
+    images = torch.randint(1, 256, (20, 3, height, width), dtype=torch.uint8)
+    crops = draw_crops(20, padding, 0.5, torch.Generator().manual_seed(1))
+    padded = F.pad(images.float(), (padding,) * 4, mode="reflect")
+    windows = [
+        image[:, top : top + height, left : left + width] for image, (top, left, _) in zip(padded, crops, strict=True)
+    ]
+    wanted = [window.flip(2) if flip else window for window, flip in zip(windows, crops[:, 2], strict=True)]
+    for given in (images, images.to(memory_format=torch.channels_last)):
+        assert torch.equal(crop_and_flip(given, crops, padding, reflect=True), torch.stack(wanted).byte())
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize(("side", "padding"), [(5, 2), (4, 0), (1, 3)])
 def test_views_are_flipped_turned_and_cropped_apart(dtype: torch.dtype, side: int, padding: int) -> None:
@@ -670,6 +683,20 @@ def test_cifar_says_what_is_missing_and_when_files_are_small(tmp_path: Path) -> 
     data_files.write_cifar100(tmp_path, train=12)
     with pytest.warns(UserWarning, match="hold 12 images, where the original has 50000"):
         CIFARData(str(tmp_path)).make_reader("train")
+
+
+@few_images
+def test_cifar_reflects_images_at_their_edges(tmp_path: Path) -> None:
+    data_files.write_cifar100(tmp_path, train=40)
+    data = CIFARData(str(tmp_path), batch_size=40, padding_mode="reflect")
+    (batch,) = list(data.train_dataloader())
+    images, _ = data.on_after_batch_transfer(batch)
+    cropped = crop_and_flip(batch.images, batch.crops, 4, reflect=True)
+    assert torch.equal(images, normalise(cropped, torch.tensor(data.mean), torch.tensor(data.std)))
+    assert not torch.equal(cropped, crop_and_flip(batch.images, batch.crops, 4))
+    for settings in ({"padding_mode": "edge"}, {"padding": 32}, {"crop_each_view": True}):
+        with pytest.raises(ValueError, match="padding_mode is"):
+            CIFARData(str(tmp_path), **{"padding_mode": "reflect", **settings})  # type: ignore[arg-type]
 
 
 @few_images

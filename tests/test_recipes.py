@@ -28,6 +28,7 @@ from frskd_fast.training.prerequisites import split_off
 from frskd_fast.training.recipe_files import RecipeError, merged, recipe, recipe_names, recipe_text
 
 WRITERS = {
+    "cifar10": data_files.write_cifar10,
     "cifar100": data_files.write_cifar100,
     "tinyimagenet": data_files.write_tiny_imagenet,
     "cub200": data_files.write_cub200,
@@ -38,6 +39,7 @@ WRITERS = {
     "stl10": data_files.write_stl10,
 }
 CLASSES = {
+    "cifar10": 10,
     "cifar100": 100,
     "tinyimagenet": 200,
     "cub200": 200,
@@ -60,6 +62,7 @@ WANTED = (
         "wrn_40_2", "wrn_40_1", "resnet56", "resnet32x4", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2")}
     | {f"cifar100_resnet56_resnet20_hsakd_{share}percent" for share in (25, 50, 75)}
     | {"imagenet_resnet34_resnet18_hsakd", "imagenet_resnet34_resnet18_hsakd_joint", "imagenet_resnet18_hsakd_online"}
+    | {"cifar10_resnet32_ffl", "cifar100_resnet32_ffl", "digits_ffl"}
     | {"stl10_mobilenetv2_hsakd_probe", "tinyimagenet_mobilenetv2_hsakd_probe"}
 )  # fmt: skip
 
@@ -219,6 +222,18 @@ def test_pairs_of_sskd(teacher: str, student: str) -> None:
     assert head["optimizer"]["init_args"]["lr"] == 0.05 and head["data"]["init_args"]["crop_each_view"]
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_settings_of_ffl(classes: int) -> None:
+    settings = recipe(f"cifar{classes}_resnet32_ffl")
+    assert settings["model"] == {"backbone": "frskd_fast.models.FFLResNet", "backbone_args": {"depth": 32}}
+    assert settings["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    assert (settings["trainer"]["max_epochs"], settings["lr_scheduler"]["init_args"]["milestones"]) == (300, [150, 225])
+    data = settings["data"]["init_args"]
+    assert (data["classes"], data["batch_size"], data["padding_mode"]) == (classes, 128, "reflect")
+    for name, wanted in (("mean", (129.3, 124.1, 112.4)), ("std", (68.2, 65.4, 70.4))):
+        assert data[name] == pytest.approx([value / 255 for value in wanted], abs=1e-6)
+
+
 def test_every_experiment_of_the_papers_has_its_recipe() -> None:
     assert set(recipe_names()) >= WANTED
 
@@ -283,11 +298,9 @@ def test_mistakes_in_recipes_are_sentences(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(RecipeError, match="a mapping of settings was wanted"):
         recipe(str(tmp_path / "list.yaml"))
     assert main(["fit", "--config", "cifar1000"]) == 1
+    methods = ", ".join(sorted(set(recipe_names().values())))
     said = capsys.readouterr().err
-    assert (
-        "neither a file nor one of the package's; `frskd-fast recipes METHOD` lists those of distillation, frskd,"
-        in said
-    )
+    assert f"neither a file nor one of the package's; `frskd-fast recipes METHOD` lists those of {methods}." in said
     assert main(["recipes", "digts"]) == 1
     assert capsys.readouterr().err.rpartition(" Did you mean ")[2].startswith("'digits'")
     assert main(["recipes", "zzz"]) == 1

@@ -37,10 +37,10 @@ def _warmed_up(build: Callable[[], nn.Module], case: str) -> nn.Module:
 def follow(
     case: str, task: Task, columns_of: Callable[[dict[str, Tensor]], list[Tensor]], steps: int | None = None
 ) -> dict[str, Tensor] | None:
-    """Train `task` on rotated images as the case says and compare the losses of each step, at the end the sum over |p|.
+    """Train `task` as the case says and compare the losses of each step, at the end the sum over |p|.
 
-    `columns_of` finds the losses of the case's columns in what the task returned. What is stored is returned, but for a run
-    that ends after fewer `steps`.
+    Images are rotated for a task that wants them so. `columns_of` finds the losses of the case's columns in what the task
+    returned. What is stored is returned, but for a run that ends after fewer `steps`.
     """
     stored, settings = load_golden(case), golden_settings(case)
     images, targets, batch = stored["images"].double(), stored["targets"], settings["batch"]
@@ -49,7 +49,8 @@ def follow(
     for step in range(steps or settings["steps"]):
         begin = step * batch % len(images)
         rows = slice(begin, begin + batch)
-        parts = task(rotate4(images[rows]), targets[rows])
+        views = rotate4(images[rows]) if task.views == "rotations" else images[rows]
+        parts = task(views, targets[rows])
         torch.testing.assert_close(
             torch.stack(columns_of(parts)).detach(),
             stored["losses"][step],

@@ -3,6 +3,7 @@
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .distillation import DistillationTask
+from .ffl import FFLTask, FusedNetwork, IndependentNetworks
 from .frskd import FRSKDTask, build_frskd
 from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
 from .linear_probe import LinearProbeTask
@@ -12,11 +13,14 @@ from .sskd import SSKDHeadTask, SSKDTask
 __all__ = [
     "ClassificationTask",
     "DistillationTask",
+    "FFLTask",
     "FRSKDTask",
     "FrozenTeacher",
+    "FusedNetwork",
     "HSAKDOnlineTask",
     "HSAKDTask",
     "HSAKDTeacherTask",
+    "IndependentNetworks",
     "LinearProbeTask",
     "SSKDHeadTask",
     "SSKDTask",

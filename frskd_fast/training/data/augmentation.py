@@ -35,11 +35,13 @@ def draw_crops(count: int, padding: int, flip: float, generator: torch.Generator
     return crops
 
 
-def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
+def crop_and_flip(images: Tensor, crops: Tensor, padding: int, reflect: bool = False) -> Tensor:
     """out[n, c, y, x] = padded[n, c, top_n + y, left_n + x'] with x' = W - 1 - x where flipped, else x.
 
     `padded` is the image with `padding` zeros on each side, so this is torchvision's `RandomCrop((H, W), padding)`
-    followed by `RandomHorizontalFlip`, for the whole batch at once and with given random numbers.
+    followed by `RandomHorizontalFlip`, for the whole batch at once and with given random numbers. With `reflect` it is the
+    image mirrored at its outermost pixels, which are not repeated (`padding_mode="reflect"`); `padding` is then less than a
+    side.
 
     Images are (N, C, H, W) of any dtype, crops those of `draw_crops` on the same device; the result is contiguous.
 
@@ -51,14 +53,22 @@ def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
         [[[[2, 1], [4, 3]]]]
     """
     count, channels, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4) if padding else images.contiguous()
+    padded = F.pad(images, (padding,) * 4) if padding and not reflect else images.contiguous()
     top, left, flipped = crops.unbind(1)
     across = torch.arange(width, device=images.device)
     columns = left[:, None] + torch.where(flipped[:, None] != 0, width - 1 - across, across)  # (N, W)
     rows = top[:, None] + torch.arange(height, device=images.device)  # (N, H)
-    pixels = (rows * (width + 2 * padding))[:, :, None] + columns[:, None, :]  # (N, H, W), the same for each channel
+    if reflect:
+        rows, columns = _reflected(rows - padding, height), _reflected(columns - padding, width)
+    pixels = (rows * padded.shape[3])[:, :, None] + columns[:, None, :]  # (N, H, W), the same for each channel
     pixels = pixels.reshape(count, 1, height * width).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, pixels).reshape(images.shape)
+
+
+def _reflected(positions: Tensor, size: int) -> Tensor:
+    """Positions in -size < i < 2 * size - 1, those outside of 0 .. size - 1 mirrored at its ends."""
+    last = size - 1
+    return last - (last - positions.abs()).abs()
 
 
 def draw_view_crops(count: int, padding: int, flip: float, generator: torch.Generator) -> Tensor:
