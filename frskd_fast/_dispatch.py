@@ -34,8 +34,8 @@ _CPU = Line(("cpu",), evidence="2026-11-30-cpu-amd-epyc.json")
 _GPU = Line(("cuda", "triton"))
 
 # The first line that fits decides; (operation, kind of device) -> lines. `ANY` serves those that are not named. Besides the
-# operations there are lines for what is built of several and chosen as a whole: "objective" (FRSKD's loss: attention, logits
-# and combine), "self_teacher" and "hints".
+# operations there are lines for what is built of several or of none and chosen as a whole: "objective" (FRSKD's loss:
+# attention, logits and combine), "self_teacher", "hints" and "similarity" (cosines).
 ANY = ""
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     (ANY, "cpu"): (_CPU,),

@@ -9,8 +9,19 @@ from torch import Tensor
 from frskd_fast.ops import attention as _attention
 from frskd_fast.ops import fusion as _fusion
 from frskd_fast.ops import logits as _logits
+from frskd_fast.ops import ranking as _ranking
+from frskd_fast.ops import similarity as _similarity
 
-__all__ = ["CrossEntropyKD", "attention_map", "attention_transfer", "cross_entropy_kd", "kd_loss", "weighted_fusion"]
+__all__ = [
+    "CrossEntropyKD",
+    "attention_map",
+    "attention_transfer",
+    "cross_entropy_kd",
+    "kd_loss",
+    "pairwise_cosine",
+    "ranked_kd_loss",
+    "weighted_fusion",
+]
 
 
 class CrossEntropyKD(NamedTuple):
@@ -186,6 +197,78 @@ def cross_entropy_kd(
         impl,
     )
     return CrossEntropyKD(ce_student, ce_teacher, kd)
+
+
+def pairwise_cosine(x: Tensor, y: Tensor, eps: float = _similarity.EPSILON, *, impl: str = "auto") -> Tensor:
+    """c[i, j] = <x_i, y_j> / (max(||x_i||, eps) * max(||y_j||, eps)): all pairs by one matrix product.
+
+    The numbers of ``F.cosine_similarity(x.unsqueeze(1), y, dim=2)``, which writes tensors of shape (M, N, D) for them.
+
+    Args:
+        x: (M, D) float32, bfloat16, float16 or float64, any strides.
+        y: (N, D), same dtype and device.
+        eps: the least length > 0 that is divided by. A vector that is shorter gets the gradient of its inner products alone,
+            so a zero vector has a finite one.
+        impl: ``"reference"`` is the formula, differentiable twice; with all others the gradient is written out.
+
+    Returns:
+        (M, N) float32 (float64 for float64), computed in that dtype also under autocast.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> import torch
+        >>> pairwise_cosine(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+
+    Source: the similarity of SSKD (arXiv 2006.07114), section 3.2.
+    """
+    return _similarity.pairwise_cosine(x, y, eps, impl)
+
+
+def ranked_kd_loss(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    correct: Tensor,
+    temperature: float = 4.0,
+    ratio: float = 1.0,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """T^2 / |kept| * sum over kept rows of sum_k p_t (log p_t - log p_s), p = softmax(scores / T); the teacher is detached.
+
+    A row is correct if the teacher's score of its column ``correct`` is the largest. Kept are all correct rows and
+    floor(wrong * ratio) of the others, those in which that column has the best rank. Equal scores rank by column, equal ranks
+    by row, the first before the others. Nothing waits for the device, and with ratio 1 nothing is ranked.
+
+    Args:
+        student_scores: (M, K) raw logits or similarities, any strides.
+        teacher_scores: (M, K), same dtype and device.
+        correct: (M,) index of each row's correct column; -100 where there is none: such a row is wrong and ranks last.
+        temperature: T > 0.
+        ratio: share of the wrong rows that is kept, in [0, 1].
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        float32 (float64) scalar; 0 where no row is kept.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or settings do not fit; on the CPU also an index out of range, which
+            on a device counts as none.
+        RuntimeError: when ``impl`` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+        >>> student = teacher + torch.tensor([[0.0], [0.0], [1.0]]) * torch.tensor([5.0, 0.0, 0.0])
+        >>> correct = torch.tensor([0, 1, 2])  # ranks 0, 1 and 2: of two wrong rows the last is left out
+        >>> abs(ranked_kd_loss(student, teacher, correct, 1.0, 0.5).item()) < 1e-6
+        True
+
+    Source: SSKD (arXiv 2006.07114), section 3.3, as released: a share of the wrong rows, by rank.
+    """
+    return _ranking.ranked_kd_loss(student_scores, teacher_scores, correct, temperature, ratio, impl)
 
 
 def weighted_fusion(

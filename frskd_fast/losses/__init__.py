@@ -2,6 +2,35 @@
 
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
+from frskd_fast.losses.hsakd import (
+    HSAKDLoss,
+    HSAKDLossParts,
+    HSAKDOnlineLoss,
+    HSAKDOnlineLossParts,
+    HSAKDTeacherLoss,
+    HSAKDTeacherLossParts,
+)
+from frskd_fast.losses.kd import KDLoss, KDLossParts
 from frskd_fast.losses.sla import SLALoss, SLALossParts
+from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
-__all__ = ["FRSKDLoss", "FRSKDLossParts", "FitNetLoss", "OverhaulLoss", "SLALoss", "SLALossParts"]
+__all__ = [
+    "FRSKDLoss",
+    "FRSKDLossParts",
+    "FitNetLoss",
+    "HSAKDLoss",
+    "HSAKDLossParts",
+    "HSAKDOnlineLoss",
+    "HSAKDOnlineLossParts",
+    "HSAKDTeacherLoss",
+    "HSAKDTeacherLossParts",
+    "KDLoss",
+    "KDLossParts",
+    "OverhaulLoss",
+    "SLALoss",
+    "SLALossParts",
+    "SSKDHeadLoss",
+    "SSKDHeadLossParts",
+    "SSKDLoss",
+    "SSKDLossParts",
+]

@@ -34,7 +34,8 @@ class Labels(NamedTuple):
         return Labels(tuple(map(kept, self.first)), tuple(map(kept, self.second)), self.mix)
 
 
-def _class_indices(target: Tensor, logits: Tensor, name: str) -> Tensor:
+def class_indices(target: Tensor, logits: Tensor, name: str) -> Tensor:
+    """`target` as int64; raises unless it holds one class index for each row of the logits."""
     wanted = (logits.shape[0], *logits.shape[2:])
     if target.dtype not in _LABEL_DTYPES:
         raise TypeError(
@@ -98,11 +99,11 @@ def checked_labels(
         if target.dtype.is_floating_point and seconds is None:
             first.append(_probabilities(target, logits, names[head]))
             continue
-        first.append(_class_indices(target, logits, names[head]))
+        first.append(class_indices(target, logits, names[head]))
         if check_range:
             check_label_range(first[-1], logits.shape[1], ignore_index, names[head])
         if seconds is not None:
-            second.append(_class_indices(seconds[head], logits, "targets[1]"))
+            second.append(class_indices(seconds[head], logits, "targets[1]"))
             if check_range:
                 check_label_range(second[-1], logits.shape[1], ignore_index, "targets[1]")
     if len(floating) > 1:

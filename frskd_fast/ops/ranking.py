@@ -1,0 +1,51 @@
+"""The T^2-scaled divergence over the rows whose correct column the teacher ranks best; operation `logits` and plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from frskd_fast.ops import _checks, logits
+from frskd_fast.ops.labels import class_indices
+from frskd_fast.reference.logits import check_label_range
+from frskd_fast.reference.ranking import rank_of, row_weights
+
+
+def kept_mean(rows: Tensor, teacher_scores: Tensor, correct: Tensor, ratio: float) -> Tensor:
+    """The mean of `rows` (N, ...) over those that are kept, given the scores (N, K, ...) that rank them."""
+    ranks = rank_of(teacher_scores.detach().movedim(1, -1), correct)
+    weights = row_weights(ranks.flatten(), ratio, rows.dtype)
+    # A row that is left out may be infinite.
+    return rows.flatten().masked_fill(weights == 0, 0.0).dot(weights)
+
+
+def divergence(
+    student_scores: Tensor, teacher_scores: Tensor, correct: Tensor | None, temperature: float, ratio: float, impl: str
+) -> Tensor:
+    """The divergence of scores (N, K, ...) over the kept of all rows; of checked arguments. Nothing is ranked at ratio 1."""
+    reduction = "batchmean" if ratio == 1.0 else "none"
+    kd = logits.logit_losses(student_scores, teacher_scores, None, temperature, 0.0, -100, reduction, True, impl)[2]
+    if ratio != 1.0:
+        assert correct is not None
+        kd = kept_mean(kd, teacher_scores, correct, ratio)
+    value: Tensor = kd
+    return value
+
+
+def ranked_kd_loss(
+    student_scores: Any, teacher_scores: Any, correct: Any, temperature: float, ratio: float, impl: str
+) -> Tensor:
+    """Checks, then `divergence`; scores (M, K), correct (M,)."""
+    logits.checked_logits(student_scores, teacher_scores, "")
+    if teacher_scores is None or student_scores.dim() != 2:
+        raise ValueError(
+            f"student_scores has shape {tuple(student_scores.shape)}, but rows of scores (M, K) of student and teacher were "
+            "wanted."
+        )
+    ratio = _checks.unit_interval(ratio, "ratio")
+    if not isinstance(correct, Tensor):
+        raise TypeError(f"correct is a {type(correct).__name__}, but a torch.Tensor of column indices (M,) was wanted.")
+    correct = class_indices(correct, student_scores, "correct")
+    check_label_range(correct, student_scores.shape[1], -100, "correct")
+    return divergence(student_scores, teacher_scores, correct, temperature, ratio, impl)
