@@ -511,6 +511,11 @@ def test_the_device_gives_the_bits_of_the_cpu() -> None:
     on_device, (device_targets, device_targets_b, device_lam) = data.on_after_batch_transfer(moved)
     assert torch.allclose(on_device.cpu(), images, rtol=0, atol=1e-6) and lam == device_lam
     assert torch.equal(device_targets.cpu(), targets) and torch.equal(device_targets_b.cpu(), targets_b)
+    images, crops = (
+        torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8),
+        draw_view_crops(5, 2, 0.5, torch.Generator()),
+    )
+    assert torch.equal(crop_views(images.cuda(), crops.cuda(), 2).cpu(), crop_views(images, crops, 2))
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from training_utils import PLAIN, epochs, small_run, steps, weights
 from frskd_fast.tasks import FrozenTeacher
 from frskd_fast.training.cli import expanded, main
 from frskd_fast.training.prerequisites import split_off
-from frskd_fast.training.recipe_files import RecipeError, recipe
+from frskd_fast.training.recipe_files import NEEDED, RecipeError, recipe
 
 
 class TaughtTask(ToyTask):
@@ -167,3 +167,40 @@ def test_circles_and_unknown_recipes_are_sentences(tmp_path: Path) -> None:
         split(recipe(str(tmp_path / "one.yaml")))
     with pytest.raises(RecipeError, match="The recipe 'nowhere' is neither a file nor"):
         split(recipe(str(tmp_path / "three.yaml")))
+
+
+def shortened(name: str, folder: Path) -> str:
+    """A recipe file of one step by a recipe of the package, and of those that it needs."""
+    trainer = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "check_val_every_n_epoch": 1}
+    trainer |= {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    settings: dict[str, Any] = {"base": name, "trainer": trainer, "panels": {"enabled": False}, "tensorboard": False}
+    for kind in NEEDED:
+        if recipe(name).get(kind) is not None:
+            settings[kind] = Path(shortened(recipe(name)[kind], folder)).name
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("digits_kd", ["digits_resnet20_plain"]),
+        ("digits_hsakd", ["digits_hsakd_teacher"]),
+        ("digits_sskd", ["digits_resnet20_plain", "digits_sskd_head"]),
+    ],
+)
+def test_stages_on_the_bundled_images(
+    name: str, before: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run takes up what the one before has left; its student validates and can be exported."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", shortened(name, tmp_path), "--data.evaluation_batch_size", "20"]
+    assert main(["fit", *words]) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == sorted([*before, name])
+    for run in before[1:]:  # the head stands on the backbone that was trained before it
+        earlier, later = weights(Path("runs") / before[0]), weights(Path("runs") / run)
+        assert torch.equal(earlier["task.backbone.conv1.weight"], later["task.net.backbone.conv1.weight"])
+    capsys.readouterr()
+    assert main(["validate", *words]) == 0 and "finished after 1 epochs." in capsys.readouterr().out
+    assert main(["export", "--checkpoint", f"runs/{name}/last.ckpt", "--out", "student.safetensors"]) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from golden_utils import fill_parameters, golden_settings, load_golden
@@ -18,25 +20,33 @@ def filled(module: nn.Module) -> nn.Module:
     return module.double().train()
 
 
+def warmed_up(build: Callable[[], nn.Module], case: str) -> nn.Module:
+    """The network, filled, with the statistics that forward passes over all images of the case leave, in evaluation mode."""
+    return copy.deepcopy(_warmed_up(build, case))
+
+
+@cache
 @torch.no_grad()
-def warmed_up(network: nn.Module, case: str) -> nn.Module:
-    """`network`, filled, with the statistics that forward passes over all images of the case leave, in evaluation mode."""
-    filled(network)
+def _warmed_up(build: Callable[[], nn.Module], case: str) -> nn.Module:
+    network = filled(build())
     for _ in range(golden_settings(case)["teacher_warmup"]):
         network(load_golden(case)["images"].double())
     return network.eval()
 
 
-def follow(case: str, task: Task, columns_of: Callable[[dict[str, Tensor]], list[Tensor]]) -> dict[str, Tensor]:
-    """Train `task` on rotated images as the case says and compare losses and the sum over |p|; returns what is stored.
+def follow(
+    case: str, task: Task, columns_of: Callable[[dict[str, Tensor]], list[Tensor]], steps: int | None = None
+) -> dict[str, Tensor] | None:
+    """Train `task` on rotated images as the case says and compare the losses of each step, at the end the sum over |p|.
 
-    `columns_of` finds the losses of the case's columns in what the task returned.
+    `columns_of` finds the losses of the case's columns in what the task returned. What is stored is returned, but for a run
+    that ends after fewer `steps`.
     """
     stored, settings = load_golden(case), golden_settings(case)
     images, targets, batch = stored["images"].double(), stored["targets"], settings["batch"]
     names = "lr", "momentum", "weight_decay", "nesterov"
     optimiser = torch.optim.SGD(task.parameter_groups(), **{name: settings[name] for name in names})
-    for step in range(settings["steps"]):
+    for step in range(steps or settings["steps"]):
         begin = step * batch % len(images)
         rows = slice(begin, begin + batch)
         parts = task(rotate4(images[rows]), targets[rows])
@@ -50,6 +60,8 @@ def follow(case: str, task: Task, columns_of: Callable[[dict[str, Tensor]], list
         optimiser.zero_grad()
         parts["loss"].backward()
         optimiser.step()
+    if steps is not None:
+        return None
     trained = [parameter.detach().abs().sum() for group in task.parameter_groups() for parameter in group["params"]]
     torch.testing.assert_close(torch.stack(trained).sum(), stored["final_abs_param_sum"], rtol=1e-9, atol=0)
     return stored

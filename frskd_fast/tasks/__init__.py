@@ -7,6 +7,7 @@ from .frskd import FRSKDTask, build_frskd
 from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
 from .linear_probe import LinearProbeTask
 from .rotation_metrics import rotation_accuracies
+from .sskd import SSKDHeadTask, SSKDTask
 
 __all__ = [
     "ClassificationTask",
@@ -17,6 +18,8 @@ __all__ = [
     "HSAKDTask",
     "HSAKDTeacherTask",
     "LinearProbeTask",
+    "SSKDHeadTask",
+    "SSKDTask",
     "Student",
     "Task",
     "build_frskd",

@@ -28,15 +28,15 @@ class HSAKDTeacherTask(Task):
         backbone: the network, `backbone(images) -> (features, logits)`; auxiliary heads are added by
             `frskd_fast.models.with_auxiliary_heads`. One that has them (`create_model("resnet32x4_aux")`) keeps them. It is
             used, not copied.
-        train_backbone: False to train the heads alone, on a backbone that is already trained: it stays in evaluation mode
-            and gets no gradient, so that its cross-entropy is a constant of the loss.
+        freeze_backbone: train the heads alone, on a backbone that is already trained: it stays in evaluation mode and gets
+            no gradient, so that its cross-entropy is a constant of the loss.
         evaluate_rotations: measure the heads in `evaluate`, which takes a pass over the four rotations of the images.
         channels_last: keep parameters and images in `torch.channels_last`.
 
     Attributes:
         net: the `AuxiliaryNetwork`; checkpoints hold `net.backbone.*` and `net.auxiliary_classifier.*`.
         backbone: its backbone, the plain network.
-        train_backbone, evaluate_rotations, channels_last: as given.
+        freeze_backbone, evaluate_rotations, channels_last: as given.
 
     Calling `task(images, targets=None)` with rotated images (4N, C, H, H), as `frskd_fast.mixing.rotate4` makes them, and
     targets as `HSAKDLoss` takes them returns in training mode a dict with `loss`, `output` (logits (N, K) of the upright
@@ -51,7 +51,7 @@ class HSAKDTeacherTask(Task):
         >>> from frskd_fast.mixing import rotate4
         >>> from frskd_fast.models import resnet8
         >>> from frskd_fast.tasks import HSAKDTeacherTask
-        >>> task = HSAKDTeacherTask(resnet8(num_classes=10), train_backbone=False)
+        >>> task = HSAKDTeacherTask(resnet8(num_classes=10), freeze_backbone=True)
         >>> parts = task(rotate4(torch.randn(2, 3, 16, 16)), torch.tensor([3, 1]))
         >>> list(parts)
         ['loss', 'output', 'ce', 'auxiliary_ce_1', 'auxiliary_ce_2', 'auxiliary_ce_3']
@@ -68,17 +68,17 @@ class HSAKDTeacherTask(Task):
         self,
         backbone: nn.Module,
         *,
-        train_backbone: bool = True,
+        freeze_backbone: bool = False,
         evaluate_rotations: bool = True,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.net = _auxiliary_network(backbone)
         self.loss = HSAKDTeacherLoss()
-        self.train_backbone = bool(train_backbone)
+        self.freeze_backbone = bool(freeze_backbone)
         self.evaluate_rotations = bool(evaluate_rotations)
         self.channels_last = bool(channels_last)
-        if not self.train_backbone:
+        if self.freeze_backbone:
             self.net.backbone.requires_grad_(False)
         self.train()
         if self.channels_last:
@@ -92,7 +92,7 @@ class HSAKDTeacherTask(Task):
     def train(self, mode: bool = True) -> Self:
         """As of every module, but for a frozen backbone, which stays in evaluation mode."""
         super().train(mode)
-        if not self.train_backbone:
+        if self.freeze_backbone:
             self.net.backbone.train(False)
         return self
 
@@ -102,7 +102,7 @@ class HSAKDTeacherTask(Task):
         if targets is None or not self.training:
             return {"output": logits_of(self.backbone, images)}
         check_rotated(images, targets)
-        logits, auxiliary = self.net(images, detach_features=not self.train_backbone)
+        logits, auxiliary = self.net(images, detach_features=self.freeze_backbone)
         logits, *auxiliary = one_dtype([logits, *auxiliary])
         parts = self.loss(logits, auxiliary, targets, return_parts=True)
         return {
@@ -119,7 +119,7 @@ class HSAKDTeacherTask(Task):
 
     def extra_repr(self) -> str:
         """The settings, shown by ``print(module)``."""
-        return f"train_backbone={self.train_backbone}, channels_last={self.channels_last}"
+        return f"freeze_backbone={self.freeze_backbone}, channels_last={self.channels_last}"
 
 
 class HSAKDTask(Task):
