@@ -124,7 +124,7 @@ def test_the_names_have_repdistillers_weights() -> None:
     for name, kind, beta in (("att", FRSKDLoss, 1000.0), ("fit", FitNetLoss, 100.0), ("od", OverhaulLoss, 1e-3)):
         gamma, loss = settings[name]
         assert type(loss) is kind and (gamma, loss.alpha, loss.beta) == (1.0, 0.0, beta)
-    assert distilling("att").may_be_zero == ["kd"] and distilling("fit", alpha=1.0).may_be_zero == []
+    assert distilling("att").may_be_zero == [] and distilling("fit", beta=0.0).may_be_zero == ["feature"]
     fit, od = settings["fit"][1], settings["od"][1]
     assert fit.student_channels == od.student_channels == [4, 6] and fit.teacher_channels == [5, 7]
     assert repr(distilling("att")).startswith("DistillationTask(\n  gamma=1.0, channels_last=True")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frskd_fast import functional
 from frskd_fast.losses import SSKDHeadLoss, SSKDLoss
-from frskd_fast.reference.ranking import rank_of, row_weights
+from frskd_fast.reference.ranking import rank_of, rank_of_labelled, row_weights
 
 IMPLS = ["reference", "cpu"]
 TERMS = ("ce", "kd", "transformed", "similarity")
@@ -212,7 +212,7 @@ def test_ties_go_to_the_first_as_in_a_stable_sort() -> None:
     for ratio in (0.0, 0.3, 0.75, 1.0):
         kept = row_weights(rank_of(scores, correct), ratio, torch.float64).nonzero().flatten()
         assert torch.equal(kept, original_kept(scores, correct, ratio).sort()[0])
-    assert rank_of(scores, torch.full((40,), -100)).tolist() == [6] * 40
+    assert rank_of_labelled(scores, torch.full((40,), -100)).tolist() == [6] * 40
 
 
 def test_the_number_of_kept_rows_is_that_of_python() -> None:

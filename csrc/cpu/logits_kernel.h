@@ -30,6 +30,16 @@ void for_each_piece(const Logits& call, ParallelFor run, const Body& body) {
   }
 }
 
+// Whether no label of this row counts: it then takes the plan without a cross-entropy, which has the same divergence
+// and, the gradient of the cross-entropy being 0, the same gradient.
+template <typename P>
+inline bool without_cross_entropy(const Logits& call, const Head& head, const RowPosition& at) {
+  if (!P::kCrossEntropy || !P::kTeacher || P::kExtra || head.labels == nullptr) return false;
+  return label_at(head.labels, head.label_strides, at) == call.ignore_index &&
+         (head.labels_b == nullptr || label_at(head.labels_b, head.label_b_strides, at) == call.ignore_index);
+}
+using DivergenceAlone = Plan<Temperature::kAny, false, true, false>;
+
 template <typename T, typename A>
 void logits_forward_typed(const Logits& call, ParallelFor run) {
   with_plan(call.temperature, call.has_targets, call.has_teacher, has_extra(call, false), [&](auto plan) {
@@ -38,7 +48,12 @@ void logits_forward_typed(const Logits& call, ParallelFor run) {
       if (count > 0) {
         logits_forward_pixels<P, T, A>(call, head, n, first, count, row);
       } else {
-        logits_forward_row<P, T, A>(call, head, position_of(head.student, n, first), row);
+        const RowPosition at = position_of(head.student, n, first);
+        if (without_cross_entropy<P>(call, head, at)) {
+          logits_forward_row<DivergenceAlone, T, A>(call, head, at, row);
+        } else {
+          logits_forward_row<P, T, A>(call, head, at, row);
+        }
       }
     });
   });
@@ -60,7 +75,12 @@ void logits_backward_typed(const Logits& call, ParallelFor run) {
       if (count > 0) {
         logits_backward_pixels<P, T, A>(call, head, index, n, first, count, row);
       } else {
-        logits_backward_row<P, T, A>(call, head, index, position_of(head.student, n, first), row);
+        const RowPosition at = position_of(head.student, n, first);
+        if (without_cross_entropy<P>(call, head, at)) {
+          logits_backward_row<DivergenceAlone, T, A>(call, head, index, at, row);
+        } else {
+          logits_backward_row<P, T, A>(call, head, index, at, row);
+        }
       }
     });
   });

@@ -140,14 +140,20 @@ class SSKDLoss(Loss[SSKDLossParts]):
         """
         self._check(student_logits, teacher_logits, student_projections, teacher_projections)
         targets = class_indices(targets, student_logits[::4], "targets")
-        terms = [
-            *self._class_terms(student_logits, teacher_logits.detach(), targets),
-            self._similarity_term(student_projections, teacher_projections),
-        ]
+        similar = None
+        if self.similarity_weight != 0.0:
+            similar = similarity.view_divergence(
+                student_projections, teacher_projections, self.similarity_temperature, self.similarity_ratio, self.impl
+            )
+        terms = (*self._class_terms(student_logits, teacher_logits.detach(), targets), similar)
         weights = (self.ce_weight, self.kd_weight, self.transformed_weight, self.similarity_weight)
-        weighted = [weight * term for weight, term in zip(weights, terms, strict=True) if term is not None]
-        absent = student_logits.new_zeros((), dtype=accumulate_dtype(student_logits.dtype))
-        loss = sum(weighted[1:], start=weighted[0]) if weighted else absent
+        loss: Tensor | None = None
+        for weight, term in zip(weights, terms, strict=True):
+            if term is not None:
+                loss = weight * term if loss is None else loss.add(term, alpha=weight)
+        if loss is None or (return_parts and any(term is None for term in terms)):
+            absent = student_logits.new_zeros((), dtype=accumulate_dtype(student_logits.dtype))
+            loss = absent if loss is None else loss
         if not return_parts:
             return loss
         return SSKDLossParts(loss, *(absent if term is None else term.detach() for term in terms))
@@ -173,12 +179,12 @@ class SSKDLoss(Loss[SSKDLossParts]):
             if self.ce_weight != 0.0:
                 ce = ce_rows.sum() / (targets != self.ignore_index).sum().clamp_min(1)
             by_view = kd_rows.unflatten(0, (targets.shape[0], 4))
-            kd, rotated_rows = _mean(by_view[:, 0]), by_view[:, 1:]
+            kd, *rotations = by_view.mean(0).unbind()
             if self.transformed_ratio == 1.0:
-                transformed = _mean(rotated_rows)
+                transformed = (rotations[0] + rotations[1] + rotations[2]) / 3
             else:
-                correct = targets.unsqueeze(1).expand(-1, 3)
-                transformed = ranking.kept_mean(rotated_rows, _rotated(teacher), correct, self.transformed_ratio)
+                correct = targets.unsqueeze(1)
+                transformed = ranking.kept_mean(by_view[:, 1:], _rotated(teacher), correct, self.transformed_ratio)
         else:
             if upright_wanted:
                 ce, _, kd = logits.logit_losses(
@@ -186,24 +192,12 @@ class SSKDLoss(Loss[SSKDLossParts]):
                     targets if self.ce_weight != 0.0 else None, self.kd_temperature, *settings, "batchmean", True, self.impl,
                 )  # fmt: skip
             if rotated_wanted:
-                correct = targets.unsqueeze(1).expand(-1, 3)
+                correct = targets.unsqueeze(1)
                 transformed = ranking.divergence(
                     _rotated(student), _rotated(teacher), correct, self.transformed_temperature, self.transformed_ratio,
                     self.impl,
                 )  # fmt: skip
         return (ce if self.ce_weight != 0.0 else None, kd if self.kd_weight != 0.0 else None, transformed)
-
-    def _similarity_term(self, student: Tensor, teacher: Tensor) -> Tensor | None:
-        """KD_similarity, or None if its weight is 0."""
-        if self.similarity_weight == 0.0:
-            return None
-        with torch.no_grad():
-            teacher_cosines = _rotated(similarity.cosines_of_views(teacher, "teacher_projections", self.impl))
-        student_cosines = _rotated(similarity.cosines_of_views(student, "student_projections", self.impl))
-        images = torch.arange(teacher_cosines.shape[0], device=teacher_cosines.device).unsqueeze(1).expand(-1, 3)
-        return ranking.divergence(
-            student_cosines, teacher_cosines, images, self.similarity_temperature, self.similarity_ratio, self.impl
-        )
 
     def _check(
         self, student_logits: Any, teacher_logits: Any, student_projections: Any, teacher_projections: Any
@@ -236,11 +230,6 @@ class SSKDLoss(Loss[SSKDLossParts]):
                     f"{name} has dtype {projections.dtype}, but student_logits has {student_logits.dtype} and either both or "
                     "neither in float64 was wanted; cast one of them."
                 )
-
-
-def _mean(rows: Tensor) -> Tensor:
-    """The mean, 0 of no rows."""
-    return rows.sum() / max(rows.numel(), 1)
 
 
 class SSKDHeadLoss(Loss[SSKDHeadLossParts]):
@@ -281,10 +270,12 @@ class SSKDHeadLoss(Loss[SSKDHeadLossParts]):
             return_parts: return ``SSKDHeadLossParts``; its ``accuracy`` is the share of the 3N rotated rows whose largest
                 cosine is that with their own image.
         """
-        cosines = _rotated(similarity.cosines_of_views(projections, "projections", self.impl))
-        images = torch.arange(cosines.shape[0], device=cosines.device).unsqueeze(1).expand(-1, 3)
-        loss: Tensor = logits.logit_losses(cosines, None, images, 1.0, 0.0, -100, "batchmean", True, self.impl)[0]
+        cosines = similarity.cosines_of_views(projections, "projections", self.impl)
+        images = torch.arange(cosines.shape[0], device=cosines.device).unsqueeze(1)
+        loss: Tensor = logits.logit_losses(
+            cosines, None, images.expand(-1, 3), 1.0, 0.0, -100, "batchmean", True, self.impl
+        )[0]
         if not return_parts:
             return loss
         ranks = rank_of(cosines.detach().transpose(1, 2), images)
-        return SSKDHeadLossParts(loss, _mean((ranks == 0).to(loss.dtype)))
+        return SSKDHeadLossParts(loss, (ranks == 0).to(loss.dtype).mean())

@@ -9,12 +9,12 @@ from torch import Tensor
 from frskd_fast.ops import _checks, logits
 from frskd_fast.ops.labels import class_indices
 from frskd_fast.reference.logits import check_label_range
-from frskd_fast.reference.ranking import rank_of, row_weights
+from frskd_fast.reference.ranking import rank_of_labelled, row_weights
 
 
 def kept_mean(rows: Tensor, teacher_scores: Tensor, correct: Tensor, ratio: float) -> Tensor:
     """The mean of `rows` (N, ...) over those that are kept, given the scores (N, K, ...) that rank them."""
-    ranks = rank_of(teacher_scores.detach().movedim(1, -1), correct)
+    ranks = rank_of_labelled(teacher_scores.detach().movedim(1, -1), correct)
     weights = row_weights(ranks.flatten(), ratio, rows.dtype)
     # A row that is left out may be infinite.
     return rows.flatten().masked_fill(weights == 0, 0.0).dot(weights)

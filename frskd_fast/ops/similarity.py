@@ -1,19 +1,22 @@
-"""Cosines between rows of vectors, as inner products that are scaled by inverse lengths. Plain PyTorch on every device."""
+"""Cosines between rows of vectors, as scaled inner products in plain PyTorch, and the divergence of two networks' cosines."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from frskd_fast import _dispatch
-from frskd_fast.ops import _checks
+from frskd_fast.ops import _checks, logits, ranking
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.labels import kept
 from frskd_fast.reference import similarity as reference
 from frskd_fast.reference.dtypes import accumulate_dtype
+from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
+from frskd_fast.reference.ranking import rank_of, row_weights
 
 EPSILON = 1e-8  # of torch.nn.functional.cosine_similarity
 
@@ -25,8 +28,29 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any
     return contextlib.nullcontext()
 
 
+class _Lengths(NamedTuple):
+    """The lengths of vectors, and a_i = 1 / max(||x_i||, eps); (M,) each."""
+
+    lengths: Tensor
+    inverse: Tensor
+
+
+def _lengths(vectors: Tensor, eps: float) -> _Lengths:
+    lengths = torch.linalg.vector_norm(vectors, dim=1)
+    return _Lengths(lengths, lengths.clamp_min(eps).reciprocal_())
+
+
+def _shrinking(products: Tensor, lengths: _Lengths, eps: float) -> Tensor:
+    """s_i (M, 1), of sum_j G_ij c_ij (M,), which is overwritten."""
+    return products.mul_(lengths.inverse).mul_(lengths.inverse).masked_fill_(lengths.lengths < eps, 0.0).unsqueeze(1)
+
+
+def _cosines(x: Tensor, y: Tensor, inverse_x: Tensor, inverse_y: Tensor) -> Tensor:
+    return torch.mm(x, y.t()).mul_(inverse_x.unsqueeze(1)).mul_(inverse_y)
+
+
 class _Cosines(torch.autograd.Function):
-    """c_ij = a_i b_j <x_i, y_j> with a_i = 1 / max(||x_i||, eps), b_j likewise; y is every `step`-th row of x where it is None.
+    """c_ij = a_i b_j <x_i, y_j> with a_i = 1 / max(||x_i||, eps), b_j likewise.
 
     With G = dL/dc and Q_ij = a_i b_j G_ij, dL/dx_i = sum_j Q_ij y_j + (da_i/dx_i) sum_j b_j G_ij <x_i, y_j>, and da_i/dx_i is
     -a_i^3 x_i where ||x_i|| >= eps, else 0. So dL/dx = Q y - diag(s) x with s_i = a_i^2 sum_j G_ij c_ij, and dL/dy alike.
@@ -34,43 +58,106 @@ class _Cosines(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, eps: float, step: int, x: Tensor, y: Tensor | None) -> Tensor:
+    def forward(ctx: Any, eps: float, x: Tensor, y: Tensor) -> Tensor:
         dtype = accumulate_dtype(x.dtype)
-        wide = x.to(dtype)
-        others = wide[::step] if y is None else y.to(dtype)
-        lengths = torch.linalg.vector_norm(wide, dim=1)
-        other_lengths = lengths[::step] if y is None else torch.linalg.vector_norm(others, dim=1)
-        inverse = lengths.clamp_min(eps).reciprocal_()
-        other_inverse = inverse[::step] if y is None else other_lengths.clamp_min(eps).reciprocal_()
-        cosines = torch.mm(wide, others.t()).mul_(inverse.unsqueeze(1)).mul_(other_inverse)
-        ctx.save_for_backward(x, y, cosines, lengths, other_lengths, inverse, other_inverse)
-        ctx.settings = eps, step
+        wide_x, wide_y = x.to(dtype), y.to(dtype)
+        lengths_x, lengths_y = _lengths(wide_x, eps), _lengths(wide_y, eps)
+        cosines = _cosines(wide_x, wide_y, lengths_x.inverse, lengths_y.inverse)
+        ctx.save_for_backward(x, y, cosines, *lengths_x, *lengths_y)
+        ctx.eps = eps
         return cosines
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        eps, step = ctx.settings
-        x, y, cosines, lengths, other_lengths, inverse, other_inverse = ctx.saved_tensors
-        (grad,) = grads
-        wide = x.to(cosines.dtype)
-        others = wide[::step] if y is None else y.to(cosines.dtype)
-        products = grad * cosines
-        shrinking = (products.sum(1) * inverse.square()).masked_fill_(lengths < eps, 0.0)
-        other_shrinking = (products.sum(0) * other_inverse.square()).masked_fill_(other_lengths < eps, 0.0)
-        scaled = (grad * inverse.unsqueeze(1)).mul_(other_inverse)
+        x, y, cosines, *lengths = ctx.saved_tensors
+        lengths_x, lengths_y = _Lengths(*lengths[:2]), _Lengths(*lengths[2:])
+        wide_x, wide_y = x.to(cosines.dtype), y.to(cosines.dtype)
+        products = grads[0] * cosines
+        scaled = (grads[0] * lengths_x.inverse.unsqueeze(1)).mul_(lengths_y.inverse)
         with _without_autocast(x.device.type):
-            if y is None:
-                shrinking[::step] += other_shrinking
-                gradient = (wide * shrinking.neg_().unsqueeze(1)).addmm_(scaled, others)
-                gradient[::step].addmm_(scaled.t(), wide)
-                return None, None, gradient.to(x.dtype), None
-            gradient = other_gradient = None
+            gradient_x = gradient_y = None
+            if ctx.needs_input_grad[1]:
+                shrinking = _shrinking(products.sum(1), lengths_x, ctx.eps)
+                gradient_x = (wide_x * shrinking).addmm_(scaled, wide_y, beta=-1.0).to(x.dtype)
             if ctx.needs_input_grad[2]:
-                gradient = (wide * shrinking.neg_().unsqueeze(1)).addmm_(scaled, others).to(x.dtype)
-            if ctx.needs_input_grad[3]:
-                other_gradient = (others * other_shrinking.neg_().unsqueeze(1)).addmm_(scaled.t(), wide).to(y.dtype)
-            return None, None, gradient, other_gradient
+                shrinking = _shrinking(products.sum(0), lengths_y, ctx.eps)
+                gradient_y = (wide_y * shrinking).addmm_(scaled.t(), wide_x, beta=-1.0).to(y.dtype)
+        return None, gradient_x, gradient_y
+
+
+def _view_cosines(x: Tensor) -> tuple[Tensor, _Lengths]:
+    """Cosines of x (4N, D) with its upright rows x[::4], (4N, N)."""
+    wide = x.to(accumulate_dtype(x.dtype))
+    lengths = _lengths(wide, EPSILON)
+    return _cosines(wide, wide[::4], lengths.inverse, lengths.inverse[::4]), lengths
+
+
+def _view_cosines_backward(grad: Tensor, x: Tensor, cosines: Tensor, lengths: _Lengths) -> Tensor:
+    """dL/dx, that of `_Cosines` for both sides: what the upright rows get as such is added where it belongs."""
+    wide = x.to(cosines.dtype)
+    products = grad * cosines
+    shrinking = products.sum(1)
+    shrinking[::4] += products.sum(0)
+    scaled = (grad * lengths.inverse.unsqueeze(1)).mul_(lengths.inverse[::4])
+    with _without_autocast(x.device.type):
+        gradient = (wide * _shrinking(shrinking, lengths, EPSILON)).addmm_(scaled, wide[::4], beta=-1.0)
+        gradient[::4].addmm_(scaled.t(), wide)
+    return gradient.to(x.dtype)
+
+
+class _CosinesOfViews(torch.autograd.Function):
+    """`_view_cosines`, differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        cosines, lengths = _view_cosines(x)
+        ctx.save_for_backward(x, cosines, *lengths)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, cosines, *lengths = ctx.saved_tensors
+        return (_view_cosines_backward(grads[0], x, cosines, _Lengths(*lengths)),)
+
+
+def _view_weights(teacher_cosines: Tensor, ratio: float) -> Tensor:
+    """What each row of (4N, N) counts in the mean over the kept rotated rows; (4N,), 0 for upright rows."""
+    images = teacher_cosines.shape[1]
+    if ratio == 1.0:
+        weights = teacher_cosines.new_full((images, 4), 1.0 / (3 * images))
+        weights[:, 0] = 0.0
+        return weights.flatten()
+    rotated = teacher_cosines.unflatten(0, (images, 4))[:, 1:]
+    own = torch.arange(images, device=teacher_cosines.device).unsqueeze(1)
+    kept_rows = row_weights(rank_of(rotated, own).flatten(), ratio, teacher_cosines.dtype)
+    return F.pad(kept_rows.unflatten(0, (images, 3)), (1, 0)).flatten()
+
+
+class _ViewDivergence(torch.autograd.Function):
+    """T^2 * mean over the kept rotated rows of KL(teacher's cosines || student's); upright rows go along with weight 0."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, ratio: float, impl: str, student: Tensor, teacher: Tensor) -> Tensor:
+        cosines, lengths = _view_cosines(student)
+        teacher_cosines, _ = _view_cosines(teacher)
+        weights = _view_weights(teacher_cosines, ratio)
+        saved = logits.forward(Heads([cosines], [teacher_cosines], [], []), settings, impl)
+        ctx.save_for_backward(student, cosines, *lengths, teacher_cosines, weights, *saved)
+        ctx.settings = settings, impl
+        return saved[0][2].dot(weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        settings, impl = ctx.settings
+        student, cosines, norms, inverse, teacher_cosines, weights, *saved = ctx.saved_tensors
+        upstream = Upstream([grads[0] * weights] * 3, 0, 1, [0.0, 0.0, 1.0], False)
+        heads = Heads([cosines], [teacher_cosines], [], [])
+        (grad,) = logits.backward(upstream, heads, settings, Saved(*saved), Wanted(True, False, False), impl)
+        gradient = _view_cosines_backward(grad, student, cosines, _Lengths(norms, inverse))
+        return None, None, None, gradient, None
 
 
 def pairwise_cosine(x: Any, y: Any, eps: float, impl: str) -> Tensor:
@@ -86,23 +173,49 @@ def pairwise_cosine(x: Any, y: Any, eps: float, impl: str) -> Tensor:
     with _without_autocast(x.device.type):
         if _dispatch.is_plain(_dispatch.choose_for("similarity", impl, x)):
             return reference.pairwise_cosine(x, y, eps)
-        cosines: Tensor = _Cosines.apply(eps, 1, kept(x), kept(y))
+        cosines: Tensor = _Cosines.apply(eps, kept(x), kept(y))
         return cosines
 
 
 def cosines_of_views(projections: Any, name: str, impl: str) -> Tensor:
-    """Cosines of all rows with the upright ones; (4N, D) in the order of `rotate4` -> (4N, N)."""
-    _checked_vectors(projections, name)
-    rows = projections.shape[0]
+    """Cosines of the 3N rotated rows with the N upright ones; (4N, D) in the order of `rotate4` -> (N, N, 3).
+
+    On axis 1 are the upright rows, on the last the rotations.
+    """
+    _checked_views(projections, name)
+    with _without_autocast(projections.device.type):
+        if _dispatch.is_plain(_dispatch.choose_for("similarity", impl, projections)):
+            cosines = reference.pairwise_cosine(projections, projections[::4], EPSILON)
+        else:
+            cosines = _CosinesOfViews.apply(kept(projections))
+    by_image: Tensor = cosines.unflatten(0, (cosines.shape[1], 4))
+    return by_image[:, 1:].transpose(1, 2)
+
+
+def view_divergence(student: Any, teacher: Any, temperature: float, ratio: float, impl: str) -> Tensor:
+    """`ranked_kd_loss` of the rotated rows' cosines with the upright ones, of projections (4N, D) and (4N, E)."""
+    _checked_views(student, "student_projections")
+    _checked_views(teacher, "teacher_projections")
+    teacher = teacher.detach()
+    name = _dispatch.choose_for("logits", impl, student)
+    if _dispatch.is_plain(name):
+        cosines, teacher_cosines = (cosines_of_views(side, "projections", name) for side in (student, teacher))
+        own = torch.arange(cosines.shape[0], device=cosines.device).unsqueeze(1)
+        return ranking.divergence(cosines, teacher_cosines, own, temperature, ratio, name)
+    with _without_autocast(student.device.type):
+        divergence: Tensor = _ViewDivergence.apply(
+            Settings(1.0, 0.0, -100, temperature), ratio, name, student, kept(teacher)
+        )
+        return divergence
+
+
+def _checked_views(value: Any, name: str) -> None:
+    _checked_vectors(value, name)
+    rows = value.shape[0]
     if rows == 0 or rows % 4 != 0:
         raise ValueError(
             f"{name} has {rows} rows, but four for each image were wanted, in the order of mixing.rotate4."
         )
-    with _without_autocast(projections.device.type):
-        if _dispatch.is_plain(_dispatch.choose_for("similarity", impl, projections)):
-            return reference.pairwise_cosine(projections, projections[::4], EPSILON)
-        cosines: Tensor = _Cosines.apply(EPSILON, 4, kept(projections), None)
-        return cosines
 
 
 def _checked_vectors(value: Any, name: str) -> None:

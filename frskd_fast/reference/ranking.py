@@ -7,16 +7,22 @@ from torch import Tensor
 
 
 def rank_of(scores: Tensor, correct: Tensor) -> Tensor:
-    """The position (0 = best) of column `correct` in each row's scores in descending order; (..., K), (...) -> (...).
+    """The position (0 = best) of column `correct` in each row's scores in descending order; (..., K) -> (...).
 
-    Of columns with equal scores, that with the smaller index comes first, as in a stable sort. A column outside [0, K) ranks
-    behind all.
+    `correct` has the shape of the rows, or one that broadcasts to it. Of columns with equal scores, that with the smaller index
+    comes first, as in a stable sort.
     """
+    column = correct.unsqueeze(-1)
+    own = scores.gather(-1, column.expand(*scores.shape[:-1], 1))
+    earlier = torch.arange(scores.shape[-1], device=scores.device) < column
+    return torch.where(earlier, scores >= own, scores > own).sum(-1)
+
+
+def rank_of_labelled(scores: Tensor, correct: Tensor) -> Tensor:
+    """`rank_of`, and K, behind all columns, where `correct` is none of them."""
     columns = scores.shape[-1]
-    own = scores.gather(-1, correct.clamp(0, columns - 1).unsqueeze(-1))
-    earlier = torch.arange(columns, device=scores.device) < correct.unsqueeze(-1)
-    rank = torch.where(earlier, scores >= own, scores > own).sum(-1)
-    return rank.masked_fill((correct < 0) | (correct >= columns), columns)
+    ranks = rank_of(scores, correct.clamp(0, columns - 1))
+    return ranks.masked_fill((correct < 0) | (correct >= columns), columns)
 
 
 def row_weights(ranks: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
@@ -27,7 +33,7 @@ def row_weights(ranks: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     rows = ranks.shape[0]
     # In float64 the product is that of Python's int(wrong * ratio).
     wrong = (ranks > 0).sum(dtype=torch.float64)
-    kept = (wrong * ratio).floor() - wrong + rows
-    by_position = torch.arange(rows, device=ranks.device) < kept
-    weights = by_position.to(dtype) / kept.clamp_min(1.0).to(dtype)
-    return torch.zeros_like(weights).scatter(0, ranks.argsort(stable=True), weights)
+    kept = (wrong * ratio).floor_().sub_(wrong).add_(rows)
+    by_position = (torch.arange(rows, device=ranks.device) < kept) / kept.clamp_min(1.0).to(dtype)
+    # A permutation writes every row.
+    return by_position.scatter(0, ranks.argsort(stable=True), by_position)

@@ -156,9 +156,8 @@ class DistillationTask(Task):
 
     @property
     def may_be_zero(self) -> list[str]:  # type: ignore[override]
-        """Terms of weight 0."""
-        weights = {"kd": "alpha", "feature": "beta"}
-        return [term for term, weight in weights.items() if getattr(self.loss, weight, None) == 0.0]
+        """`feature`, where its weight is 0 and it is not computed."""
+        return ["feature"] if getattr(self.loss, "beta", None) == 0.0 else []
 
     @property
     def _preact(self) -> bool:

@@ -122,6 +122,12 @@ class FRSKDTask(Task):
         if self.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def may_be_zero(self) -> list[str]:  # type: ignore[override]
+        """The feature term, where its weight is 0."""
+        losses = [module for module in self.loss.modules() if isinstance(module, DistillationLoss)]
+        return ["feature"] if any(loss.beta == 0.0 for loss in losses) else []
+
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
         """Return the dict described above."""
         if targets is None or not self.training:

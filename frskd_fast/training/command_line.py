@@ -26,6 +26,7 @@ from .checkpoints import AtomicCheckpointIO, Found, RunCheckpoint, find_checkpoi
 from .class_paths import PARTS
 from .data import ImageData
 from .errors import Refusal, sentence_of
+from .guard import RunGuard
 from .loggers import loggers
 from .module import DistillationModule
 from .panels import Panels
@@ -96,6 +97,10 @@ class CommandLine(LightningCLI):
         parser.add_argument("--run_dir", type=str | None, default=None, help=folder)
         parser.add_argument("--fresh", type=bool, default=False, help=fresh, nargs="?", const=True)
         parser.add_argument("--tensorboard", type=bool | None, default=None, help=events)
+        guard = (
+            "Stop where a term of the loss, or all gradients of a module, are exactly zero in the first three steps."
+        )
+        parser.add_argument("--guard", type=bool, default=True, help=guard)
         parser.add_argument("--teacher_cache", type=str | None, default=None, help=kept)
         parser.add_argument("--teacher_cache_features", type=bool, default=False, help=maps)
         parser.add_argument("--teacher_cache_half", type=bool, default=False, help=half)
@@ -169,6 +174,8 @@ class CommandLine(LightningCLI):
             )
             if folder is not None:
                 own.append(TeacherCache(folder, features=features, half=half))
+            if self._get(self.config, "guard"):
+                own.append(RunGuard())
         kwargs["callbacks"] = [*own, *callbacks]
         processes = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
         if processes is not None and settings.get("num_nodes") == 1:
