@@ -11,7 +11,21 @@ import torch
 from torch import Tensor, nn
 from toy_method import ToyNet, ToyTask
 
-from frskd_fast.tasks import ClassificationTask, DistillationTask, FRSKDTask, Task, build_frskd
+from frskd_fast.losses import HSAKDTeacherLoss
+from frskd_fast.mixing import rotate4
+from frskd_fast.models import ProjectionHead, with_auxiliary_heads
+from frskd_fast.tasks import (
+    ClassificationTask,
+    DistillationTask,
+    FRSKDTask,
+    HSAKDOnlineTask,
+    HSAKDTask,
+    HSAKDTeacherTask,
+    SSKDHeadTask,
+    SSKDTask,
+    Task,
+    build_frskd,
+)
 from frskd_fast.tasks.guard import Guard, ZeroTermError
 
 
@@ -47,6 +61,17 @@ class Detached(ToyNet):
         return [features[0], features[1].detach()], logits
 
 
+class Unheard(HSAKDTeacherTask):
+    """The last of its auxiliary heads is not part of the loss."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        self.loss.forward = self.first_head
+
+    def first_head(self, logits: Tensor, auxiliary: list[Tensor], targets: Tensor, return_parts: bool) -> Any:
+        return HSAKDTeacherLoss()(logits, auxiliary[:1], targets, return_parts=return_parts)
+
+
 class Aside(Task):
     """A network and a list of heads, of which the second is not part of the loss."""
 
@@ -65,6 +90,7 @@ def trained(task: Task, guard: Guard | None = None, steps: int = 4, lr: float = 
     """A loop of one's own; the guard looks at its first three steps."""
     guard = Guard(task) if guard is None else guard
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = rotate4(images) if task.views == "rotations" else images
     optimizer = torch.optim.SGD(task.parameter_groups(), lr=lr)
     task.train()
     for _ in range(steps):
@@ -87,6 +113,12 @@ METHODS = {
         network, "fit", beta=0.0, self_teacher="BiFPN", num_channels=16
     ),
     "kd from a network": lambda network: DistillationTask(network, ToyNet()),
+    "hsakd teacher": HSAKDTeacherTask,
+    "hsakd heads": lambda network: HSAKDTeacherTask(network, freeze_backbone=True),
+    "hsakd": lambda network: HSAKDTask(network, with_auxiliary_heads(ToyNet())),
+    "hsakd online": HSAKDOnlineTask,
+    "sskd head": SSKDHeadTask,
+    "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
     "hints from a network": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
 }
 
@@ -111,6 +143,10 @@ def test_the_methods_of_the_package_train_under_the_guard(method: str) -> None:
         (lambda: Broken(ToyNet(), "hint"), r"The term hint of Broken was exactly zero in each of the first 3 steps"),
         (lambda: Broken(ToyNet(), "head"), r"No gradient reached head of Broken in each of the first 3 steps"),
         (lambda: Aside(ToyNet()), r"No gradient reached heads.1 of Aside in each of the first 3 steps"),
+        (
+            lambda: Unheard(ToyNet()),
+            r"No gradient reached net.auxiliary_classifier.block_extractor2, net.auxiliary_classifier.fc2 of",
+        ),
         (lambda: FRSKDTask(Detached()), r"student_feats\[1\], given to FRSKDLoss, requires no gradient"),
     ],
 )

@@ -20,7 +20,8 @@ from training_utils import process, same_weights, small_run, steps, weights
 
 from frskd_fast import functional
 from frskd_fast.mixing import rotate4
-from frskd_fast.tasks import ClassificationTask, FrozenTeacher, Task
+from frskd_fast.models import ProjectionHead, with_auxiliary_heads
+from frskd_fast.tasks import ClassificationTask, DistillationTask, FrozenTeacher, HSAKDTask, SSKDTask, Task
 from frskd_fast.training.cli import main
 from frskd_fast.training.data import ArrayReader, CIFARData, DigitsData
 from frskd_fast.training.data.loader import Request
@@ -89,14 +90,14 @@ class FlippedDigits(DigitsData):
 
 
 class Killed(KeptTask):
-    """Ends its process at once while the third batch's outputs are computed."""
+    """Ends the first of two processes at once while its second batch's outputs are computed."""
 
     calls = 0
 
     def teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
         if len(images) > 1:
             Killed.calls += 1
-            if Killed.calls == 3:
+            if Killed.calls == 2 and os.environ.get("RANK") == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().teacher_outputs(images)
 
@@ -148,18 +149,15 @@ def test_both_looks_of_a_flipped_image_are_kept(tmp_path: Path) -> None:
     assert float(last["kd"]) == pytest.approx(float(expected["kd"]), rel=1e-3)
 
 
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    """Within the first epoch, while it wrote."""
-    cold = words(tmp_path / "whole", teacher_cache=str(tmp_path / "one"))
-    assert main(cold) == 0
-    arguments = {"teacher_cache": str(tmp_path / "two"), "checkpoint__every_n_steps": 1}
-    running = process(words(tmp_path / "killed", "Killed", **arguments))
-    assert running.wait(timeout=60) == -signal.SIGKILL
-    config = tmp_path / "killed" / "config.yaml"
-    config.write_text(config.read_text().replace("Killed", "KeptTask"))
-    assert ran(words(tmp_path / "killed", **arguments)) == 1 + 50
-    assert steps(tmp_path / "killed") == steps(tmp_path / "whole")
-    assert same_weights(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Within the first epoch, while the cache is filled."""
+    arguments = {"checkpoint__every_n_steps": 1}
+    assert main(words(tmp_path / "whole", teacher_cache=str(tmp_path / "one"), **arguments)) == 0
+    stopped = words(tmp_path / "stopped", teacher_cache=str(tmp_path / "two"), **arguments)
+    assert ran([*stopped, "--trainer.max_steps", "2"]) == 1 + 50
+    assert ran(stopped) == 1 + 50
+    assert steps(tmp_path / "stopped") == steps(tmp_path / "whole")
+    assert same_weights(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +187,26 @@ def test_random_resized_crops_have_no_keys() -> None:
     data._readers["train"] = ArrayReader(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), 4, 0.5)
     with pytest.raises(ValueError, match=r"turn the random crop off \(data.padding"):
         data.hand_out_keys()
+
+
+def test_augmentation_that_nobody_knows_of_is_refused() -> None:
+    class Noisy(DigitsData):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+            images, *more = super().on_after_batch_transfer(batch, dataloader_idx)
+            return images + torch.randn_like(images), *more
+
+    class Unkeyed(ArrayReader):
+        def read(self, request: Request) -> Any:
+            batch, corrupt = super().read(request)
+            return batch._replace(keys=None), corrupt
+
+    with pytest.raises(ValueError, match="Noisy prepares batches by an on_after_batch_transfer of its own"):
+        Noisy(largest_shift=0).hand_out_keys()
+    data = DigitsData(largest_shift=0)
+    data._readers["train"] = Unkeyed(torch.zeros(4, 1, 2, 2), torch.arange(4))
+    data.hand_out_keys()
+    with pytest.raises(ValueError, match="Unkeyed was asked for keys, but its batch has none"):
+        data.on_after_batch_transfer(next(iter(data.train_dataloader())))
 
 
 def test_keys_name_rows_and_flips() -> None:
@@ -375,10 +393,37 @@ def test_a_compiled_step_takes_the_outputs_as_inputs_of_one_graph(tmp_path: Path
     assert KeptTask.seen == before + 24, "the first time, and not within the graph"
 
 
-def test_two_processes_fill_one_file(tmp_path: Path) -> None:
+METHODS: dict[str, Any] = {
+    "kd": lambda network: DistillationTask(network, ToyNet()),
+    "hints": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
+    "hsakd": lambda network: HSAKDTask(network, with_auxiliary_heads(ToyNet())),
+    "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_with_a_frozen_teacher_lose_the_same_by_what_was_kept(method: str, tmp_path: Path) -> None:
+    task, images = METHODS[method](ToyNet()).train(), task_and_images()[1]
+    images = rotate4(images) if task.views == "rotations" else images
+    targets = torch.arange(6)
+    outputs = TeacherOutputs(tmp_path, task, images, samples=6, keys=10, features=True)
+    outputs(images, KEYS)
+    task.teacher.network.forward = None  # type: ignore[method-assign]
+    found = task(images, targets, outputs(images, KEYS))
+    del task.teacher.network.forward
+    for name, value in task(images, targets).items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_two_processes_that_are_killed_leave_a_file_that_can_be_used(tmp_path: Path) -> None:
+    """Each has written its images of the first batch, and one those of the second."""
     cache = str(tmp_path / "cache")
-    two = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__max_epochs": 1, "trainer__accelerator": "cpu"}
-    running = process(words(tmp_path / "two", teacher_cache=cache, **two), processes=2)
-    out, error = running.communicate(timeout=100)
-    assert running.returncode == 0, out + error
-    assert ran(words(tmp_path / "one", teacher_cache=cache, trainer__max_epochs=1)) == 1
+    two = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__max_epochs": 1, "data__batch_size": 10}
+    running = process(words(tmp_path / "two", "Killed", teacher_cache=cache, **two), processes=2)
+    assert running.wait(timeout=100) != 0
+    (file,) = Path(cache).iterdir()
+    assert 1 + 100 - 40 <= ran(words(tmp_path / "one", teacher_cache=cache)) <= 1 + 100 - 20
+    assert list(Path(cache).iterdir()) == [file], "the same file"
+    assert main(words(tmp_path / "without")) == 0
+    for expected, row in zip(steps(tmp_path / "without"), steps(tmp_path / "one"), strict=True):
+        assert float(row["kd"]) == pytest.approx(float(expected["kd"]), rel=1e-4)

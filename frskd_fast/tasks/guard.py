@@ -25,9 +25,10 @@ class Guard:
 
     * The scalars that the task returns: none may be exactly zero in all of the steps, but those in `task.may_be_zero` (terms
       of weight 0 or that grow later) and accuracies.
-    * The gradients of each module of the task that trains: the student's network and other networks as a whole, each adapter
-      and head in a loss or a list by itself. At least one number of each must not be zero in one of the steps. Where the task
-      has terms that may be zero, only the student's network is looked at, because such a term's modules may get none.
+    * The gradients of each module of the task that trains: the student's network and other networks as a whole, heads around
+      the student's network and adapters in a loss or a list by their modules. At least one number of each must not be zero in
+      one of the steps. Where the task has terms that may be zero, only the student's network is looked at, because the
+      modules of such a term may get none.
     * The student's outputs that a loss is given, in the first step: they must require gradients. Arguments of a
       `losses.base.Loss` whose names begin with "student" are looked at, unless the task is compiled or a part of its backbone
       is frozen.
@@ -166,19 +167,29 @@ def modules_to_reach(task: Task) -> dict[str, list[nn.Parameter]]:
         ['backbone', 'self_teacher', 'loss.linear.0', 'loss.linear.1', 'loss.linear.2']
     """
     found: dict[str, list[nn.Parameter]] = {}
-    for name, module in _parts(task, ""):
+    for name, module in _parts(task, task.backbone, ""):
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if parameters and (name == "backbone" or not task.may_be_zero):
+        if parameters and (module is task.backbone or not task.may_be_zero):
             found[name] = parameters
     return found
 
 
-def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _parts(module: nn.Module, backbone: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that counts as one, and its name: what is beside the backbone in a network is taken apart."""
+    around = _holds(module, backbone) and prefix != ""
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict | Loss):
-            yield from _parts(child, f"{prefix}{name}.")
+        if child is not backbone and (
+            _holds(child, backbone) or isinstance(child, nn.ModuleList | nn.ModuleDict | Loss)
+        ):
+            yield from _parts(child, backbone, f"{prefix}{name}.")
+        elif child is not backbone and around and any(True for _ in child.children()):
+            yield from ((f"{prefix}{name}.{inner}", part) for inner, part in child.named_children())
         else:
             yield f"{prefix}{name}", child
+
+
+def _holds(module: nn.Module, backbone: nn.Module) -> bool:
+    return any(one is backbone for one in module.modules())
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -105,3 +105,4 @@ class TeacherCache(Callback):
         if isinstance(pl_module, DistillationModule) and self.outputs is not None:
             pl_module.teacher_outputs = None
             self.outputs = None
+            trainer.datamodule.hands_out_keys = False  # type: ignore[attr-defined]

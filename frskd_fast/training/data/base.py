@@ -109,7 +109,7 @@ class ImageData(LightningDataModule):
         self._readers: dict[Part, Reader | None] = {}
         self._loaders: weakref.WeakSet[ImageLoader] = weakref.WeakSet()  # only to end their workers
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._with_keys = False
+        self.hands_out_keys = False
 
     @abstractmethod
     def make_reader(self, part: Part) -> Reader | None:
@@ -193,12 +193,17 @@ class ImageData(LightningDataModule):
         if self.trainer is not None:
             # Lightning converted the batch to the trainer's precision before it was normalised.
             prepared = self.trainer.precision_plugin.convert_input(prepared)
-        if self._with_keys and batch.mixing_seed is not None:  # in training
+        if self.hands_out_keys and batch.mixing_seed is not None:  # in training
+            if batch.keys is None:
+                raise ValueError(
+                    f"{type(self.reader('train')).__name__} was asked for keys, but its batch has none; let its read() give "
+                    "the ImageBatch keys (keys_of), or its looks be 0."
+                )
             return (*prepared, batch.keys)
         return prepared
 
     def hand_out_keys(self) -> tuple[int, dict[str, Any]]:
-        """From now on training batches are `(images, targets, keys)`, keys int64 (N,) of NumPy.
+        """From now on training batches are `(images, targets, keys)`, keys int64 (N,) of NumPy, while `hands_out_keys` is true.
 
         Returns:
             The number of keys, and what decides the pixels that a key stands for, as values of JSON.
@@ -206,6 +211,11 @@ class ImageData(LightningDataModule):
         Raises:
             ValueError: where training images are random beyond a flip, so that none comes a second time.
         """
+        if type(self).on_after_batch_transfer is not ImageData.on_after_batch_transfer:
+            raise ValueError(
+                f"{type(self).__name__} prepares batches by an on_after_batch_transfer of its own, which may change images at "
+                "random, so nothing can be kept about them; define hand_out_keys beside it if it does not."
+            )
         reader = self.reader("train")
         assert reader is not None
         mixed = [name for name in ("mixup", "cutmix") if getattr(self, name)]
@@ -215,7 +225,7 @@ class ImageData(LightningDataModule):
                 f"{type(self).__name__} {what}, so no image comes a second time and nothing can be kept about it; set mixup "
                 "and cutmix to 0 and turn the random crop off (data.padding, largest_shift or augmentation; a flip may stay)."
             )
-        self._with_keys = True
+        self.hands_out_keys = True
         decisive = ("image_size", "channels", "mean", "std", "pixel_scale")
         settings = {name: getattr(self, name) for name in decisive}
         return reader.looks * len(reader), {"images": reader.fingerprint(), "looks": reader.looks, **settings}
