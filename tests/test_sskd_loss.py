@@ -95,7 +95,7 @@ def assert_same_as_original(loss: SSKDLoss, given: list[Tensor], targets: Tensor
     torch.testing.assert_close(got, gradients, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, "triton"])
 def test_the_numbers_of_the_original(impl: str) -> None:
     z_s, h_s = wave((16, 5), 0.37, 0.0).requires_grad_(), wave((16, 8), 0.31, 0.5).requires_grad_()
     z_t, h_t = wave((16, 5), 0.23, 1.0), wave((16, 8), 0.19, 0.2)
@@ -202,6 +202,16 @@ def test_one_image_and_teachers_that_are_always_right_or_always_wrong(impl: str)
             assert none == 0 and not torch.autograd.grad(none, z_s)[0].any()
         else:
             torch.testing.assert_close(none, functional.kd_loss(z_s, teacher, 2.0, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_any_strides(impl: str) -> None:
+    loss, targets = SSKDLoss(transformed_ratio=0.5, impl=impl), torch.tensor([4, 0, 2])
+    shapes = [(12, 7), (12, 7), (12, 6), (12, 9)]
+    transposed = [torch.randn(columns, rows, dtype=torch.float64).t() for rows, columns in shapes]
+    sliced = [torch.randn(2 * rows, columns + 3, dtype=torch.float64)[::2, 1:-2] for rows, columns in shapes]
+    for given in (transposed, sliced):
+        assert_same_as_original(loss, [tensor.requires_grad_() for tensor in given], targets)
 
 
 def test_ties_go_to_the_first_as_in_a_stable_sort() -> None:
@@ -428,6 +438,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         (lambda: cosine(h_s, h_t), ValueError, "vectors of equal length"),
         (lambda: cosine(h_s, h_s.float()), TypeError, "y has dtype"),
         (lambda: cosine(h_s, h_s, 0.0), ValueError, "eps is 0.0"),
+        (lambda: ranked(z_s, z_t[:4], correct), ValueError, r"teacher_scores has shape \(4, 7\)"),
+        (lambda: ranked(z_s, z_t.float(), correct), TypeError, "teacher_scores has dtype torch.float32"),
+        (lambda: ranked(z_s, z_t, None), TypeError, "correct is a NoneType"),
         (lambda: ranked(z_s, z_t, correct[:4]), ValueError, "correct has shape"),
         (lambda: ranked(z_s, z_t, correct + 7), ValueError, "correct holds the label 7"),
         (lambda: ranked(z_s, z_t, correct, 4.0, 1.5), ValueError, "ratio is 1.5"),

@@ -78,6 +78,7 @@ class SSKDLoss(Loss[SSKDLossParts]):
     Source: Xu et al., ECCV 2020 (arXiv 2006.07114), eq. 6 to 9, as released; ties in a ranking go by index.
     """
 
+    passes = "one"
     shown = (
         "ce_weight",
         "kd_weight",
@@ -173,9 +174,8 @@ class SSKDLoss(Loss[SSKDLossParts]):
                 labels = targets.new_full(student.shape[:1], self.ignore_index)
                 labels[::4] = targets
             ce_rows, _, kd_rows = logits.logit_losses(
-                student, teacher, labels, self.kd_temperature, *settings, "none", True,
-                self.impl,
-            )  # fmt: skip
+                student, teacher, labels, self.kd_temperature, *settings, "none", True, self.impl
+            )
             if self.ce_weight != 0.0:
                 ce = ce_rows.sum() / (targets != self.ignore_index).sum().clamp_min(1)
             by_view = kd_rows.unflatten(0, (targets.shape[0], 4))
@@ -256,6 +256,7 @@ class SSKDHeadLoss(Loss[SSKDHeadLossParts]):
     Source: Xu et al., ECCV 2020 (arXiv 2006.07114), eq. 2 and 3, as released: without the paper's temperature.
     """
 
+    passes = "one"
     shown = ("impl",)
 
     def __init__(self, impl: str = "auto") -> None:

@@ -37,12 +37,13 @@ def ranked_kd_loss(
     student_scores: Any, teacher_scores: Any, correct: Any, temperature: float, ratio: float, impl: str
 ) -> Tensor:
     """Checks, then `divergence`; scores (M, K), correct (M,)."""
-    logits.checked_logits(student_scores, teacher_scores, "")
-    if teacher_scores is None or student_scores.dim() != 2:
-        raise ValueError(
-            f"student_scores has shape {tuple(student_scores.shape)}, but rows of scores (M, K) of student and teacher were "
-            "wanted."
-        )
+    for scores, name in ((student_scores, "student_scores"), (teacher_scores, "teacher_scores")):
+        _checks.floating_tensor(scores, name)
+        if scores.dim() != 2 or scores.shape != student_scores.shape or scores.shape[1] == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(scores.shape)}, but (M, K), the same for student and teacher, was wanted."
+            )
+    _checks.same(student_scores, "student_scores", teacher_scores, "teacher_scores")
     ratio = _checks.unit_interval(ratio, "ratio")
     if not isinstance(correct, Tensor):
         raise TypeError(f"correct is a {type(correct).__name__}, but a torch.Tensor of column indices (M,) was wanted.")

@@ -204,7 +204,7 @@ def view_divergence(student: Any, teacher: Any, temperature: float, ratio: float
         return ranking.divergence(cosines, teacher_cosines, own, temperature, ratio, name)
     with _without_autocast(student.device.type):
         divergence: Tensor = _ViewDivergence.apply(
-            Settings(1.0, 0.0, -100, temperature), ratio, name, student, kept(teacher)
+            Settings(1.0, 0.0, -100, temperature), ratio, name, kept(student), teacher
         )
         return divergence
 

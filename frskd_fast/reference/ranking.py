@@ -15,7 +15,8 @@ def rank_of(scores: Tensor, correct: Tensor) -> Tensor:
     column = correct.unsqueeze(-1)
     own = scores.gather(-1, column.expand(*scores.shape[:-1], 1))
     earlier = torch.arange(scores.shape[-1], device=scores.device) < column
-    return torch.where(earlier, scores >= own, scores > own).sum(-1)
+    before = (scores > own) | ((scores == own) & earlier)
+    return before.sum(-1)
 
 
 def rank_of_labelled(scores: Tensor, correct: Tensor) -> Tensor:
