@@ -111,9 +111,10 @@ class _Calls(TorchFunctionMode):
         self.made.append((next((value for value in args if isinstance(value, Tensor)), None), output))
         return output
 
-    def that_made(self, tensor: Tensor) -> int | None:
-        """The last call that gave this very tensor; operations in place give what went in."""
-        return next((number for number in reversed(range(len(self.made))) if self.made[number][1] is tensor), None)
+    def that_made(self, tensor: Tensor, before: int | None = None) -> int | None:
+        """The last call, of those `before` that number, that gave this very tensor; operations in place give what went in."""
+        earlier = range(len(self.made) if before is None else before)
+        return next((number for number in reversed(earlier) if self.made[number][1] is tensor), None)
 
 
 class _Replayed(TorchFunctionMode):
@@ -189,8 +190,8 @@ def _traced(network: nn.Module, images: Tensor, calls: _Calls, feature: Tensor, 
         try:
             graph = _Tracer().trace(root)
         except _UnusedError:
-            before = calls.made[number][0]
-            number = None if before is None or before.shape != feature.shape else calls.that_made(before)
+            origin = calls.made[number][0]
+            number = None if origin is None or origin.shape != feature.shape else calls.that_made(origin, number)
             continue
         except Exception as error:
             raise LookupError(
