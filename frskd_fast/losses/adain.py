@@ -138,22 +138,10 @@ class AdaINLoss(Loss[AdaINLossParts]):
         heads = []
         if self.transfer_weight != 0.0:
             heads = self._checked_heads(student_logits, transferred_logits, teacher_logits)
-        judged = heads if self.judge == "ce" else []
-        ce = logits.logit_losses(
-            [student_logits, *judged], None, targets, 1.0, self.label_smoothing, self.ignore_index, "batchmean", True,
-            self.impl,
-        )[0]  # fmt: skip
-        if judged:
-            transfer = ce[1:]
-        elif heads and self.judge == "kl":
-            transfer = logits.logit_losses(
-                heads, [teacher_logits] * len(heads), None, self.temperature, 0.0, -100, "batchmean", True, self.impl
-            )[2]
-        elif heads:
-            assert teacher_logits is not None
-            difference = torch.stack(heads).to(absent.dtype) - teacher_logits.detach().to(absent.dtype)
-            transfer = difference.square().sum(dim=(1, 2)) / max(student_logits.numel(), 1)
-        loss: Tensor = ce[0]
+        if heads:
+            transfer = torch.stack([self._judged(head, teacher_logits, targets) for head in heads])
+        ce = self._cross_entropy(student_logits, targets)
+        loss = ce
         if self.statistics_weight != 0.0:
             loss = loss + self.statistics_weight * (mean.sum() + std.sum())
         if heads:
@@ -162,7 +150,27 @@ class AdaINLoss(Loss[AdaINLossParts]):
             return loss
         stages = max(mean.shape[0], transfer.shape[0])
         terms = (part.detach() if part.shape[0] else absent.expand(stages) for part in (mean, std, transfer))
-        return AdaINLossParts(loss, ce[0].detach(), *terms)
+        return AdaINLossParts(loss, ce.detach(), *terms)
+
+    def _cross_entropy(self, scores: Tensor, targets: Any) -> Tensor:
+        ce: Tensor = logits.logit_losses(
+            scores, None, targets, 1.0, self.label_smoothing, self.ignore_index, "batchmean", True, self.impl
+        )[0]
+        return ce
+
+    def _judged(self, head: Tensor, teacher_logits: Tensor | None, targets: Any) -> Tensor:
+        """J of one stage's logits."""
+        if self.judge == "ce":
+            return self._cross_entropy(head, targets)
+        assert teacher_logits is not None
+        teacher = teacher_logits.detach()
+        if self.judge == "kl":
+            kd: Tensor = logits.logit_losses(
+                head, teacher, None, self.temperature, 0.0, -100, "batchmean", True, self.impl
+            )[2]
+            return kd
+        dtype = accumulate_dtype(head.dtype)
+        return (head.to(dtype) - teacher.to(dtype)).square().sum() / max(head.numel(), 1)
 
     def _distances(self, student_logits: Tensor, connected: Any, teacher: Any) -> tuple[Tensor, Tensor]:
         """Mean squared distances of means and of standard deviations, (L,) each."""
