@@ -55,7 +55,7 @@ WANTED = (
     | {f"{data}_resnet18_{method}" for data in ("tinyimagenet", "cub200", "mit67", "stanford40", "dogs") for method in (
         "plain", "frskd", "frskd_sla")}
     | {f"imagenet_resnet{depth}_{method}" for depth in (18, 34) for method in ("plain", "frskd")}
-    | {"digits", "digits_kd", "digits_sskd", "digits_hsakd", "digits_hsakd_online"}
+    | {"digits", "digits_kd", "digits_sskd", "digits_hsakd", "digits_hsakd_online", "digits_adain"}
     | {f"cifar100_{net}_hsakd_online" for net in (
         "wrn_40_2", "wrn_40_1", "resnet56", "resnet32x4", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2")}
     | {f"cifar100_resnet56_resnet20_hsakd_{share}percent" for share in (25, 50, 75)}
@@ -213,6 +213,15 @@ def test_pairs_of_sskd(teacher: str, student: str) -> None:
     assert head["model"] == {"backbone": teacher} and head["weights"] == f"cifar100_{teacher}_plain"
     assert (head["trainer"]["max_epochs"], head["lr_scheduler"]["init_args"]["milestones"]) == (60, [30, 45])
     assert head["optimizer"]["init_args"]["lr"] == 0.05 and head["data"]["init_args"]["crop_each_view"]
+
+
+@pytest.mark.parametrize(("teacher", "student"), pairs(SSKD_PAIRS))
+def test_pairs_of_adain(teacher: str, student: str) -> None:
+    settings, alone = recipe(f"cifar100_{teacher}_{student}_adain"), recipe(f"cifar100_{student}_plain")
+    assert settings["model"] == {"backbone": student} and settings["teacher"] == f"cifar100_{teacher}_plain"
+    assert settings["task"]["init_args"] == {"image_shape": [3, 32, 32]}
+    assert settings["optimizer"]["init_args"]["lr"] == (0.01 if student in SMALL_STEPS else 0.05)
+    assert {**settings, **dict.fromkeys(("task", "teacher"))} == {**alone, **dict.fromkeys(("task", "teacher"))}
 
 
 def test_every_experiment_of_the_papers_has_its_recipe() -> None:
