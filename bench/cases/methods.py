@@ -1,7 +1,7 @@
 """HSAKD and SSKD: each loss by itself, and a whole training step with a frozen teacher, resnet32x4 -> resnet8x4.
 
 A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. All networks see
-the four rotations of each image.
+the four rotations of each image. The rows of AdaIN-KD are in bench/adain_rows.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import inputs, originals
+from bench import adain_rows, inputs, originals
 from bench.call import tensors_in
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
@@ -358,4 +358,4 @@ def step_cases(selection: Selection) -> Iterator[Case]:
 
 def cases(selection: Selection) -> list[Case]:
     """The losses, then the steps."""
-    return [*loss_cases(selection), *step_cases(selection)]
+    return [*loss_cases(selection), *step_cases(selection), *adain_rows.cases(selection)]
