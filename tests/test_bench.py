@@ -175,8 +175,8 @@ def test_a_step_with_a_frozen_teacher_is_measured(method: methods.Method) -> Non
     assert list(rows) == ["eager", "auto", *methods.PLAIN, "auto teacher cached"]
     assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
     assert all(row.parts_ms is None for row in rows.values())  # which are those of FRSKD's step
-    # Of the teacher, which must not be kept for backward, the eager step keeps nothing, either.
-    assert rows["auto"].saved_bytes <= rows["eager"].saved_bytes
+    # Nothing of the teacher is kept for backward.
+    assert rows["auto"].saved_bytes < 1.1 * rows["plain with heads"].saved_bytes
 
 
 def test_full_run_covers_the_settings_of_the_networks() -> None:

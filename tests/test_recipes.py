@@ -172,6 +172,10 @@ def test_recipe_fits_together(name: str) -> None:
         signature = inspect.signature(imported(class_path(settings[part])))
         takes_more = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
         assert takes_more or arguments_in(settings[part]).keys() <= signature.parameters.keys(), part
+    trainer = settings["trainer"]
+    assert trainer["max_epochs"] % trainer.get("check_val_every_n_epoch", 1) == 0, (
+        "the last epoch would not be validated"
+    )
     _, needed, _ = split_off(["--config", json.dumps(settings)], name)
     takes_teacher = "teacher" in inspect.signature(imported(class_path(settings["task"]))).parameters
     assert ("teacher" in [one.kind for one in needed]) == takes_teacher or recipe_names()[name] == "frskd"
@@ -288,9 +292,13 @@ def test_mistakes_in_recipes_are_sentences(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(RecipeError, match="a mapping of settings was wanted"):
         recipe(str(tmp_path / "list.yaml"))
     assert main(["fit", "--config", "cifar1000"]) == 1
-    assert "neither a file nor one of the package's; those are: cifar100_resnet18_frskd," in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "neither a file nor one of the package's; `frskd-fast recipes METHOD` lists those of distillation, frskd,"
+        in said
+    )
     assert main(["recipes", "digts"]) == 1
-    assert capsys.readouterr().err.endswith(" Did you mean 'digits'?\n")
+    assert capsys.readouterr().err.rpartition(" Did you mean ")[2].startswith("'digits'")
     assert main(["recipes", "zzz"]) == 1
     assert "Did you mean" not in capsys.readouterr().err
 

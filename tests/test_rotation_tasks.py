@@ -10,12 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_tasks import CLASSES, Net, PreactNet, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
+from test_tasks import (
+    CLASSES,
+    Net,
+    PreactNet,
+    compare_compiled,
+    every_kind_of_targets,
+    replay_matches_a_plain_step,
+    train_in_a_group_of_one,
+)
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frskd_fast.losses import HSAKDLoss, HSAKDOnlineLoss, HSAKDTeacherLoss, SSKDHeadLoss, SSKDLoss
 from frskd_fast.mixing import rotate4
-from frskd_fast.models import ProjectionHead, create_model, resnet8, with_auxiliary_heads
+from frskd_fast.models import ProjectionHead, create_model, load_backbone_weights, resnet8, with_auxiliary_heads
 from frskd_fast.tasks import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask, SSKDHeadTask, SSKDTask, Student, Task
 
 TASKS: dict[str, Callable[..., Any]] = {
@@ -205,6 +216,31 @@ def test_data_parallel_finds_no_unused_parameter(name: str, tmp_path: Path) -> N
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in task.parameters())
 
 
+def test_sharded_tasks_train_and_evaluate(tmp_path: Path) -> None:
+    """FSDP2 in a group of one, whose parameters are sharded all the same."""
+    images, labels = views()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name, build in TASKS.items():
+            plain = build(channels_last=False)
+            task = copy.deepcopy(plain)
+            for network in [*task.networks(), task]:
+                fully_shard(network, mesh=mesh)
+            for each in (task, plain):
+                each(images, labels)["loss"].backward()
+            for (key, ours), theirs in zip(task.named_parameters(), plain.parameters(), strict=True):
+                assert (ours.grad is None) == (theirs.grad is None), f"{name}: {key}"
+                if ours.grad is not None:
+                    torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=f"{name}: {key}")
+            measured, wanted = (each.eval().evaluate(images[::4], labels) for each in (task, plain))
+            torch.testing.assert_close(measured, wanted)
+            torch.testing.assert_close(task.student()(images), plain.student()(images))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_evaluation_measures_heads_and_both_networks() -> None:
     images, labels = torch.randn(3, 3, 10, 10), torch.randint(CLASSES, (3,))
     heads = [f"{metric}_{head}" for head in (1, 2) for metric in ("rotation_class_accuracy", "joint_accuracy")]
@@ -262,7 +298,14 @@ def test_a_teacher_comes_from_the_checkpoint_of_its_own_task(kind: str, tmp_path
         torch.testing.assert_close(value.float(), first.net.state_dict()[key].float(), msg=key)
     assert task(rotate4(torch.randn(2, 3, 16, 16, dtype=torch.float64)), torch.arange(2))["loss"].dtype == torch.float64
     same = task_of(resnet8(num_classes=CLASSES), str(path))
-    same.load_state_dict({key: value for key, value in task.state_dict().items()})
+    same.load_state_dict(task.state_dict())
+    # What `frskd-fast export` does with the student's checkpoint.
+    torch.save(
+        {"state_dict": {f"task.{key}": value for key, value in task.state_dict().items()}}, tmp_path / "student.ckpt"
+    )
+    student = resnet8(num_classes=CLASSES).double()
+    load_backbone_weights(student, tmp_path / "student.ckpt")
+    assert all(torch.equal(value, task.backbone.state_dict()[key]) for key, value in student.state_dict().items())
     torch.save({"state_dict": {key: value for key, value in state.items() if keys not in key}}, path)
     with pytest.raises(ValueError, match=f"{stage.__name__}"):
         task_of(resnet8(num_classes=CLASSES), str(path), teacher_name="resnet8")
@@ -301,3 +344,29 @@ def test_a_teacher_comes_from_the_checkpoint_of_its_own_task(kind: str, tmp_path
 def test_what_does_not_fit_is_refused(build: Callable[[], nn.Module], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         build()
+
+
+class NothingReadBack(TorchDispatchMode):
+    """No operation that a device would have to be waited for: a number on the host, a shape that depends on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(function.name().startswith(f"aten::{name}") for name in self.WAITING), function.name()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_reads_nothing_back(name: str) -> None:
+    task = TASKS[name]()
+    images, labels = views()
+    with NothingReadBack():
+        task(images, labels)["loss"].backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_waits_for_no_device_and_is_captured_in_a_cuda_graph(name: str) -> None:
+    task = TASKS[name]().cuda()
+    images, labels = (tensor.cuda() for tensor in views())
+    replay_matches_a_plain_step(task, images, labels)

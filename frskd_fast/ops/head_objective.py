@@ -13,7 +13,7 @@ from frskd_fast.ops import logits
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.labels import kept
 from frskd_fast.reference.combine import weighted_mean
-from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
+from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted, mean_cross_entropy
 
 
 class Sources(NamedTuple):
@@ -47,9 +47,11 @@ class _HeadObjective(torch.autograd.Function):
         ctx.save_for_backward(*saved, *tensors)
         ctx.call = sources, settings, impl
         rows = heads.students[0].shape[0]
+        sums = saved.losses.view(4 * sources.students, rows).sum(1).view(4, sources.students)
         # The cross-entropies count the rows that have a label, the divergences all of them.
-        sums = saved.losses.view(4, sources.students, rows)[::2].sum(2)
-        terms = torch.stack([sums[0] * saved.inverse_valid, sums[1] / max(rows, 1)])
+        sums[0].mul_(saved.inverse_valid)
+        sums[2].div_(max(rows, 1))
+        terms = sums[::2]
         ctx.mark_non_differentiable(terms)
         return terms.sum(), terms
 
@@ -75,8 +77,11 @@ def head_objective(tensors: Sequence[Tensor], sources: Sources, settings: Settin
         return total, terms
     _dispatch.record("logits", impl)
     students, teachers, targets, targets_b = sources.heads(tensors)
-    columns = []
+    ces, kds = [], []
     for head, student in enumerate(students):
+        if logits.is_plain_mean(student, teachers, targets, targets_b):
+            ces.append(mean_cross_entropy(student, targets[head], settings.label_smoothing, settings.ignore_index))
+            continue
         ce, _, kd, weight = logits.reference_rows(
             student,
             teachers[head] if teachers else None,
@@ -85,6 +90,7 @@ def head_objective(tensors: Sequence[Tensor], sources: Sources, settings: Settin
             settings,
             detach_teacher=True,
         )
-        columns.append(torch.stack([weighted_mean(ce, weight), kd.sum() / max(kd.numel(), 1)]))
-    terms = torch.stack(columns, 1)
-    return terms.sum(), terms.detach()
+        ces.append(weighted_mean(ce, weight))
+        kds.append(kd.sum() / max(kd.numel(), 1))
+    terms = torch.stack([term.detach() for term in (*ces, *(kds or [torch.zeros_like(ce) for ce in ces]))])
+    return sum(kds, sum(ces[1:], ces[0])), terms.view(2, len(students))

@@ -13,7 +13,7 @@ from frskd_fast.mixing import rotate4
 from frskd_fast.models import AuxiliaryNetwork, create_model, with_auxiliary_heads
 
 from .base import Student, Task, features_and_logits, laid_out, logits_of, one_dtype
-from .networks import check_module, check_rotated, check_same_classes, frozen_teacher, with_channels
+from .networks import check_module, check_rotated, check_same_classes, frozen_teacher, upright, with_channels
 from .rotation_metrics import rotation_accuracies
 
 NETWORKS = ("net1", "net2")
@@ -107,7 +107,7 @@ class HSAKDTeacherTask(Task):
         parts = self.loss(logits, auxiliary, targets, return_parts=True)
         return {
             "loss": parts.loss,
-            "output": logits[::4],
+            "output": upright(logits),
             "ce": parts.ce,
             **_numbered("auxiliary_ce", parts.auxiliary_ce),
         }
@@ -209,11 +209,11 @@ class HSAKDTask(Task):
         parts = self.loss(logits, teacher_logits, auxiliary, teacher_auxiliary, targets, return_parts=True)
         return {
             "loss": parts.loss,
-            "output": logits[::4],
+            "output": upright(logits),
             "ce": parts.ce,
             "kd": parts.kd,
             **_numbered("auxiliary_kd", parts.auxiliary_kd),
-            "teacher_output": teacher_logits[::4],
+            "teacher_output": upright(teacher_logits),
         }
 
     def teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
@@ -333,7 +333,7 @@ class HSAKDOnlineTask(Task):
         pair = heads[: 1 + self.net1.heads], heads[1 + self.net1.heads :]
         logits = [network[0] for network in pair]
         parts = self.loss(logits, [network[1:] for network in pair], targets, return_parts=True)
-        upright = {name: network[::4] for name, network in zip(NETWORKS, logits, strict=True)}
+        outputs_of = {name: upright(network) for name, network in zip(NETWORKS, logits, strict=True)}
         terms: dict[str, Tensor] = {}
         for name, ce, kd, auxiliary_ce, auxiliary_kd in zip(
             NETWORKS, parts.ce, parts.kd, parts.auxiliary_ce, parts.auxiliary_kd, strict=True
@@ -342,8 +342,8 @@ class HSAKDOnlineTask(Task):
             terms |= _numbered(f"{name}_auxiliary_ce", auxiliary_ce) | _numbered(f"{name}_auxiliary_kd", auxiliary_kd)
         return {
             "loss": parts.loss,
-            "output": upright[self.which],
-            f"{self._other}_output": upright[self._other],
+            "output": outputs_of[self.which],
+            f"{self._other}_output": outputs_of[self._other],
             **terms,
         }
 

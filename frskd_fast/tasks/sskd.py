@@ -12,7 +12,7 @@ from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead
 
 from .base import Task, laid_out, logits_of, one_dtype
-from .networks import check_module, check_rotated, check_same_classes, frozen_teacher
+from .networks import check_module, check_rotated, check_same_classes, frozen_teacher, upright
 
 
 class SSKDHeadTask(Task):
@@ -88,7 +88,7 @@ class SSKDHeadTask(Task):
         check_rotated(images, targets)
         logits, projections, _ = self.net(images, detach_features=True)
         parts = self.loss(projections, return_parts=True)
-        return {"loss": parts.loss, "output": logits[::4], "pretext_accuracy": parts.accuracy}
+        return {"loss": parts.loss, "output": upright(logits), "pretext_accuracy": parts.accuracy}
 
     def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """`output`, and with `evaluate_rotations` the `pretext_accuracy`, which falls with the size of the batch."""
@@ -112,8 +112,9 @@ class SSKDTask(Task):
         backbone: the student, as for `SSKDHeadTask`. Its head learns with it and is left behind by `student()`.
         teacher: a network with a trained projection head: a `ProjectionHead`, or a file or a run's folder that holds one, see
             `frskd_fast.models.load_teacher`.
-        ce_weight, kd_weight, transformed_weight, similarity_weight, kd_temperature, transformed_temperature,
-        similarity_temperature, transformed_ratio, similarity_ratio: as in `SSKDLoss`.
+        ce_weight, kd_weight, transformed_weight, similarity_weight: of the terms, as in `SSKDLoss`.
+        kd_temperature, transformed_temperature, similarity_temperature: as in `SSKDLoss`.
+        transformed_ratio, similarity_ratio: as in `SSKDLoss`.
         teacher_name: name of the teacher's network, as for `create_model`, where `teacher` is a file that does not say it.
         channels_last: keep parameters and images in `torch.channels_last`.
 
@@ -219,7 +220,12 @@ class SSKDTask(Task):
         parts = self.loss(
             logits, teacher_logits, projections, teacher_projections, targets, return_parts=True
         )._asdict()
-        return {"loss": parts.pop("loss"), "output": logits[::4], **parts, "teacher_output": teacher_logits[::4]}
+        return {
+            "loss": parts.pop("loss"),
+            "output": upright(logits),
+            **parts,
+            "teacher_output": upright(teacher_logits),
+        }
 
     def teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's logits and projections; see `Task.teacher_outputs`."""

@@ -242,7 +242,7 @@ class DistillationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def configure_model(self) -> None:
-        """Under `ModelParallelStrategy` (FSDP2): shard the networks, each as a whole.
+        """Under `ModelParallelStrategy` (FSDP2): shard `task.networks()`, each as a whole.
 
         Networks may read their layers' parameters themselves, so a unit cannot be smaller than one.
         """
@@ -253,9 +253,8 @@ class DistillationModule(LightningModule):
         # It takes contiguous parameters alone; images stay as they are, and the convolutions follow the images.
         self.task.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         mesh = self.device_mesh["data_parallel"]
-        for network in self.task.children():
-            if any(True for _ in network.parameters()):
-                fully_shard(network, mesh=mesh)
+        for network in self.task.networks():
+            fully_shard(network, mesh=mesh)
         fully_shard(self.task, mesh=mesh)
         self._sharded = True
 
