@@ -80,6 +80,18 @@ class Counting(TorchvisionResNet):
         return self.fc(self.avgpool(self.layer2(self.layer1(self.stem(x)))).view(len(x), -1))
 
 
+class Timm(TorchvisionResNet):
+    """timm's interface."""
+
+    def forward_intermediates(self, x: Tensor, indices: Any = None, output_fmt: str = "NCHW") -> Any:
+        first = self.layer1(self.stem(x))
+        second = self.layer2(first)
+        return second, [(first, second)[index] for index in (range(2) if indices is None else indices)]
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.fc(self.avgpool(x).flatten(1))
+
+
 def sequential() -> nn.Sequential:
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 5)]
     return nn.Sequential(
@@ -104,6 +116,8 @@ NETWORKS: dict[str, Any] = {
     },
     "resnet18": lambda: create_model("resnet18", 5),
     "torchvision": lambda: adapt_backbone(TorchvisionResNet(), ["layer1", "layer2"]),
+    "timm": lambda: adapt_backbone(Timm()),
+    "outputs": lambda: adapt_backbone(create_model("resnet8", 5)),
     "sequential": lambda: adapt_backbone(sequential(), ["0", "3"]),
     "sequential after the ReLU": lambda: adapt_backbone(sequential(), ["2", "4"]),
 }

@@ -11,7 +11,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .adapters import AdaptedBackbone, HookedBackbone
+from .adapters import AdaptedBackbone, HookedBackbone, OutputBackbone
 from .dry_pass import dry_pass
 
 _REMEDY = "pass a module or function of your own that takes the map and returns the logits: tails=[...]"
@@ -146,16 +146,20 @@ class _FromMap(nn.Module):
     def forward(self, feature):  # type: ignore[no-untyped-def]  # fx would write annotations into the graph's code
         with _Replayed(self.given, feature):
             output = self.run()
-        logits = output[1] if isinstance(output, tuple | list) and len(output) == 2 else output
-        if not isinstance(logits, torch.fx.Proxy):
+        # Logits may come before or after a list of maps, or alone.
+        outputs = output if isinstance(output, tuple | list) else [output]
+        logits = [one for one in outputs if isinstance(one, torch.fx.Proxy)]
+        if len(logits) != 1:
             raise _UnusedError
-        return logits
+        return logits[0]
 
 
 def _output(network: nn.Module, images: Tensor) -> Any:
-    """What the network returns, with no look at it by an adapter, which may not be a tensor."""
+    """What the network returns, with no look at it by an adapter, to which a traced value is no tensor."""
     if isinstance(network, HookedBackbone):
         return network.model(images)
+    if isinstance(network, OutputBackbone):
+        return network.model(images, **network.keywords)
     return network.maps_and_logits(images) if isinstance(network, AdaptedBackbone) else network(images)
 
 

@@ -160,23 +160,23 @@ def _is_plain(impl: str, x: Tensor) -> bool:
 
 def channel_moments(x: Any, eps: float, unbiased: bool, impl: str, name: str = "x") -> ChannelMoments:
     """Checks, choice of implementation and autograd; (N, C, H, W) -> 2 x (N, C). Errors call the map `name`."""
-    x, eps = checked_map(x, name, unbiased), _checks.positive_number(eps, "eps")
+    x, eps = kept(checked_map(x, name, unbiased)), _checks.positive_number(eps, "eps")
     if _is_plain(impl, x):
         return reference.channel_moments(x, eps, unbiased)
-    return ChannelMoments(*_ChannelMoments.apply(kept(x), eps, unbiased))
+    return ChannelMoments(*_ChannelMoments.apply(x, eps, unbiased))
 
 
 def adain(
     content: Any, mean: Any, std: Any, eps: float, unbiased: bool, moments: ChannelMoments | None, impl: str
 ) -> Tensor:
     """Checks, choice of implementation and autograd; (N, C, H, W) and 2 x (N, C) -> (N, C, H, W)."""
-    content = checked_map(content, "content", unbiased)
+    content = kept(checked_map(content, "content", unbiased))
     mean, std = _checked_channels(mean, "mean", content), _checked_channels(std, "std", content)
     if moments is None:
         moments = channel_moments(content, eps, unbiased, impl, "content")
     else:
-        moments = ChannelMoments(*(_checked_channels(value, "moments", content) for value in moments))
+        moments = ChannelMoments(*(kept(_checked_channels(value, "moments", content)) for value in moments))
     if _is_plain(impl, content):
         return reference.transfer(content, moments, mean, std)
-    transferred: Tensor = _Transfer.apply(kept(content), *map(kept, moments), mean, std)
+    transferred: Tensor = _Transfer.apply(content, *moments, mean, std)
     return transferred
