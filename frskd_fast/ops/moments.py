@@ -62,9 +62,9 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift of each channel of each image, in the dtype and layout of `x`."""
     scale, shift = _per_pixel(scale), _per_pixel(shift)
     # Where channels lie together, one operation is as fast as a copy; over planes, two are faster than one.
-    together = _dispatch.layout_of(x) == "channels_last" or x.device.type != "cpu"
-    if together and x.dtype == scale.dtype:
-        return torch.addcmul(shift, x, scale)
+    together = _dispatch.layout_of(x) == "channels_last" and x.dtype == scale.dtype
+    if together or x.device.type != "cpu":
+        return torch.addcmul(shift, x, scale).to(x.dtype)
     out = torch.empty_like(x)
     scratch = _scratch(x) if x.dtype != scale.dtype else None
     for block in _blocks(x):
