@@ -220,11 +220,13 @@ def _traced(network: nn.Module, images: Tensor, calls: _Calls, feature: Tensor, 
 
 
 def _compare(network: nn.Module, found: Sequence[nn.Module], stages: Sequence[int], images: Tensor, where: str) -> None:
-    """Raise unless every tail gives the logits of the network; a network that refuses the images says nothing."""
+    """Raise unless every tail gives the logits of the network, which may refuse images of another size (`where`)."""
     try:
         features, logits = _features_and_logits(network, images)
     except Exception:
-        return
+        if where:
+            return
+        raise
     for stage, one in zip(stages, found, strict=True):
         try:
             difference = (one(features[stage].clone()) - logits).abs().max()
