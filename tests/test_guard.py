@@ -15,6 +15,7 @@ from frskd_fast.losses import HSAKDTeacherLoss
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead, with_auxiliary_heads
 from frskd_fast.tasks import (
+    AdaINTask,
     ClassificationTask,
     DistillationTask,
     FRSKDTask,
@@ -119,6 +120,7 @@ METHODS = {
     "hsakd online": HSAKDOnlineTask,
     "sskd head": SSKDHeadTask,
     "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
+    "adain": lambda network: AdaINTask(network, ToyNet(width=8)),
     "hints from a network": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
 }
 

@@ -186,6 +186,7 @@ def shortened(name: str, folder: Path) -> str:
     ("name", "before"),
     [
         ("digits_kd", ["digits_resnet20_plain"]),
+        ("digits_adain", ["digits_resnet20_plain"]),
         ("digits_hsakd", ["digits_hsakd_teacher"]),
         ("digits_sskd", ["digits_resnet20_plain", "digits_sskd_head"]),
     ],

@@ -57,7 +57,7 @@ WANTED = (
     | {f"{data}_resnet18_{method}" for data in ("tinyimagenet", "cub200", "mit67", "stanford40", "dogs") for method in (
         "plain", "frskd", "frskd_sla")}
     | {f"imagenet_resnet{depth}_{method}" for depth in (18, 34) for method in ("plain", "frskd")}
-    | {"digits", "digits_kd", "digits_sskd", "digits_hsakd", "digits_hsakd_online"}
+    | {"digits", "digits_kd", "digits_sskd", "digits_hsakd", "digits_hsakd_online", "digits_adain"}
     | {f"cifar100_{net}_hsakd_online" for net in (
         "wrn_40_2", "wrn_40_1", "resnet56", "resnet32x4", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2")}
     | {f"cifar100_resnet56_resnet20_hsakd_{share}percent" for share in (25, 50, 75)}
@@ -232,6 +232,15 @@ def test_settings_of_ffl(classes: int) -> None:
     assert (data["classes"], data["batch_size"], data["padding_mode"]) == (classes, 128, "reflect")
     for name, wanted in (("mean", (129.3, 124.1, 112.4)), ("std", (68.2, 65.4, 70.4))):
         assert data[name] == pytest.approx([value / 255 for value in wanted], abs=1e-6)
+
+
+@pytest.mark.parametrize(("teacher", "student"), pairs(SSKD_PAIRS))
+def test_pairs_of_adain(teacher: str, student: str) -> None:
+    settings, alone = recipe(f"cifar100_{teacher}_{student}_adain"), recipe(f"cifar100_{student}_plain")
+    assert settings["model"] == {"backbone": student} and settings["teacher"] == f"cifar100_{teacher}_plain"
+    assert settings["task"]["init_args"] == {"image_shape": [3, 32, 32]}
+    assert settings["optimizer"]["init_args"]["lr"] == (0.01 if student in SMALL_STEPS else 0.05)
+    assert {**settings, **dict.fromkeys(("task", "teacher"))} == {**alone, **dict.fromkeys(("task", "teacher"))}
 
 
 def test_every_experiment_of_the_papers_has_its_recipe() -> None:

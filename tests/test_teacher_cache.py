@@ -21,7 +21,7 @@ from training_utils import process, same_weights, small_run, steps, weights
 from frskd_fast import functional
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead, with_auxiliary_heads
-from frskd_fast.tasks import ClassificationTask, DistillationTask, FrozenTeacher, HSAKDTask, SSKDTask, Task
+from frskd_fast.tasks import AdaINTask, ClassificationTask, DistillationTask, FrozenTeacher, HSAKDTask, SSKDTask, Task
 from frskd_fast.training.cli import main
 from frskd_fast.training.data import ArrayReader, CIFARData, DigitsData
 from frskd_fast.training.data.loader import Request
@@ -434,6 +434,7 @@ def test_a_warm_cache_does_not_wait_for_the_device(tmp_path: Path) -> None:
 
 
 METHODS: dict[str, Any] = {
+    "adain": lambda network: AdaINTask(network, ToyNet(width=8)),
     "kd": lambda network: DistillationTask(network, ToyNet()),
     "hints": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
     "hsakd": lambda network: HSAKDTask(network, with_auxiliary_heads(ToyNet())),

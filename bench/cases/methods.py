@@ -1,7 +1,8 @@
 """HSAKD, SSKD and FFL: each loss by itself, and a whole training step, of the first two with a frozen teacher.
 
 A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. The networks of
-HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. FFL's step is in bench/ffl_step.py.
+HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. Other methods' rows are in bench/ffl_step.py and
+bench/adain_rows.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import ffl_step, inputs, originals
+from bench import adain_rows, ffl_step, inputs, originals
 from bench.call import tensors_in
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
@@ -376,4 +377,9 @@ def step_cases(selection: Selection) -> Iterator[Case]:
 
 def cases(selection: Selection) -> list[Case]:
     """The losses, then the steps."""
-    return [*loss_cases(selection), *step_cases(selection), *ffl_step.cases(selection)]
+    return [
+        *loss_cases(selection),
+        *step_cases(selection),
+        *ffl_step.cases(selection),
+        *adain_rows.cases(selection),
+    ]

@@ -1,5 +1,6 @@
 """Distillation losses as ``nn.Module``s, one file per method."""
 
+from frskd_fast.losses.adain import AdaINLoss, AdaINLossParts
 from frskd_fast.losses.ffl import FFLLoss, FFLLossParts
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
@@ -16,6 +17,8 @@ from frskd_fast.losses.sla import SLALoss, SLALossParts
 from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
 __all__ = [
+    "AdaINLoss",
+    "AdaINLossParts",
     "FFLLoss",
     "FFLLossParts",
     "FRSKDLoss",

@@ -1,5 +1,6 @@
 """Networks and loss of one method in one `nn.Module`: `task(images, targets)` returns a dict with the loss."""
 
+from .adain import AdaINTask
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .distillation import DistillationTask
@@ -11,6 +12,7 @@ from .rotation_metrics import rotation_accuracies
 from .sskd import SSKDHeadTask, SSKDTask
 
 __all__ = [
+    "AdaINTask",
     "ClassificationTask",
     "DistillationTask",
     "FFLTask",
