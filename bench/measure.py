@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from bench import breakdown, memory
@@ -74,8 +75,8 @@ class Settings:
     repeats: int | None = None
     host_time_of_compile: bool = True
     parts: bool = False  # of a training step: where its time goes
-    # (suite, direction) -> microseconds: a tiny call has to be compiled too, so it is measured once
-    compile_host_us: dict[tuple[str, str], float] = field(default_factory=dict)
+    # (suite, name of the original, direction) -> microseconds: a tiny call has to be compiled too, so it is measured once
+    compile_host_us: dict[tuple[str, str, str], float] = field(default_factory=dict)
     # (suite, shape, dtype) -> truth: convolutions in float64 take long, and a layout changes no value
     chain_truths: dict[tuple[str, str, str], tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
     # (suite, shape) -> milliseconds of a network as its authors ship it
@@ -149,6 +150,7 @@ def prepare(case: Case, settings: Settings) -> Prepared:
             case.suite, case.name, case.shape, case.dtype, case.layout, case.direction, name, case.bytes_moved
         )
         begin, right = time.perf_counter(), True
+        torch._dynamo.utils.counters.clear()
         try:
             before = run_references(case, settings.device) if name == "auto" else {}
             call = Call(case, build(case, name), operands)
@@ -163,6 +165,9 @@ def prepare(case: Case, settings: Settings) -> Prepared:
             if is_compiled(name):
                 synchronise(settings.device)
                 row.compile_seconds = time.perf_counter() - begin
+                # Where a count goes to the host, the graph ends and another one begins.
+                breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+                row.note = f"{breaks} graph break{'s' * (breaks > 1)}" if breaks else ""
             if is_ours(name) and case.chain and not is_compiled(name):
                 right = right and agrees_in_float64(case, call.function, settings.device)
         except Exception as error:
@@ -186,7 +191,7 @@ def host_time(case: Case, name: str, call: Call, settings: Settings) -> float | 
     """Host microseconds of one implementation, by a tiny call on a CPU."""
     if settings.device == "cuda":
         return host_microseconds(call, "cuda")
-    function, key = call.function, (case.suite, case.direction)
+    function, key = call.function, (case.suite, getattr(case.original, "__name__", ""), case.direction)
     if is_compiled(name):
         if name != "compile" or case.chain or not settings.host_time_of_compile or key in settings.compile_host_us:
             return settings.compile_host_us.get(key) if name == "compile" else None
@@ -257,7 +262,8 @@ def run_case(case: Case | Program, settings: Settings, clock: Clock, copy: CopyM
             row.saved_bytes = memory.saved_for_backward(call)
         if f"{name} float32" in samples:
             row.times_float32 = statistics.median(ms for ms, _ in samples[f"{name} float32"]) / row.ms
-        if case.images and settings.parts and " " not in name and not is_compiled(name):
+        whole = " " not in name and not is_compiled(name)
+        if whole and settings.parts and {"images", "self_teacher"} <= set(call.operands):
             row.parts_ms = {part: share * row.ms for part, share in breakdown.shares_of(call).items()}
     fill_in_ratios(case, rows, settings)
     for name, call in calls.items():

@@ -1,52 +1,71 @@
-"""The methods beside each other on the digits recipe, over several seeds; writes docs/evidence.md from the runs' own logs.
+"""Methods beside each other on the digits, over several seeds; writes docs/evidence.md from the runs' own logs.
 
     python scripts/evidence.py                     train what is missing below runs/evidence, then write table and plot
+    python scripts/evidence.py --study teachers    the same for the methods with a trained teacher, below runs/evidence-teachers
     python scripts/evidence.py --only-report       write them from the runs that are there
-    python scripts/evidence.py --check             fail where docs/evidence.md is not what the logs give
+    python scripts/evidence.py --check             fail where docs/evidence.md is not what its result files give
 
-Every run is `frskd-fast fit --config digits` in a process of its own, with the overrides that the table names; a run that
-was interrupted goes on. All methods share student, labelled images of a seed, batches, augmentation, optimiser, schedule
-and number of steps. Accuracies are those of the student alone on the test images after the last epoch, never of the best.
+Every run is `frskd-fast fit --config RECIPE` in a process of its own, with the overrides that the table names; a run that
+was interrupted goes on. All methods of a study share student, labelled images of a seed, batches, augmentation, optimiser
+and schedule, and those with one recipe the number of steps. A teacher that a recipe needs is trained once, for all seeds.
+Accuracies are those of the student alone on the test images after the last epoch, never of the best. What the logs say is
+kept in bench/results.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "evidence.md"
-BEGIN, END = "<!-- evidence:begin -->", "<!-- evidence:end -->"
+RESULTS = ROOT / "bench" / "results"
+SOURCE = re.compile(r"<!-- evidence:source (\S+) -->")
+SCHEMA = "evidence, 1"
 BASELINE = "ce"
 PLAIN = "ClassificationTask"
 
+Document = dict[str, Any]
+
 
 class Variant(NamedTuple):
-    """One row of the table: its name and what it overrides in the recipe."""
+    """One row of a table: its name, and the recipe with what is overridden in it."""
 
     title: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    recipe: str = "digits"
 
 
-VARIANTS = {
-    "ce": Variant("cross-entropy", ("--task", PLAIN)),
-    "ls": Variant("label smoothing 0.1", ("--task", PLAIN, "--task.label_smoothing", "0.1")),
-    "ce_mixup": Variant("cross-entropy, mixup 0.2", ("--task", PLAIN, "--data.mixup", "0.2")),
-    "att": Variant("FRSKD (att)", ()),
-    "fit": Variant("FRSKD (fit)", ("--task.distill", "fit", "--task.beta", "1")),
-    "od": Variant("FRSKD (od)", ("--task.distill", "od", "--task.beta", "1e-4")),
-    "sla": Variant("FRSKD (att) + SLA", ("--task.auxiliary", "sla")),
-    "mixup": Variant("FRSKD (att), mixup 0.2", ("--data.mixup", "0.2")),
+STUDIES = {
+    "frskd": {
+        "ce": Variant("cross-entropy", ("--task", PLAIN)),
+        "ls": Variant("label smoothing 0.1", ("--task", PLAIN, "--task.label_smoothing", "0.1")),
+        "ce_mixup": Variant("cross-entropy, mixup 0.2", ("--task", PLAIN, "--data.mixup", "0.2")),
+        "att": Variant("FRSKD (att)"),
+        "fit": Variant("FRSKD (fit)", ("--task.distill", "fit", "--task.beta", "1")),
+        "od": Variant("FRSKD (od)", ("--task.distill", "od", "--task.beta", "1e-4")),
+        "sla": Variant("FRSKD (att) + SLA", ("--task.auxiliary", "sla")),
+        "mixup": Variant("FRSKD (att), mixup 0.2", ("--data.mixup", "0.2")),
+    },
+    "teachers": {
+        "ce": Variant("cross-entropy", recipe="digits_resnet8_plain"),
+        "kd": Variant("KD", recipe="digits_kd"),
+        "hsakd": Variant("HSAKD", recipe="digits_hsakd"),
+        "sskd": Variant("SSKD", recipe="digits_sskd"),
+        "online": Variant("HSAKD, online pair", recipe="digits_hsakd_online"),
+    },
 }
 
 
@@ -60,17 +79,23 @@ class Run(NamedTuple):
     epochs: int
 
 
+def markers(study: str) -> tuple[str, str]:
+    """The lines between which the document holds the tables of a study."""
+    name = "evidence" if study == "frskd" else f"evidence-{study}"
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
 def folder_of(out: Path, variant: str, seed: int) -> Path:
     return out / f"{variant}-seed{seed}"
 
 
-def train(out: Path, variant: str, seed: int, extra: Sequence[str]) -> None:
+def train(out: Path, name: str, variant: Variant, seed: int, extra: Sequence[str]) -> None:
     """Run, or continue, one training; its peak memory goes into `process.json`."""
-    folder = folder_of(out, variant, seed)
+    folder = folder_of(out, name, seed)
     command = [
-        sys.executable, "-m", "frskd_fast.training", "fit", "--config", "digits", "--run_dir", str(folder),
+        sys.executable, "-m", "frskd_fast.training", "fit", "--config", variant.recipe, "--run_dir", str(folder),
         "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-        "--panels.enabled", "false", "--tensorboard", "false", *VARIANTS[variant].overrides, *extra,
+        "--panels.enabled", "false", "--tensorboard", "false", *variant.overrides, *extra,
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     # Output to a file: a pipe nobody reads would fill, and wait4 is what gives the peak.
@@ -80,7 +105,7 @@ def train(out: Path, variant: str, seed: int, extra: Sequence[str]) -> None:
         _, status, usage = os.wait4(running.pid, 0)
         running.returncode = os.waitstatus_to_exitcode(status)
     if running.returncode:
-        sys.exit(f"{variant}, seed {seed}: the run ended with status {running.returncode}; see {log.name}.")
+        sys.exit(f"{name}, seed {seed}: the run ended with status {running.returncode}; see {log.name}.")
     # Kilobytes on Linux, bytes on macOS.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     file = folder / "process.json"
@@ -98,20 +123,28 @@ def read(folder: Path) -> Run | None:
     """The logs of a finished run; None for any other."""
     if not (folder / "epochs.csv").is_file() or not (folder / "process.json").is_file():
         return None
-    with open(folder / "epochs.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    curve = [
-        (int(row["epoch"]) + 1, 100 * float(row["validation/accuracy"])) for row in rows if row["validation/accuracy"]
-    ]
-    if not curve or curve[-1][0] != len(rows):
+    curve, seconds = read_epochs(folder / "epochs.csv")
+    if not curve or curve[-1][0] != len(seconds):
         return None
     return Run(
         accuracy=curve[-1][1],
         curve=curve,
-        seconds=statistics.median(float(row["seconds"]) for row in rows),
+        seconds=statistics.median(seconds),
         peak=json.loads((folder / "process.json").read_text(encoding="utf-8"))["peak"],
-        epochs=len(rows),
+        epochs=len(seconds),
     )
+
+
+def read_epochs(file: Path) -> tuple[list[tuple[int, float]], list[float]]:
+    """(epochs done, accuracy in percent) where it was measured, and the seconds of every epoch."""
+    with open(file, encoding="utf-8", newline="") as table:
+        rows = list(csv.DictReader(table))
+    curve = [
+        (int(row["epoch"]) + 1, 100 * float(row["validation/accuracy"]))
+        for row in rows
+        if row.get("validation/accuracy")
+    ]
+    return curve, [float(row["seconds"]) for row in rows]
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -140,76 +173,121 @@ def verdict(name: str, differences: Sequence[float]) -> str:
     return f"{name} does not differ from cross-entropy beyond the spread: {text} percentage points."
 
 
-def collect(out: Path) -> dict[str, dict[int, Run]]:
-    """All finished runs, by variant and seed."""
-    found: dict[str, dict[int, Run]] = {}
-    for variant in VARIANTS:
+def collect(study: str, out: Path) -> Document:
+    """What the logs of all finished runs say, as it is kept in bench/results."""
+    found: dict[str, dict[str, Any]] = {}
+    for variant in STUDIES[study]:
         for folder in sorted(out.glob(f"{variant}-seed*")):
             run = read(folder) if folder.is_dir() else None
             if run is not None:
-                found.setdefault(variant, {})[int(folder.name.rsplit("seed", 1)[1])] = run
-    return found
-
-
-def length_of(runs: dict[str, dict[int, Run]], out: Path) -> int:
-    """Epochs of the runs in one folder, which have to be the same."""
-    if BASELINE not in runs:
+                found.setdefault(variant, {})[folder.name.rsplit("seed", 1)[1]] = run._asdict()
+    if BASELINE not in found:
         sys.exit(f"{out} holds no finished run of {BASELINE}, which the others are compared with.")
-    lengths = {run.epochs for found in runs.values() for run in found.values()}
-    if len(lengths) > 1:
-        sys.exit(f"{out} holds runs of {sorted(lengths)} epochs, which do not compare; remove those of other lengths.")
-    return lengths.pop()
+    lengths: dict[str, set[int]] = {}
+    for variant, runs in found.items():
+        lengths.setdefault(STUDIES[study][variant].recipe, set()).update(run["epochs"] for run in runs.values())
+    for recipe, epochs in lengths.items():
+        if len(epochs) > 1:
+            sys.exit(
+                f"{out} holds runs of {recipe} of {sorted(epochs)} epochs, which do not compare; remove those of other lengths."
+            )
+    about = json.loads((folder_of(out, BASELINE, int(next(iter(found[BASELINE])))) / "process.json").read_text("utf-8"))
+    curves = {file.parent.name: read_epochs(file)[0] for file in sorted(out.glob("*/epochs.csv"))}
+    teachers = {name: curve[-1][1] for name, curve in curves.items() if "-seed" not in name and curve}
+    return {
+        "schema": SCHEMA,
+        "study": study,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        **{name: about[name] for name in ("python", "machine", "cores")},
+        "teachers": teachers,
+        "runs": found,
+    }
 
 
-def plot_of(epochs: int) -> Path:
-    """The file of the plot of runs of this length."""
-    return DOCUMENT.with_name(f"evidence-{epochs}.png")
+def load(study: str, source: Path) -> Document:
+    """A result file, or what the logs in a folder say."""
+    if source.is_dir():
+        return collect(study, source)
+    document: Document = json.loads(source.read_text(encoding="utf-8"))
+    if document.get("schema") != SCHEMA or document.get("study") != study:
+        sys.exit(f"{source} is no result of scripts/evidence.py --study {study}.")
+    return document
 
 
-def report(runs: dict[str, dict[int, Run]], out: Path) -> str:
+def name_of(document: Document) -> str:
+    """The study, unless it is the first, and the length of its runs, where all have one."""
+    study = "" if document["study"] == "frskd" else f"-{document['study']}"
+    lengths = lengths_of(document)
+    return f"evidence{study}-{lengths[0]}" if len(lengths) == 1 else f"evidence{study}"
+
+
+def lengths_of(document: Document) -> list[int]:
+    """The different numbers of epochs."""
+    return sorted({run["epochs"] for runs in document["runs"].values() for run in runs.values()})
+
+
+def plot_of(document: Document) -> Path:
+    """The file of the plot."""
+    return DOCUMENT.with_name(f"{name_of(document)}.png")
+
+
+def by_seed(document: Document, variant: str) -> dict[int, Run]:
+    """The runs of one variant, by seed."""
+    return {int(seed): Run(**run) for seed, run in document["runs"][variant].items()}
+
+
+def report(document: Document) -> str:
     """The table as Markdown, a verdict for each method, and how it was made."""
-    epochs = length_of(runs, out)
-    baseline = runs[BASELINE]
+    variants = STUDIES[document["study"]]
+    baseline = by_seed(document, BASELINE)
     base_seconds = statistics.median(run.seconds for run in baseline.values())
     lines = [
-        "| method | seeds | test accuracy, % (mean ± deviation) | minus cross-entropy (95 % interval, paired) | epoch, ms | "
-        "of cross-entropy | peak memory, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | seeds | test accuracy, % (mean ± deviation) | minus cross-entropy (95 % interval, paired) | epochs | "
+        "epoch, ms | of cross-entropy | peak memory, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     verdicts = []
-    for variant, found in runs.items():
+    for variant in document["runs"]:
+        found = by_seed(document, variant)
         values = [run.accuracy for run in found.values()]
         deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         seconds = statistics.median(run.seconds for run in found.values())
         shared = sorted(set(found) & set(baseline))
         differences = [found[seed].accuracy - baseline[seed].accuracy for seed in shared]
         lines.append(
-            f"| {VARIANTS[variant].title} | {len(values)} | {statistics.fmean(values):.2f}{deviation} | "
-            f"{'-' if variant == BASELINE else interval(differences)} | {1000 * seconds:.0f} | "
+            f"| {variants[variant].title} | {len(values)} | {statistics.fmean(values):.2f}{deviation} | "
+            f"{'-' if variant == BASELINE else interval(differences)} | {next(iter(found.values())).epochs} | "
+            f"{1000 * seconds:.0f} | "
             f"{seconds / base_seconds:.2f}x | {max(run.peak for run in found.values()) / 1e6:.0f} |"
         )
         if variant != BASELINE:
-            verdicts.append(f"* {verdict(VARIANTS[variant].title, differences)}")
-    about = json.loads((folder_of(out, BASELINE, next(iter(baseline))) / "process.json").read_text(encoding="utf-8"))
+            verdicts.append(f"* {verdict(variants[variant].title, differences)}")
+    teachers = "; ".join(f"`{name}` {accuracy:.2f} %" for name, accuracy in document["teachers"].items())
+    commands = (f"{variants[name].title}: `{command_of(variants[name])}`" for name in document["runs"])
+    lengths = lengths_of(document)
+    steps = "The same steps for all methods; " if len(lengths) == 1 else ""
     return "\n".join(
         [
-            f"### {epochs} epochs",
-            "",
+            *([f"### {lengths[0]} epochs", ""] if len(lengths) == 1 else []),
             *lines,
             "",
             *verdicts,
             "",
-            f"The same steps for all methods; {about['machine']}, {about['cores']} cores. Memory "
-            "is that of the whole process, Python and PyTorch included. Overrides: "
-            + "; ".join(f"{VARIANTS[name].title}: `{' '.join(VARIANTS[name].overrides) or 'none'}`" for name in runs)
-            + ".",
+            *([f"Runs that others need, each trained once: {teachers}.", ""] if teachers else []),
+            f"{steps}{document['machine']}, {document['cores']} cores. Memory "
+            f"is that of the whole process, Python and PyTorch included. {'; '.join(commands)}.",
             "",
-            f"![Test accuracy against epochs: mean over the seeds, and their range]({plot_of(epochs).name})",
+            f"![Test accuracy against epochs: mean over the seeds, and their range]({plot_of(document).name})",
         ]
     )
 
 
-def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
+def command_of(variant: Variant) -> str:
+    """The recipe and its overrides, as they stand on a command line."""
+    return " ".join(["--config", variant.recipe, *variant.overrides])
+
+
+def plot(document: Document) -> None:
     """Accuracy against epochs: mean over the seeds and their range."""
     import matplotlib
 
@@ -217,66 +295,101 @@ def plot(runs: dict[str, dict[int, Run]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for variant, found in runs.items():
-        curves = [run.curve for run in found.values()]
+    for variant in document["runs"]:
+        curves = [run.curve for run in by_seed(document, variant).values()]
         epochs = [epoch for epoch, _ in curves[0]]
         columns = list(
             zip(*[[value for _, value in curve] for curve in curves if len(curve) == len(epochs)], strict=True)
         )
-        (line,) = axes.plot(epochs, [statistics.fmean(column) for column in columns], label=VARIANTS[variant].title)
+        (line,) = axes.plot(
+            epochs, [statistics.fmean(column) for column in columns], label=STUDIES[document["study"]][variant].title
+        )
         lowest, highest = [min(column) for column in columns], [max(column) for column in columns]
         axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.12)
     axes.set(xlabel="epoch", ylabel="test accuracy of the student, % (mean, range over seeds)")
     axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=110)
+    figure.savefig(plot_of(document), dpi=110)
     pyplot.close(figure)
 
 
-def inserted(content: str, text: str) -> str:
-    """The document with `text` between its markers."""
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        sys.exit(f"{DOCUMENT} must hold the lines {BEGIN} and {END} once each.")
-    before, rest = content.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def split(study: str, content: str) -> tuple[str, str, str]:
+    """The document before the tables of a study, the tables, and what follows."""
+    begin, end = markers(study)
+    if content.count(begin) != 1 or content.count(end) != 1:
+        sys.exit(f"{DOCUMENT} must hold the lines {begin} and {end} once each.")
+    before, rest = content.split(begin)
+    between, after = rest.split(end)
+    return f"{before}{begin}\n", between, f"{end}{after}"
+
+
+def block(documents: dict[Path, Document]) -> str:
+    """The tables of result files, each after a line that names the file."""
+
+    def line(file: Path) -> str:
+        return f"<!-- evidence:source {Path(os.path.relpath(file.absolute(), DOCUMENT.parent)).as_posix()} -->"
+
+    return "\n\n".join(f"{line(file)}\n\n{report(document)}" for file, document in documents.items())
+
+
+def kept(document: Document) -> Path:
+    """Write a document to its file in bench/results."""
+    file = RESULTS / f"{document['date']}-{name_of(document)}.json"
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def check(study: str, content: str) -> None:
+    """Fail unless the tables of a study are those of the files that they name."""
+    _, between, _ = split(study, content)
+    files = [DOCUMENT.parent / name for name in SOURCE.findall(between)]
+    if files and between.strip() != block({file: load(study, file) for file in files}).strip():
+        sys.exit(
+            f"{DOCUMENT}: the tables of the study {study} are not those of {', '.join(file.name for file in files)}."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, report or check."""
-    parser = argparse.ArgumentParser(description="The methods beside each other on the digits recipe.")
+    parser = argparse.ArgumentParser(description="Methods beside each other on the digits.")
+    parser.add_argument("--study", choices=tuple(STUDIES), default="frskd", help="which table (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. seeds-1 (default %(default)s)")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated (default: all)")
+    parser.add_argument("--variants", help="comma-separated (default: all of the study)")
     parser.add_argument(
         "--out",
         type=Path,
         nargs="+",
-        default=[Path("runs/evidence")],
-        help="folders to report on, each with runs of one length; the first is also trained in (default runs/evidence)",
+        help="folders or result files to report on, each with runs of one length; the first is also trained in (default "
+        "runs/evidence, or runs/evidence-STUDY)",
     )
     parser.add_argument("--only-report", action="store_true", help="train nothing")
     parser.add_argument("--check", action="store_true", help="train nothing, change nothing, compare the document")
     options, extra = parser.parse_known_args(arguments)
-    variants = options.variants.split(",")
-    unknown = [name for name in variants if name not in VARIANTS]
-    if unknown:
-        parser.error(f"--variants holds {unknown[0]!r}; known are {', '.join(VARIANTS)}.")
-    if not (options.only_report or options.check):
-        for seed in range(options.seeds):
-            for variant in variants:
-                if read(folder_of(options.out[0], variant, seed)) is None:
-                    print(f"{variant}, seed {seed}", flush=True)
-                    train(options.out[0], variant, seed, extra)
-    found = {out: collect(out) for out in options.out}
-    text = "\n\n".join(report(runs, out) for out, runs in found.items())
     content = DOCUMENT.read_text(encoding="utf-8")
     if options.check:
-        if inserted(content, text) != content:
-            folders = " and ".join(map(str, options.out))
-            sys.exit(f"{DOCUMENT} is not what the logs in {folders} give; run scripts/evidence.py --only-report.")
+        for study in STUDIES:
+            check(study, content)
         return
-    for out, runs in found.items():
-        plot(runs, plot_of(length_of(runs, out)))
-    DOCUMENT.write_text(inserted(content, text), encoding="utf-8")
-    print(text)
+    known = STUDIES[options.study]
+    chosen = options.variants.split(",") if options.variants else list(known)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        parser.error(f"--variants holds {unknown[0]!r}; known are {', '.join(known)}.")
+    folder = "evidence" if options.study == "frskd" else f"evidence-{options.study}"
+    sources = options.out or [Path("runs", folder)]
+    if not (options.only_report or sources[0].is_file()):
+        for seed in range(options.seeds):
+            for name in chosen:
+                if read(folder_of(sources[0], name, seed)) is None:
+                    print(f"{name}, seed {seed}", flush=True)
+                    train(sources[0], name, known[name], seed, extra)
+    documents: dict[Path, Document] = {}
+    for source in sources:
+        document = load(options.study, source)
+        documents[kept(document) if source.is_dir() else source] = document
+        plot(document)
+    before, _, after = split(options.study, content)
+    DOCUMENT.write_text(f"{before}{block(documents)}\n{after}", encoding="utf-8")
+    print(block(documents))
 
 
 if __name__ == "__main__":

@@ -222,3 +222,17 @@ def write_dogs(root: Path, classes: int = 3, images: int = 4) -> Path:
         content = {"file_list": cells, "annotation_list": cells, "labels": numpy.array(labels, "uint8")[:, None]}
         savemat(root / f"{part}_list.mat", content)
     return root
+
+
+def write_stl10(folder: Path, images: int = 12) -> Path:
+    """`stl10_binary/`: images with their brightness by class, channels column by column, classes from 1."""
+    below = folder / "stl10_binary"
+    below.mkdir()
+    random = numpy.random.default_rng(5)
+    for part in ("train", "test"):
+        labels = numpy.asarray(_labels(images, 10))
+        pixels = random.integers(0, 20, (images, 96, 96, 3)) + (20 * labels)[:, None, None, None]
+        pixels[:, :48, :, 0] += 20  # the upper half is redder
+        pixels.astype("uint8").transpose(0, 3, 2, 1).tofile(below / f"{part}_X.bin")
+        (labels + 1).astype("uint8").tofile(below / f"{part}_y.bin")
+    return folder

@@ -25,10 +25,12 @@ from training_utils import PLAIN, SCHEDULES, epochs, same_weights, small_run, st
 import frskd_fast.losses
 import frskd_fast.tasks
 import frskd_fast.training
+from frskd_fast.mixing import rotate4
 from frskd_fast.models import wrn16x2
-from frskd_fast.tasks import Student
+from frskd_fast.tasks import Student, rotation_accuracies
 from frskd_fast.training.class_paths import build
 from frskd_fast.training.cli import expanded, main, run
+from frskd_fast.training.data import DigitsData
 from frskd_fast.training.export import load_student
 from frskd_fast.training.module import DistillationModule
 from frskd_fast.training.panels import draw_attention
@@ -180,6 +182,22 @@ def test_a_task_gets_the_views_that_it_asks_for(tmp_path: Path) -> None:
         settings: dict[str, Any] = {"task": {"class_path": name}, "model": {"backbone": "ToyNet"}}
         assert main([*small_recipe(folder, **settings), "--trainer.max_epochs", "2"]) == 0
     assert steps(turned) == steps(upright) and epochs(turned) == epochs(upright)
+
+
+def test_views_that_the_data_crops_apart_are_not_turned_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a shift they are those that the trainer turns."""
+    runs = {}
+    for crop_each_view in (False, True):
+        folder = runs[crop_each_view] = tmp_path / str(crop_each_view)
+        data = {"init_args": {"largest_shift": 0, "crop_each_view": crop_each_view}}
+        turned: dict[str, Any] = {"task": {"class_path": "test_any_task.TurnedTask"}, "model": {"backbone": "ToyNet"}}
+        assert main([*small_recipe(folder, data=data, **turned), "--trainer.max_epochs", "1"]) == 0
+    assert steps(runs[True]) == steps(runs[False])
+    words = small_recipe(tmp_path / "upright", task=PLAIN, data={"init_args": {"crop_each_view": True}})
+    assert main(words) == 1
+    assert "but ClassificationTask takes plain images; set it to false." in capsys.readouterr().err
 
 
 def test_no_source_of_the_trainer_names_a_method_a_loss_or_a_task() -> None:
@@ -336,3 +354,31 @@ def test_recipes_name_their_parts_by_class() -> None:
     for name in recipe_names():
         settings = recipe(name)
         assert {"class_path"} <= settings["task"].keys() & settings["optimizer"].keys() & settings["data"].keys()
+
+
+class MeasuringTask(ToyTask):
+    """Measures how many of the rotated images it takes for what they are, from the passes that give its output."""
+
+    def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        assert not self.training and not torch.is_grad_enabled()
+        output = self(rotate4(images))["output"]
+        return {"output": output[::4], **rotation_accuracies(output, [output.repeat(1, 4)], targets)}
+
+
+def test_a_task_may_measure_more_than_accuracy(tmp_path: Path) -> None:
+    """Means over images, also where the last batch is a smaller one."""
+    plain, more = tmp_path / "plain", tmp_path / "more"
+    settings: dict[str, Any] = {"model": {"backbone": "ToyNet"}, "data": {"init_args": {"evaluation_batch_size": 170}}}
+    for folder, task in ((plain, "toy_method.ToyTask"), (more, "test_any_task.MeasuringTask")):
+        words = small_recipe(folder, task={"class_path": task}, **settings)
+        assert main([*words, "--trainer.max_epochs", "1"]) == 0
+    names = {"rotation_class_accuracy", "rotation_class_accuracy_1", "joint_accuracy_1"}
+    (before,), (row,) = epochs(plain), epochs(more)
+    assert {name: row[name] for name in before} == before
+    assert row.keys() - before.keys() == {f"validation/{name}" for name in names}
+    module = DistillationModule.load_from_checkpoint(more / "last.ckpt", map_location="cpu").eval()
+    data = DigitsData(as_rgb=True, evaluate_on="test", evaluation_batch_size=2000)
+    images, targets = data.on_after_batch_transfer(next(iter(data.test_dataloader())))
+    classes = module(rotate4(images)).argmax(1).view(-1, 4)
+    expected = (classes == targets[:, None]).double().mean()
+    assert float(row["validation/rotation_class_accuracy"]) == pytest.approx(float(expected))

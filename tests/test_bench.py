@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -28,9 +29,9 @@ from bench import (  # noqa: E402
 )
 from bench.call import Call, map_tensors, place, tensors_in  # noqa: E402
 from bench.case import DTYPES, Case, Operands, Selection  # noqa: E402
-from bench.cases import SUITES, attention, cases_of, fusion, in_order, logits, loss, self_teacher, step  # noqa: E402
+from bench.cases import SUITES, attention, cases_of, fusion, in_order, logits, loss, methods, self_teacher, step  # noqa: E402
 
-LOSS_SUITES = ("attention", "logits", "loss")
+LOSS_SUITES = ("attention", "logits", "loss", "methods")
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,8 @@ def test_full_run_covers_the_documented_shapes_dtypes_and_layouts() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_byte_counts_are_those_of_the_tensors(suite: str, dtype: str) -> None:
     for case in cases_of(suite, Selection(dtypes=(dtype,), batch=2, input_kind="random")):
+        if case.chain:
+            continue
         operands = place(case.operands(), case, DTYPES[dtype], "cpu")
         moved = sum(tensor.nbytes for tensor in tensors(operands))
         if case.backward:
@@ -131,11 +134,39 @@ def test_original_is_the_objective_of_the_library() -> None:
     """Eager baseline and float64 truth are one function, so it is compared with another writing of the formula."""
     for module in (attention, logits, loss):
         case = next(case for case in small_cases() if case.suite == module.__name__.rsplit(".", 1)[1])
-        exact = {
-            name: map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
-            for name, value in case.tiny().items()
-        }
-        torch.testing.assert_close(case.original(**exact), case.ours("reference")(**exact), rtol=1e-12, atol=1e-14)
+        check_original(case)
+
+
+def check_original(case: Case) -> None:
+    """Raise unless the original's order of operations and the library's plain formulas give one value in float64."""
+    exact = {
+        name: map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, value)
+        for name, value in case.tiny().items()
+    }
+    torch.testing.assert_close(case.original(**exact), case.ours("reference")(**exact), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", methods.OBJECTIVES, ids=lambda objective: objective.name)
+def test_originals_of_methods_are_the_objectives_of_the_library(objective: methods.Objective) -> None:
+    shape = f"{objective.name} N={methods.BATCH}"
+    case = next(case for case in methods.loss_cases(Selection(dtypes=("fp32",))) if case.shape == shape)
+    check_original(case)
+    assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
+
+
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.name)
+def test_a_step_with_a_frozen_teacher_is_measured(method: methods.Method) -> None:
+    case = next(
+        case
+        for case in methods.step_cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
+        if case.shape.startswith(method.name)
+    )
+    rows = run_tiny(dataclasses.replace(case, operands=case.tiny, images=2), "eager", "auto")
+    assert list(rows) == ["eager", "auto", *methods.PLAIN, "auto teacher cached"]
+    assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
+    assert all(row.parts_ms is None for row in rows.values())  # which are those of FRSKD's step
+    # Nothing of the teacher is kept for backward.
+    assert rows["auto"].saved_bytes < 1.1 * rows["plain with heads"].saved_bytes
 
 
 def test_full_run_covers_the_settings_of_the_networks() -> None:
@@ -167,7 +198,7 @@ def test_full_run_covers_the_settings_of_the_networks() -> None:
 def test_every_file_of_cases_is_a_suite() -> None:
     files = {path.stem for path in (ROOT / "bench" / "cases").glob("*.py")} - {"__init__"}
     assert set(SUITES) == files >= {"attention", "fusion", "logits"}
-    assert in_order()[-3:] == ["loss", "self_teacher", "step"]
+    assert in_order()[-4:] == ["loss", "self_teacher", "step", "methods"]
     assert sorted([*in_order(), "data", "trainer"]) == sorted(SUITES)
 
 
@@ -208,6 +239,15 @@ def test_a_dropped_in_file_is_a_suite(tmp_path: Path) -> None:
 def test_original_node_is_that_of_the_library(node: fusion.Node) -> None:
     case = fusion.case(node, 2, "fp32", "nchw", True)
     assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
+
+
+def test_a_graph_that_breaks_is_said() -> None:
+    def counting(student_logits: Tensor, **others: Any) -> Tensor:
+        return student_logits.square().sum() * torch.nonzero(student_logits).numel()
+
+    case = one_case(original=counting, differentiated=("student_logits",))
+    row = measure.prepare(case, measure.Settings(implementations=("compile",))).rows["compile"]
+    assert row.status == "ok" and re.fullmatch(r"\d graph breaks?", row.note)
 
 
 def test_a_map_starts_backward_from_the_same_noise_in_every_dtype() -> None:

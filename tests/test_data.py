@@ -31,6 +31,7 @@ pytest.importorskip("lightning")
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from frskd_fast.mixing import rotate4
 from frskd_fast.models import cifarresnet18, resnet18, wrn16x2
 from frskd_fast.training.data import (
     ArrayReader,
@@ -44,14 +45,17 @@ from frskd_fast.training.data import (
     ImageLoader,
     MissingDataError,
     Request,
+    STL10Data,
     stem_stride,
     warn_if_stem_mismatch,
 )
 from frskd_fast.training.data.augmentation import (
     UNIFORMS_PER_IMAGE,
     crop_and_flip,
+    crop_views,
     draw_crops,
     draw_resized_crops,
+    draw_view_crops,
     normalise,
     random_resized_crop,
     resize_and_centre_crop,
@@ -115,6 +119,50 @@ def test_crop_and_flip_is_the_slow_loop(dtype: torch.dtype, height: int, width: 
         assert got.dtype == dtype and got.is_contiguous() and torch.equal(got, wanted)
     assert torch.equal(images, before)
     assert {0, 1} == set(crops[:, 2].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(("side", "padding"), [(5, 2), (4, 0), (1, 3)])
+def test_views_are_flipped_turned_and_cropped_apart(dtype: torch.dtype, side: int, padding: int) -> None:
+    """One after the other, as SSKD's data set does it."""
+    images = torch.randint(1, 256, (20, 3, side, side)).to(dtype)
+    crops = draw_view_crops(20, padding, 0.5, torch.Generator().manual_seed(1))
+    wanted = []
+    for image, rows in zip(images, crops.tolist(), strict=True):
+        image = image.flip(2) if rows[0][2] else image
+        for turns, (top, left, _) in enumerate(rows):
+            padded = F.pad(image.rot90(turns, (1, 2)), (padding,) * 4)
+            wanted.append(padded[:, top : top + side, left : left + side])
+    for given in (images, images.to(memory_format=torch.channels_last)):
+        got = crop_views(given, crops, padding)
+        assert got.dtype == dtype and got.is_contiguous() and torch.equal(got, torch.stack(wanted))
+    assert {0, 1} == set(crops[:, 0, 2].tolist()) and (crops[:, :, 2] == crops[:, :1, 2]).all()
+    assert torch.equal(draw_view_crops(3, padding, 0.5, torch.Generator().manual_seed(1)), crops[:3])
+    if padding:
+        assert (crops[:, 1:, :2] != crops[:, :1, :2]).any(), "each view has a crop of its own"
+    with pytest.raises(ValueError, match=r"square images were wanted.*set crop_each_view to false"):
+        crop_views(images.new_zeros(20, 3, side, side + 1), crops, padding)
+
+
+def test_data_hands_out_views_that_are_cropped_apart() -> None:
+    upright = DigitsData(batch_size=40, largest_shift=0, as_rgb=True)
+    wanted = prepared(upright, upright.train_dataloader())
+    centred = DigitsData(batch_size=40, largest_shift=0, as_rgb=True, crop_each_view=True)
+    got = prepared(centred, centred.train_dataloader())
+    assert_same_batches(got, [(rotate4(images), targets) for images, targets in wanted])
+    joint = DigitsData(batch_size=40, crop_each_view=True)
+    batches = prepared(joint, joint.train_dataloader(), epoch=2)
+    assert_same_batches(prepared(joint, joint.train_dataloader(), epoch=2), batches)
+    for rank in (0, 1):
+        data = DigitsData(batch_size=20, crop_each_view=True)
+        data.trainer = _stub_trainer(rank, 2)
+        for (images, targets), (all_images, all_targets) in zip(
+            prepared(data, data.train_dataloader(), epoch=2), batches, strict=True
+        ):
+            assert torch.equal(images.unflatten(0, (-1, 4)), all_images.unflatten(0, (-1, 4))[rank::2])
+            assert torch.equal(targets, all_targets[rank::2])
+    (images, targets), *_ = prepared(joint, joint.val_dataloader())  # type: ignore[arg-type]
+    assert len(images) == len(targets) == 40, "evaluation is upright"
 
 
 def test_crops_are_uniform_and_do_not_depend_on_how_many_are_drawn() -> None:
@@ -463,6 +511,11 @@ def test_the_device_gives_the_bits_of_the_cpu() -> None:
     on_device, (device_targets, device_targets_b, device_lam) = data.on_after_batch_transfer(moved)
     assert torch.allclose(on_device.cpu(), images, rtol=0, atol=1e-6) and lam == device_lam
     assert torch.equal(device_targets.cpu(), targets) and torch.equal(device_targets_b.cpu(), targets_b)
+    images, crops = (
+        torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8),
+        draw_view_crops(5, 2, 0.5, torch.Generator()),
+    )
+    assert torch.equal(crop_views(images.cuda(), crops.cuda(), 2).cpu(), crop_views(images, crops, 2))
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
@@ -635,6 +688,57 @@ def test_cifar_can_hold_out_validation_images(tmp_path: Path) -> None:
     assert torch.equal(parts[0].make_reader("test").images, CIFARData(str(tmp_path)).make_reader("validation").images)
     with pytest.raises(ValueError, match="validation_images is 40, but there are only 40"):
         CIFARData(str(tmp_path), validation_images=40).make_reader("train")
+
+
+@few_images
+def test_cifar_keeps_the_fraction_that_scikit_learn_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    selection = pytest.importorskip("sklearn.model_selection")
+    data_files.write_cifar100(tmp_path, train=800)
+    whole = CIFARData(str(tmp_path)).make_reader("train")
+    data = CIFARData(str(tmp_path), label_fraction=0.25, seed=3)
+    split = selection.StratifiedShuffleSplit(n_splits=1, test_size=0.75, random_state=0)
+    kept, _ = next(split.split(numpy.zeros(800), whole.labels.numpy()))
+    train = data.make_reader("train")
+    assert torch.equal(train.images, whole.images[sorted(kept)]) and torch.equal(
+        train.labels, whole.labels[sorted(kept)]
+    )
+    assert torch.equal(train.labels.bincount(minlength=100), torch.full((100,), 2))
+    assert len(data.make_reader("test")) == len(CIFARData(str(tmp_path)).make_reader("test"))
+    with pytest.raises(ValueError, match=r"label_fraction is 0.1, but 800 images cannot be divided so"):
+        CIFARData(str(tmp_path), label_fraction=0.1).make_reader("train")
+    with pytest.raises(ValueError, match="label_fraction is 0, but a share"):
+        CIFARData(str(tmp_path), label_fraction=0)
+    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        data.make_reader("train")
+
+
+# --- STL-10 -----------------------------------------------------------------------------------------------------------
+
+
+def test_stl10_reads_the_files_of_its_authors(tmp_path: Path) -> None:
+    data_files.write_stl10(tmp_path)
+    data = STL10Data(str(tmp_path), batch_size=6, workers=0)
+    for part in ("train", "validation", "test"):
+        reader = data.make_reader(part)  # type: ignore[arg-type]
+        assert reader.labels.tolist() == [number % 10 for number in range(12)]  # type: ignore[attr-defined]
+    ((images, targets),) = prepared(data, STL10Data(str(tmp_path), batch_size=12, workers=0).test_dataloader())  # type: ignore[arg-type]
+    assert images.shape == (12, 3, 32, 32)
+    brightness = (images[:, 1].mean((1, 2)) * 0.5 + 0.5) * 255
+    assert (brightness - (9.5 + 20 * targets)).abs().max() < 1
+    assert (images[:, 0, :15].mean() - images[:, 0, 17:].mean()) * 127.5 == pytest.approx(20, abs=0.5)
+    batches = prepared(data, data.train_dataloader(), epoch=1)
+    assert_same_batches(prepared(data, data.train_dataloader(), epoch=1), batches)
+    assert batches[0][0].shape == (6, 3, 32, 32) and not torch.equal(
+        batches[0][0], prepared(data, data.train_dataloader())[0][0]
+    )
+    (tmp_path / "stl10_binary" / "train_y.bin").write_bytes(b"\x01")
+    with pytest.raises(
+        DataFileError, match=r"331776 bytes of pixels and 1 labels for 'train', but 27648 bytes for each"
+    ):
+        data.make_reader("train")
+    with pytest.raises(MissingDataError, match=r"stl10_binary/train_X.bin was not found. Download the binary files"):
+        STL10Data(str(tmp_path / "elsewhere")).make_reader("train")
 
 
 # --- image files ------------------------------------------------------------------------------------------------------
@@ -995,6 +1099,11 @@ def test_digits_options() -> None:
         ({"mixup": -0.1}, ValueError, "mixup is -0.1"),
         ({"cutmix": math.nan}, ValueError, "cutmix is nan"),
         ({"mixup": 0.2, "cutmix": 1.0}, ValueError, "one batch takes one of them"),
+        (
+            {"mixup": 0.2, "crop_each_view": True},
+            ValueError,
+            "crop_each_view is set with mixup 0.2 and cutmix 0.0, but",
+        ),
         ({"workers": -2}, ValueError, "workers is -2"),
         ({"padding": -1}, ValueError, "padding is -1"),
         ({"flip": 1.5}, ValueError, "flip is 1.5"),
@@ -1019,6 +1128,11 @@ def test_bad_arguments_are_sentences(arguments: dict[str, Any], error: type[Exce
         (ImageFolderData, {"on_corrupt": "ignore"}, "on_corrupt is 'ignore'"),
         (ImageFolderData, {"augmentation": "crop"}, "augmentation is 'crop'"),
         (ImageFolderData, {"decoder": "turbo"}, "decoder is 'turbo'"),
+        (
+            ImageFolderData,
+            {"crop_each_view": True},
+            "augmentation is 'resized_crop', but views are cropped apart on the",
+        ),
         (DigitsData, {"labels_per_class": 41}, "labels_per_class is 41, but it must be between 1 and 40"),
         (DigitsData, {"image_side": 4}, "image_side is 4"),
         (DigitsData, {"evaluate_on": "train"}, "evaluate_on is 'train'"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from frskd_fast.models import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -118,9 +122,27 @@ def test_make_targets_named_in_the_documents_exist() -> None:
         assert named or document not in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"), name_of(document)
 
 
+def test_documented_networks_have_the_documented_parameters() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| (.*?)\|$", (ROOT / "docs" / "models.md").read_text("utf-8"), re.M
+    )
+    assert {"resnet8x4", "wrn_40_2", "vgg13", "mobilenetv2", "cifar_resnet50"} <= {name for name, *_ in rows}
+    for name, *documented, aliases in rows:
+        with torch.device("meta"):
+            network = create_model(f"{name}_aux", 100)
+            for alias in re.findall(r"`(\w+)`", aliases):
+                assert type(create_model(alias, 100)) is type(network.backbone)
+        parts = (network.backbone, network.auxiliary_classifier)
+        assert documented == [f"{sum(p.numel() for p in part.parameters()):,}" for part in parts], name
+
+
+def test_evidence_is_that_of_its_result_files() -> None:
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "evidence.py"), "--check"], check=True, timeout=60)
+
+
 def test_each_generated_table_has_one_place() -> None:
     places = {"README.md": "bench", "docs/benchmarks.md": "bench", "docs/evidence.md": "evidence"}
-    for document, name in [*places.items(), ("docs/evidence.md", "demo")]:
+    for document, name in [*places.items(), *(("docs/evidence.md", name) for name in ("evidence-teachers", "demo"))]:
         text = (ROOT / document).read_text(encoding="utf-8")
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         assert text.count(begin) == text.count(end) == 1, document

@@ -35,6 +35,29 @@ std::vector<Head> heads_of(const LogitsHeads& given) {
   return heads;
 }
 
+bool same(const Map& one, const Map& other) {
+  return one.data == other.data && one.stride_n == other.stride_n && one.stride_c == other.stride_c;
+}
+
+bool same_labels(const Head& one, const Head& other) {
+  return one.labels == other.labels && one.label_strides[0] == other.label_strides[0] &&
+         one.labels_b == other.labels_b && one.label_b_strides[0] == other.label_b_strides[0];
+}
+
+// Finds heads of rows (no maps) that read the same tensors, student and teacher exchanged, under the same labels.
+void join_exchanged(std::vector<Head>& heads) {
+  for (Head& head : heads) {
+    if (head.is_exchanged || head.student.height * head.student.width != 1) continue;
+    for (Head* other = &head + 1; other != heads.data() + heads.size(); ++other) {
+      if (other->is_exchanged || !same(head.student, other->teacher) || !same(head.teacher, other->student)) continue;
+      if (!same_labels(head, *other)) continue;
+      head.exchanged = other;
+      other->is_exchanged = true;
+      break;
+    }
+  }
+}
+
 // What both directions give the kernels. `heads` must outlive it.
 template <typename Arguments>
 Logits kernel_call_of(const Arguments& arguments, const LogitsRows& checked, const std::vector<Head>& heads) {
@@ -58,7 +81,8 @@ Logits kernel_call_of(const Arguments& arguments, const LogitsRows& checked, con
 
 void logits_forward(const LogitsForward& arguments) {
   const LogitsRows checked = check(arguments, Device::kCpu);
-  const std::vector<Head> heads = heads_of(arguments.heads);
+  std::vector<Head> heads = heads_of(arguments.heads);
+  if (!arguments.heads.teachers.empty()) join_exchanged(heads);
   const Logits call = kernel_call_of(arguments, checked, heads);
   kernels<LogitsKernels>().forward(call, element_of(checked.kind.dtype), run_parallel, thread_count());
 }
@@ -73,6 +97,9 @@ void logits_backward(const LogitsBackward& arguments) {
     if (!arguments.teacher_gradients.empty()) head.teacher_gradient = map_of(arguments.teacher_gradients[index]);
     std::copy_n(&upstream.scales[3 * index], 3, head.scales);
   }
+  // Only where the students alone get gradients has each logit one of each head.
+  const bool students_alone = !arguments.student_gradients.empty() && arguments.teacher_gradients.empty();
+  if (students_alone && !arguments.heads.teachers.empty()) join_exchanged(heads);
   Logits call = kernel_call_of(arguments, checked, heads);
   for (std::size_t term = 0; term < 3; ++term) {
     const Tensor& grad = upstream.grads[term];

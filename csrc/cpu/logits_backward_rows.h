@@ -7,8 +7,10 @@
 namespace frskd {
 namespace {
 
-// Gradients of one tile of classes; labels of the index kind are subtracted afterwards.
-template <typename P, bool StudentWanted, bool TeacherWanted, typename A>
+// Gradients of one tile of classes; labels of the index kind are subtracted afterwards. With `Both` the teacher's is
+// that of a student of the student: of its cross-entropy, and of the divergence by `grad_kd_back`, which times T is
+// upstream.
+template <typename P, bool StudentWanted, bool TeacherWanted, bool Both, typename A>
 inline void differentiate_tile(
     const RowGradient<A>& g,
     const A scale[4],  // exp(-log-sum): student and teacher, then both tempered
@@ -18,6 +20,7 @@ inline void differentiate_tile(
     int64 count,
     A inverse_temperature,
     bool kd_to_teacher,
+    A grad_kd_back,
     A* student_out,
     A* teacher_out) {
   using L = Lanes<A>;
@@ -51,6 +54,7 @@ inline void differentiate_tile(
     if constexpr (TeacherWanted) {
       V value = {};
       if constexpr (ce) value += teacher_exp.plain * teacher_plain - g.grad_teacher * label;
+      if constexpr (Both) value += grad_kd_back * (tempered_t - student_exp.tempered * student_tempered);
       if constexpr (P::kExtra) {
         if (kd_to_teacher) {
           const V log_ratio = (teacher_difference - student_difference) * inverse_temperature - log_offset;
@@ -77,18 +81,25 @@ inline void differentiate_tile(
   }
 }
 
-template <typename P, typename T, typename A>
+template <typename P, bool Both, typename T, typename A>
 void logits_backward_row(const Logits& call, const Head& head, int64 head_index, const RowPosition& at, int64 row) {
   using L = Lanes<A>;
   const Map& s = head.student;
   const Map& t = head.teacher;
   const Map& q = head.probabilities;
   const Map& ds = head.student_gradient;
-  const Map& dt = head.teacher_gradient;
+  const Map& dt = Both ? head.exchanged->student_gradient : head.teacher_gradient;
   const int64 classes = s.channels;
   constexpr bool teacher = P::kTeacher;
   const bool soft = P::kExtra && q.data != nullptr;
   RowGradient<A> g = row_gradient<A>(call, head, head_index, at, row);
+  A grad_kd_back = 0;
+  if constexpr (Both) {
+    const int64 other_row = head.exchanged->first_row + row - head.first_row;
+    const auto back = row_gradient<A>(call, *head.exchanged, head.exchanged - call.heads, at, other_row);
+    g.grad_teacher = back.grad_student;
+    grad_kd_back = back.grad_kd;
+  }
   const A inverse_temperature = A(1) / static_cast<A>(call.temperature);
   const T* student_row = row_of<const T>(s, at);
   const T* teacher_row = teacher ? row_of<const T>(t, at) : nullptr;
@@ -125,15 +136,15 @@ void logits_backward_row(const Logits& call, const Head& head, int64 head_index,
     A* student_to = student_out == nullptr ? nullptr : target(student_out, ds.stride_c, first, student_gradients);
     A* teacher_to = teacher_out == nullptr ? nullptr : target(teacher_out, dt.stride_c, first, teacher_gradients);
     const bool pull = call.kd_to_teacher;
+    const auto differentiate = [&](auto student_wanted, auto teacher_wanted) {
+      differentiate_tile<P, decltype(student_wanted)::value, decltype(teacher_wanted)::value, Both>(
+          g, scale, zs, zt, shares, count, inverse_temperature, pull, grad_kd_back, student_to, teacher_to);
+    };
     if (student_to != nullptr && teacher_to != nullptr) {
-      differentiate_tile<P, true, true>(
-          g, scale, zs, zt, shares, count, inverse_temperature, pull, student_to, teacher_to);
-    } else if (student_to != nullptr) {
-      differentiate_tile<P, true, false>(
-          g, scale, zs, zt, shares, count, inverse_temperature, pull, student_to, teacher_to);
-    } else if (teacher_to != nullptr) {
-      differentiate_tile<P, false, true>(
-          g, scale, zs, zt, shares, count, inverse_temperature, pull, student_to, teacher_to);
+      differentiate(Flag<true>{}, Flag<true>{});
+    } else if constexpr (!Both) {
+      if (student_to != nullptr) differentiate(Flag<true>{}, Flag<false>{});
+      if (student_to == nullptr && teacher_to != nullptr) differentiate(Flag<false>{}, Flag<true>{});
     }
     for (int side = 0; side < 2 && head.labels != nullptr; ++side) {
       const int64 k = g.labels.index[side] - first;

@@ -32,6 +32,10 @@ struct Head {
   std::int64_t batch;
   std::int64_t first_row;  // of this head among all rows
   double scales[3];        // ce_student, ce_teacher, kd
+  // Two networks that teach each other come as two heads, student and teacher exchanged. One read of their rows serves
+  // both: the first has a pointer to the second here, the second only the mark.
+  const Head* exchanged;
+  bool is_exchanged;
 };
 
 struct Logits {

@@ -15,6 +15,9 @@ struct Online {
   A tempered = 0;
   bool started = false;
 
+  // Whether there was no class before, or none but masked ones.
+  bool fresh() const { return !started || maximum == -static_cast<A>(__builtin_inf()); }
+
   // Raises the maximum to cover the tile; returns by how much it rose (0 for the first tile).
   A cover(const A* tile, int64 count, A inverse_temperature) {
     using L = Lanes<A>;
@@ -51,10 +54,11 @@ struct Online {
 // Sums over one tile of classes, given the maxima.
 template <typename A>
 struct TileSums {
-  A plain_s, tempered_s, plain_t, tempered_t, cross, mass, label_s, label_t, shifted_s, shifted_t;
+  A plain_s, tempered_s, plain_t, tempered_t, cross, cross_back, mass, label_s, label_t, shifted_s, shifted_t;
 };
 
-template <typename P, typename A>
+// With `Both` also the sum of the divergence in which the teacher learns from the student, in cross_back.
+template <typename P, bool Both, typename A>
 inline TileSums<A> sum_tile(
     const A* zs,
     const A* zt,
@@ -68,7 +72,7 @@ inline TileSums<A> sum_tile(
   using V = typename L::Vector;
   constexpr Temperature K = P::kTemperature;
   const V student_maximum = L::splat(student_top), teacher_maximum = L::splat(teacher_top);
-  V plain_s = {}, tempered_s = {}, plain_t = {}, tempered_t = {}, crossed = {};
+  V plain_s = {}, tempered_s = {}, plain_t = {}, tempered_t = {}, crossed = {}, crossed_back = {};
   V label_mass = {}, label_s = {}, label_t = {}, shifted_s = {}, shifted_t = {};
   const auto add = [&](V student, V teacher, V share, auto keep) __attribute__((always_inline)) {
     const V student_difference = student - student_maximum;
@@ -76,7 +80,8 @@ inline TileSums<A> sum_tile(
     if constexpr (P::kCrossEntropy) plain_s += keep(student_exp.plain);
     V teacher_difference = {};
     if constexpr (P::kTeacher) {
-      tempered_s += keep(student_exp.tempered);
+      const V tempered = keep(student_exp.tempered);
+      tempered_s += tempered;
       teacher_difference = teacher - teacher_maximum;
       auto teacher_exp = exponentials<K, P::kCrossEntropy, true>(teacher_difference, inverse_temperature);
       teacher_exp.tempered = keep(teacher_exp.tempered);
@@ -84,6 +89,10 @@ inline TileSums<A> sum_tile(
       tempered_t += teacher_exp.tempered;
       const V product = teacher_exp.tempered * (teacher_difference - student_difference);
       crossed += teacher_exp.tempered == V{} ? V{} : product;
+      if constexpr (Both) {
+        const V product_back = tempered * (student_difference - teacher_difference);
+        crossed_back += tempered == V{} ? V{} : product_back;
+      }
     }
     if constexpr (P::kExtra) {
       if (smooth) {
@@ -115,7 +124,9 @@ inline TileSums<A> sum_tile(
     add(lanes_at(zs, 0, count, student_top), teacher, share,
         [inside](V value) __attribute__((always_inline)) { return inside ? value : V{}; });
   }
-  const V lanes[8] = {plain_s, tempered_s, plain_t, tempered_t, crossed, label_mass, label_s, label_t};
+  static_assert(!(Both && P::kExtra), "these sums share a place");
+  const V lanes[8] = {plain_s, tempered_s, plain_t, tempered_t, crossed, Both ? crossed_back : label_mass,
+                      label_s, label_t};
   A sums[8];
   for (int first = 0; first < 8; first += L::kWidth) store(horizontal_sums(lanes + first), sums + first);
   return {
@@ -124,15 +135,31 @@ inline TileSums<A> sum_tile(
       sums[2],
       sums[3],
       sums[4],
-      sums[5],
+      Both ? sums[5] : A(0),
+      Both ? A(0) : sums[5],
       sums[6],
       sums[7],
       P::kExtra ? horizontal_sum(shifted_s) : A(0),
       P::kExtra ? horizontal_sum(shifted_t) : A(0)};
 }
 
-// The losses and statistics of one row.
-template <typename P, typename T, typename A>
+// sum_k e_k * (d_k - d'_k), with e the tempered exponentials and d the differences to the maximum of one side, d' those
+// of the other, brought to a maximum of the first side that rose by `rise`. `tempered` is sum_k e_k after the rise,
+// `fresh` says that there was no class before.
+template <typename A>
+inline void raise(A& cross, bool fresh, A rise, A tempered, A inverse_temperature) {
+  using L = Lanes<A>;
+  if (fresh) {
+    cross = 0;
+  } else if (rise != A(0)) {
+    // Where everything before vanishes, so does what a masked class may have made of it (0 times infinity).
+    const A kept = exponential(L::splat(-rise * inverse_temperature))[0];
+    cross = kept == A(0) ? A(0) : cross * kept - tempered * rise;
+  }
+}
+
+// The losses and statistics of one row, with `Both` also those of the head with student and teacher exchanged.
+template <typename P, bool Both, typename T, typename A>
 void logits_forward_row(const Logits& call, const Head& head, const RowPosition& at, int64 row) {
   using L = Lanes<A>;
   constexpr bool teacher = P::kTeacher;
@@ -149,39 +176,38 @@ void logits_forward_row(const Logits& call, const Head& head, const RowPosition&
 
   A student_buffer[kClassTile], teacher_buffer[kClassTile], label_buffer[kClassTile];
   Online<A> student_sums, teacher_sums;
-  A cross = 0, mass = 0, student_label = 0, teacher_label = 0, student_shifted = 0, teacher_shifted = 0;
+  A cross = 0, cross_back = 0, mass = 0, student_label = 0, teacher_label = 0, student_shifted = 0, teacher_shifted = 0;
   for (int64 first = 0; first < classes; first += kClassTile) {
     const int64 count = classes - first < kClassTile ? classes - first : kClassTile;
     const A before = static_cast<A>(first);
     const A* zs = class_tile(student_row, s.stride_c, first, count, student_buffer);
     const A* zt = teacher ? class_tile(teacher_row, t.stride_c, first, count, teacher_buffer) : nullptr;
     const A* labels = soft ? class_tile(label_row, q.stride_c, first, count, label_buffer) : nullptr;
+    const bool student_fresh = student_sums.fresh();
     const A student_rise = student_sums.cover(zs, count, inverse_temperature);
     student_label -= mass * student_rise;
     student_shifted -= before * student_rise;
     if (teacher) {
       // cross holds sum e_t * ((z_t - max_t) - (z_s - max_s)): shift its offsets with the maxima.
       cross += teacher_sums.tempered * student_rise;
-      const A old_maximum = teacher_sums.maximum;
-      const bool fresh = !teacher_sums.started || old_maximum == -static_cast<A>(__builtin_inf());
+      const bool fresh = teacher_sums.fresh();
       const A teacher_rise = teacher_sums.cover(zt, count, inverse_temperature);
-      if (fresh) {
-        cross = 0;
-      } else if (teacher_rise != A(0)) {
-        // Where everything before vanishes, so does what a masked class may have made of it (0 times infinity).
-        const A kept = exponential(L::splat(-teacher_rise * inverse_temperature))[0];
-        cross = kept == A(0) ? A(0) : cross * kept - teacher_sums.tempered * teacher_rise;
+      raise(cross, fresh, teacher_rise, teacher_sums.tempered, inverse_temperature);
+      if constexpr (Both) {
+        raise(cross_back, student_fresh, student_rise, student_sums.tempered, inverse_temperature);
+        cross_back += student_sums.tempered * teacher_rise;
       }
       teacher_label -= mass * teacher_rise;
       teacher_shifted -= before * teacher_rise;
     }
-    const TileSums<A> sums =
-        sum_tile<P>(zs, zt, labels, count, student_sums.maximum, teacher_sums.maximum, inverse_temperature, smooth);
+    const TileSums<A> sums = sum_tile<P, Both>(
+        zs, zt, labels, count, student_sums.maximum, teacher_sums.maximum, inverse_temperature, smooth);
     student_sums.plain += sums.plain_s;
     student_sums.tempered += sums.tempered_s;
     teacher_sums.plain += sums.plain_t;
     teacher_sums.tempered += sums.tempered_t;
     cross += sums.cross;
+    cross_back += sums.cross_back;
     mass += sums.mass;
     student_label += sums.label_s;
     teacher_label += sums.label_t;
@@ -207,6 +233,19 @@ void logits_forward_row(const Logits& call, const Head& head, const RowPosition&
   totals.student_shifted = student_shifted;
   totals.teacher_shifted = teacher_shifted;
   write_losses<P>(call, head, at, row, student_row, teacher_row, totals);
+  if constexpr (Both) {
+    RowTotals<A> exchanged = {};
+    exchanged.student_max = totals.teacher_max;
+    exchanged.teacher_max = totals.student_max;
+    exchanged.student_log_sum = totals.teacher_log_sum;
+    exchanged.teacher_log_sum = totals.student_log_sum;
+    exchanged.student_log_sum_tempered = totals.teacher_log_sum_tempered;
+    exchanged.teacher_log_sum_tempered = totals.student_log_sum_tempered;
+    exchanged.teacher_sum_tempered = student_sums.tempered;
+    exchanged.cross = cross_back;
+    const int64 other_row = head.exchanged->first_row + row - head.first_row;
+    write_losses<P>(call, *head.exchanged, at, other_row, teacher_row, student_row, exchanged);
+  }
 }
 
 }  // namespace

@@ -10,11 +10,12 @@ namespace frskd {
 namespace {
 
 // Visits every row or tile of pixels of every head once: body(head, head_index, n, first, count, row) where count is 0
-// for a row.
+// for a row. With `joined`, a head whose rows are computed with those of another is not visited.
 template <typename Body>
-void for_each_piece(const Logits& call, ParallelFor run, const Body& body) {
+void for_each_piece(const Logits& call, ParallelFor run, bool joined, const Body& body) {
   for (int64 index = 0; index < call.count; ++index) {
     const Head& head = call.heads[index];
+    if (joined && head.is_exchanged) continue;
     const int64 pixels = pixels_of(head.student);
     const bool tiled = along_pixels(head);
     const int64 tile = tiled ? pixel_tile(head.student.channels) : 1;
@@ -30,15 +31,45 @@ void for_each_piece(const Logits& call, ParallelFor run, const Body& body) {
   }
 }
 
+// Whether heads with student and teacher exchanged are computed together.
+template <typename P>
+constexpr bool kJoined = P::kTeacher && !P::kExtra;
+
+// body(plan of this row, whether it serves a second head). Where no label of the row counts it takes the plan without a
+// cross-entropy, which has the same divergence and, the gradient of the cross-entropy being 0, the same gradient.
+template <typename P, typename Body>
+inline void with_row_plan(const Logits& call, const Head& head, const RowPosition& at, const Body& body) {
+  if constexpr (kJoined<P>) {
+    using DivergenceAlone = Plan<Temperature::kAny, false, true, false>;
+    const auto ignored = [&](const std::int64_t* labels, const std::int64_t strides[3]) {
+      return labels == nullptr || label_at(labels, strides, at) == call.ignore_index;
+    };
+    const bool unlabelled = ignored(head.labels, head.label_strides) && ignored(head.labels_b, head.label_b_strides);
+    if (head.exchanged != nullptr) {
+      // One body for all temperatures.
+      using Any = Plan<Temperature::kAny, P::kCrossEntropy, true, false>;
+      unlabelled ? body(DivergenceAlone{}, Flag<true>{}) : body(Any{}, Flag<true>{});
+    } else {
+      unlabelled ? body(DivergenceAlone{}, Flag<false>{}) : body(P{}, Flag<false>{});
+    }
+  } else {
+    body(P{}, Flag<false>{});
+  }
+}
+
 template <typename T, typename A>
 void logits_forward_typed(const Logits& call, ParallelFor run) {
   with_plan(call.temperature, call.has_targets, call.has_teacher, has_extra(call, false), [&](auto plan) {
     using P = decltype(plan);
-    for_each_piece(call, run, [&](const Head& head, int64, int64 n, int64 first, int64 count, int64 row) {
+    for_each_piece(call, run, kJoined<P>, [&](const Head& head, int64, int64 n, int64 first, int64 count, int64 row) {
       if (count > 0) {
         logits_forward_pixels<P, T, A>(call, head, n, first, count, row);
       } else {
-        logits_forward_row<P, T, A>(call, head, position_of(head.student, n, first), row);
+        const RowPosition at = position_of(head.student, n, first);
+        const auto compute = [&](auto chosen, auto both) {
+          logits_forward_row<decltype(chosen), decltype(both)::value, T, A>(call, head, at, row);
+        };
+        with_row_plan<P>(call, head, at, compute);
       }
     });
   });
@@ -56,13 +87,18 @@ template <typename T, typename A>
 void logits_backward_typed(const Logits& call, ParallelFor run) {
   with_plan(call.temperature, call.has_targets, call.has_teacher, has_extra(call, true), [&](auto plan) {
     using P = decltype(plan);
-    for_each_piece(call, run, [&](const Head& head, int64 index, int64 n, int64 first, int64 count, int64 row) {
-      if (count > 0) {
-        logits_backward_pixels<P, T, A>(call, head, index, n, first, count, row);
-      } else {
-        logits_backward_row<P, T, A>(call, head, index, position_of(head.student, n, first), row);
-      }
-    });
+    for_each_piece(
+        call, run, kJoined<P>, [&](const Head& head, int64 index, int64 n, int64 first, int64 count, int64 row) {
+          if (count > 0) {
+            logits_backward_pixels<P, T, A>(call, head, index, n, first, count, row);
+          } else {
+            const RowPosition at = position_of(head.student, n, first);
+            const auto compute = [&](auto chosen, auto both) {
+              logits_backward_row<decltype(chosen), decltype(both)::value, T, A>(call, head, index, at, row);
+            };
+            with_row_plan<P>(call, head, at, compute);
+          }
+        });
   });
 }
 

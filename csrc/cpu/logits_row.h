@@ -113,7 +113,9 @@ inline void write_losses(
     const T* teacher,
     const RowTotals<A>& totals) {
   constexpr bool has_teacher = P::kTeacher;
-  A ce_student = 0, ce_teacher = 0, kd = 0, weight = 1;
+  A ce_student = 0, ce_teacher = 0, kd = 0;
+  // A row that has labels but is computed without them is an ignored one.
+  A weight = P::kCrossEntropy || head.labels == nullptr ? A(1) : A(0);
   A statistics[kStatistics] = {totals.student_max, has_teacher ? totals.teacher_max : A(0), A(0), A(0), A(0), A(0)};
   if (has_teacher) {
     statistics[kStudentLogSumTempered] = totals.student_log_sum_tempered;

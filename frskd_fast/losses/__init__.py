@@ -2,6 +2,15 @@
 
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
+from frskd_fast.losses.hsakd import (
+    HSAKDLoss,
+    HSAKDLossParts,
+    HSAKDOnlineLoss,
+    HSAKDOnlineLossParts,
+    HSAKDTeacherLoss,
+    HSAKDTeacherLossParts,
+)
+from frskd_fast.losses.kd import KDLoss, KDLossParts
 from frskd_fast.losses.sla import SLALoss, SLALossParts
 from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
@@ -9,6 +18,14 @@ __all__ = [
     "FRSKDLoss",
     "FRSKDLossParts",
     "FitNetLoss",
+    "HSAKDLoss",
+    "HSAKDLossParts",
+    "HSAKDOnlineLoss",
+    "HSAKDOnlineLossParts",
+    "HSAKDTeacherLoss",
+    "HSAKDTeacherLossParts",
+    "KDLoss",
+    "KDLossParts",
     "OverhaulLoss",
     "SLALoss",
     "SLALossParts",

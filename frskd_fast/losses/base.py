@@ -25,6 +25,8 @@ class Loss(nn.Module, Generic[Parts]):
     ``forward(..., *, return_parts=False)`` and declares what it wants of a task, on the class or on the instance:
 
     Attributes:
+        needs_features: whether feature maps are wanted; without them the call is ``loss(student_logits, teacher_logits,
+            targets)``, and the cross-entropy in it is the student's alone.
         needs_preact: whether feature maps are wanted before their last ReLU, ``backbone(images, preact=True)``.
         passes: ``"one"`` for outputs of the images' four rotations, ``"two"`` for those of the images and of the rotations
             (arguments ``rotated_student_feats``, ``rotated_teacher_feats``); None for those of the images alone.
@@ -33,6 +35,7 @@ class Loss(nn.Module, Generic[Parts]):
         shown: names of the attributes that ``print(loss)`` shows.
     """
 
+    needs_features: bool = True
     needs_preact: bool = False
     passes: str | None = None
     label_smoothing: float = 0.0
@@ -226,12 +229,12 @@ def check_beside_parameters(feature: Tensor, name: str, loss: nn.Module, weight:
 
 
 def channels_of(self_teacher: nn.Module) -> list[int]:
-    """The channels of the self-teacher's maps, finest first, by which adapters and heads are sized."""
-    widths = getattr(self_teacher, "out_channels", None)
+    """The channels of the (self-)teacher's maps, finest first, by which adapters and heads are sized."""
+    widths = getattr(self_teacher, "out_channels", None) or getattr(self_teacher, "channels", None)
     if not isinstance(widths, list | tuple):
         raise TypeError(
-            f"self_teacher ({type(self_teacher).__name__}) has no list out_channels, but the channels of its maps were wanted "
-            "to size adapters and heads; give it the attribute, or build the loss and FRSKDTask yourself."
+            f"self_teacher ({type(self_teacher).__name__}) has no list out_channels or channels, but those of its maps "
+            "were wanted to size adapters and heads; give it the attribute, or build the loss and the task yourself."
         )
     return list(widths)
 

@@ -2,6 +2,26 @@
 
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
+from .distillation import DistillationTask
 from .frskd import FRSKDTask, build_frskd
+from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
+from .linear_probe import LinearProbeTask
+from .rotation_metrics import rotation_accuracies
+from .sskd import SSKDHeadTask, SSKDTask
 
-__all__ = ["ClassificationTask", "FRSKDTask", "FrozenTeacher", "Student", "Task", "build_frskd"]
+__all__ = [
+    "ClassificationTask",
+    "DistillationTask",
+    "FRSKDTask",
+    "FrozenTeacher",
+    "HSAKDOnlineTask",
+    "HSAKDTask",
+    "HSAKDTeacherTask",
+    "LinearProbeTask",
+    "SSKDHeadTask",
+    "SSKDTask",
+    "Student",
+    "Task",
+    "build_frskd",
+    "rotation_accuracies",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,11 +26,15 @@ class Task(nn.Module):
         channels_last: whether images are brought to `torch.channels_last`.
         views: "plain" for images (N, C, H, W); "rotations" for their four rotations (4N, C, H, W), in the order of
             `frskd_fast.mixing.rotate4`. Targets are those of the N images. In evaluation images are plain.
+        may_be_zero: names of the scalars of `forward` that may be exactly zero in the first steps and mean no harm: terms
+            that grow over the epochs, or whose weight is 0. The trainer's guard stops a run for any other. A property
+            where settings decide.
     """
 
     backbone: nn.Module
     channels_last: bool
     views: str = "plain"
+    may_be_zero: Collection[str] = ()
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
         """The loss and what to log.
@@ -45,9 +49,57 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
+    def teacher_outputs(self, images: Tensor) -> dict[str, Tensor] | None:
+        """What a frozen teacher makes of `images`, by name, for a task whose teacher can be cached; None for all others.
+
+        Such a task defines `forward(images, targets=None, teacher_outputs=None)`, which begins with
+        `teacher_outputs = self.teacher_outputs(images) if teacher_outputs is None else teacher_outputs` and asks the teacher
+        nothing else. A trainer may then hand in what it has kept from an earlier epoch, and the teacher need not run.
+
+        The outputs are a function of the images and of the task's `FrozenTeacher`s alone: not of targets, of what trains or
+        of random numbers. Nothing here needs gradients; callers switch them off.
+
+        Args:
+            images: as `forward` takes them.
+
+        Returns:
+            Tensors whose rows are in the order of the images: as many, or a whole number for each image (4 of each where
+            views are rotations). A name says what a tensor is, as files outlive a run: "logits", "auxiliary_1" (finest
+            first), ..., "projections"; "features_1", ... for feature maps after their ReLU, "preact_features_1", ... for
+            those before it. Names with "features" in them are kept only on request, because they are large.
+        """
+        return None
+
+    def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What validation and test measure of one batch, in evaluation mode and without gradients.
+
+        A method with more to measure than its student's accuracy overrides this, with a switch where it costs more passes
+        through a network. `rotation_accuracies` in `frskd_fast.tasks.rotation_metrics` names what learns from rotations.
+
+        Args:
+            images: (N, C, H, W), plain ones, whatever `views` is.
+            targets: class indices (N,).
+
+        Returns:
+            `output`, the student's logits (N, K), of which the trainer measures `accuracy` and more; besides, scalars under
+            the names of further metrics: means over the batch, which the trainer averages by images.
+        """
+        # Called, not `forward`: that reaches what was compiled or sharded. Do it once first where networks are called apart.
+        outputs: dict[str, Tensor] = self(images)
+        return {"output": outputs["output"]}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups: one of all that trains, unless the method has settings of its own for some."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def networks(self) -> list[nn.Module]:
+        """The modules with parameters that are called as wholes, inner ones first: the units in which FSDP shards.
+
+        These are the task's children and, before them, what a child has under `backbone`, which may be called without it.
+        """
+        children = [child for child in self.children() if any(True for _ in child.parameters())]
+        inner = (getattr(child, "backbone", None) for child in children)
+        return [*(module for module in inner if isinstance(module, nn.Module)), *children]
 
     def start_epoch(self, epoch: int, epochs: int | None) -> None:
         """Called before each epoch, `epoch` = 0, ..., `epochs` - 1 (None: not known), for weights that change with it.
@@ -85,21 +137,27 @@ class Task(nn.Module):
         self._compiled_call_impl = functools.partial(self._call_with_dynamic_batch, compiled)
 
     def _call_with_dynamic_batch(
-        self, compiled: Callable[..., dict[str, Tensor]], images: Tensor, targets: Any = None
+        self,
+        compiled: Callable[..., dict[str, Tensor]],
+        images: Tensor,
+        targets: Any = None,
+        teacher_outputs: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Call the compiled task; the batch dimension is marked dynamic, other sizes stay constants of the graph."""
         if not self.training:
-            targets = None  # unused there, and one graph will do
+            targets = teacher_outputs = None  # unused there, and one graph will do
         if is_mix(targets):
             first, second, mix = targets
             if not isinstance(mix, Tensor):
                 # Written on the device by a kernel: a copy from the host would wait for the device.
                 mix = torch.full((), _checks.unit_interval(mix, "targets[2] (lam)"), device=images.device)
             targets = (first, second, mix)
-        for tensor in (images, *(targets if isinstance(targets, tuple) else (targets,))):
+        given = (teacher_outputs,) if teacher_outputs else ()  # inputs of the graph
+        labels = targets if isinstance(targets, tuple) else (targets,)
+        for tensor in (images, *labels, *(value for outputs in given for value in outputs.values())):
             if isinstance(tensor, Tensor) and tensor.dim() > 0:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(images, targets)
+        return compiled(images, targets, *given)
 
     def student(self) -> Student:
         """The student alone, `student(images) -> logits`; it shares the task's modules.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from frskd_fast.losses import FitNetLoss, FRSKDLoss, OverhaulLoss, SLALoss
 from frskd_fast.losses.base import DistillationLoss, channels_of, declared
 from frskd_fast.mixing import rotate4
-from frskd_fast.models import BiFPN, BiFPNc, adapt_backbone
+from frskd_fast.models import BiFPN, BiFPNc
 from frskd_fast.models.dry_pass import dry_pass
 
 from .base import Task, features_and_logits, laid_out, one_dtype, traceable_targets
+from .networks import check_takes_preact, like, with_channels
 from .recompute import recomputed
 
 MEMORY = ("normal", "low")
@@ -104,14 +104,14 @@ class FRSKDTask(Task):
         if memory not in MEMORY:
             raise ValueError(f"memory is {memory!r}, but 'normal' or 'low' was wanted.")
         if self_teacher is None:
-            backbone = _with_channels(backbone)
+            backbone = with_channels(backbone)
         self_teacher = _self_teacher(backbone, self_teacher, num_classes)
         self.backbone = backbone
         self.self_teacher = self_teacher
         self.loss = FRSKDLoss() if loss is None else loss
         if self._preact:
-            _check_takes_preact(backbone, "backbone", self.loss)
-            _check_takes_preact(self_teacher, "self_teacher", self.loss)
+            check_takes_preact(backbone, "backbone", self.loss)
+            check_takes_preact(self_teacher, "self_teacher", self.loss)
         if not set(self_teacher.modules()).issuperset(declared(self.loss, "teacher_modules")):
             raise ValueError(
                 "loss takes live margins from another self-teacher than the task's; build the self-teacher first, and "
@@ -121,6 +121,12 @@ class FRSKDTask(Task):
         self.channels_last = bool(channels_last)
         if self.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def may_be_zero(self) -> list[str]:  # type: ignore[override]
+        """The feature term, where its weight is 0."""
+        losses = [module for module in self.loss.modules() if isinstance(module, DistillationLoss)]
+        return ["feature"] if any(loss.beta == 0.0 for loss in losses) else []
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
         """Return the dict described above."""
@@ -243,7 +249,7 @@ def build_frskd(
         raise ValueError(f"auxiliary is {auxiliary!r}, but None or 'sla' was wanted.")
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone is a {type(backbone).__name__}, but a torch.nn.Module was wanted.")
-    backbone = _with_channels(backbone)
+    backbone = with_channels(backbone)
     self_teacher = _self_teacher(backbone, self_teacher, num_classes, width, depth, repeat, num_channels)
     channels = list(backbone.channels)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"alpha": alpha, "temperature": temperature, "label_smoothing": label_smoothing}
@@ -257,12 +263,7 @@ def build_frskd(
         classes = _number_of_classes(backbone, num_classes)
         widths = channels[-1], channels_of(self_teacher)[-1]
         loss = SLALoss(distillation, *widths, classes, auxiliary_weight, passes=passes)
-    return FRSKDTask(backbone, self_teacher, _like(backbone, loss), memory=memory, channels_last=channels_last)
-
-
-def _with_channels(backbone: nn.Module) -> nn.Module:
-    """`backbone`, adapted where it does not say what channels its maps have."""
-    return backbone if isinstance(getattr(backbone, "channels", None), list | tuple) else adapt_backbone(backbone)
+    return FRSKDTask(backbone, self_teacher, like(backbone, loss), memory=memory, channels_last=channels_last)
 
 
 def _self_teacher(
@@ -283,9 +284,9 @@ def _self_teacher(
         return self_teacher
     channels, num_classes = list(backbone.channels), _number_of_classes(backbone, num_classes)  # type: ignore[arg-type]
     if self_teacher in (None, "BiFPNc"):
-        return _like(backbone, BiFPNc(channels, num_classes, width, depth, repeat))
+        return like(backbone, BiFPNc(channels, num_classes, width, depth, repeat))
     if self_teacher == "BiFPN":
-        return _like(backbone, BiFPN(channels, num_classes, num_channels, depth, repeat))
+        return like(backbone, BiFPN(channels, num_classes, num_channels, depth, repeat))
     raise ValueError(f"self_teacher is {self_teacher!r}, but None, 'BiFPNc', 'BiFPN' or a module was wanted.")
 
 
@@ -297,27 +298,6 @@ def _number_of_classes(backbone: nn.Module, num_classes: int | None) -> int:
     return num_classes
 
 
-def _like(backbone: nn.Module, module: nn.Module) -> nn.Module:
-    """`module` on the backbone's device and in its dtype."""
-    for parameter in backbone.parameters():
-        if parameter.is_floating_point():
-            return module.to(parameter.device, parameter.dtype)
-    return module
-
-
 def _self_teacher_outputs(self_teacher: nn.Module, preact: bool, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     teacher_features, teacher_logits = self_teacher(features, preact=True) if preact else self_teacher(features)
     return list(teacher_features), teacher_logits
-
-
-def _check_takes_preact(module: nn.Module, name: str, loss: nn.Module) -> None:
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
-        return  # nothing can be said of a forward without a signature
-    if not any(parameter.name == "preact" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise TypeError(
-            f"{name} ({type(module).__name__}) takes no argument preact, but loss ({type(loss).__name__}) wants feature maps "
-            f"before their last ReLU; let its forward take preact=False and hand them out for preact=True, as the networks "
-            "of frskd_fast.models do, or choose FRSKDLoss or FitNetLoss."
-        )

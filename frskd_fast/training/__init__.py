@@ -7,6 +7,8 @@
 | `DistillationModule` | the Lightning module around a task |
 | `RunCheckpoint`, `AtomicCheckpointIO` | checkpoints that survive kills, torn writes and full disks |
 | `Records`, `ProgressBar`, `Panels` | what a run writes down, shows and draws |
+| `TeacherCache`, `TeacherOutputs` | a frozen teacher's outputs, kept from epoch to epoch and from run to run |
+| `RunGuard` | stops a run whose loss has a term that does nothing |
 | `load_student` | the student out of a checkpoint |
 """
 
@@ -20,6 +22,9 @@ _HOMES = {
     "ProgressBar": "progress",
     "Records": "records",
     "RunCheckpoint": "checkpoints",
+    "RunGuard": "guard",
+    "TeacherCache": "teacher_cache",
+    "TeacherOutputs": "teacher_outputs",
     "find_checkpoint": "checkpoints",
     "load_student": "export",
     "main": "cli",

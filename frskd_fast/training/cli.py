@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 import itertools
 import json
@@ -27,14 +28,15 @@ STAGES = ("fit", "validate", "test", "predict")
 USAGE = """\
 usage: frskd-fast COMMAND [options]
 
-  fit --config RECIPE       train; a run that was interrupted goes on where its last checkpoint is
+  fit --config RECIPE       train; a run that was interrupted goes on where its last checkpoint is, and one that a recipe
+                            needs (a teacher) comes first unless it is there; with --no-prerequisites it is only named
   validate --config RECIPE  accuracy of the run's student on the validation images
   test --config RECIPE      the same on the test images
   predict --config RECIPE   class of each test image, into predictions.csv
   export --checkpoint FILE --out FILE
                             the student alone: .safetensors, .pt2 (torch.export) or .onnx, verified
   panels --run_dir FOLDER   draw the curves of a run again
-  recipes [RECIPE]          list the recipes of the package, or print one with its base filled in
+  recipes [METHOD | RECIPE] count the recipes of the package, list those of a method, or print one with its base filled in
 
 RECIPE is a name from `frskd-fast recipes` or a YAML file; without --config it is digits. Every setting can be overridden:
 
@@ -78,19 +80,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _recipes(words: Sequence[str]) -> int:
     if words and words[0] in ("-h", "--help"):
-        print("usage: frskd-fast recipes [RECIPE]")
+        print("usage: frskd-fast recipes [METHOD | RECIPE]")
         return 0
-    if words:
+    methods: dict[str, list[str]] = {}
+    for name, method in recipe_files.recipe_names().items():
+        methods.setdefault(method, []).append(name)
+    if not words:
+        for method, names in methods.items():
+            counts = collections.Counter(name.partition("_")[0] for name in names)
+            print(f"{method.ljust(12)}  {len(names):3}  {', '.join(f'{data} ({n})' for data, n in counts.items())}")
+        print("\nfrskd-fast recipes METHOD lists those of one method, frskd-fast recipes RECIPE prints one.")
+    elif words[0] in methods:
+        names = methods[words[0]]
+        for name in names:
+            print(f"{name.ljust(max(map(len, names)))}  {recipe_files.summary(name)}")
+    else:
         import yaml
 
         print(yaml.safe_dump(recipe_files.recipe(words[0]), sort_keys=False), end="")
-        return 0
-    names = recipe_files.recipe_names()
-    width = max(map(len, names))
-    for method in dict.fromkeys(names.values()):
-        print(f"{method}:")
-        for name in (name for name, folder in names.items() if folder == method):
-            print(f"  {name.ljust(width)}  {recipe_files.summary(name)}")
     return 0
 
 
@@ -148,6 +155,8 @@ def expanded(words: Sequence[str]) -> tuple[list[str], str]:
             before = (settings.get(part) or {}).get("class_path", "")
             if CLASS.fullmatch(path) and path not in (before, before.rpartition(".")[2]):
                 settings[part] = {"class_path": path}
+                if part == "task":
+                    settings.pop("teacher", None)
         result += ["--config", json.dumps(settings)]
     return result + others, Path(recipes[0]).name.removesuffix(".yaml")
 
@@ -159,12 +168,23 @@ def run(stage: str, words: Sequence[str]) -> CommandLine:
         from .command_line import CommandLine
         from .data import DataFileError
         from .module import DistillationModule
+        from .prerequisites import provide, split_off
     except ImportError as error:
         raise Refusal(f"{error.name} cannot be imported; pip install 'frskd_fast[train]'.") from error
     _quieten()
     _check_model_keys(arguments, inspect.signature(DistillationModule).parameters)
+    arguments, needed, allowed = split_off(arguments, name)
+
+    def before(command_line: CommandLine) -> None:
+        if stage != "fit":
+            provide(needed, None, f"frskd-fast {stage} trains nothing")
+        elif command_line.only_tried:
+            provide(needed, None, "A fast_dev_run does not train it")
+        else:
+            provide(needed, (lambda words: run("fit", words)) if allowed else None, "With --no-prerequisites")
+
     try:
-        return CommandLine(name, [stage, *arguments])
+        return CommandLine(name, [stage, *arguments], before)
     except DataFileError as error:
         raise Refusal(str(error)) from error
 
@@ -185,11 +205,12 @@ def _check_model_keys(words: Sequence[str], known: Container[str]) -> None:
 
 
 def _quieten() -> None:
-    """Leave out Lightning's hints about itself; its warnings stay, but for three that do not apply here."""
+    """Leave out Lightning's hints about itself; its warnings stay, but for those that do not apply here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not ours
     for message in (
+        r"Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen ones
         r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning's own
         r".*Couldn't infer the batch indices.*",  # predictions come in the order of the data
         r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged has been reduced
@@ -198,6 +219,7 @@ def _quieten() -> None:
         r".*does not have many workers.*",  # our readers say themselves where workers help
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*WeightAveraging callback with a model that overrides the configure_model.*",  # ours shards only where asked
+        r".*module\(s\) in eval mode at the start of training.*",  # frozen networks
         r".*lr_scheduler\.step\(\)` before `optimizer\.step\(\)`.*",  # a resumed schedule
     ):
         warnings.filterwarnings("ignore", message=message)

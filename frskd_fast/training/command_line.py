@@ -26,12 +26,14 @@ from .checkpoints import AtomicCheckpointIO, Found, RunCheckpoint, find_checkpoi
 from .class_paths import PARTS
 from .data import ImageData
 from .errors import Refusal, sentence_of
+from .guard import RunGuard
 from .loggers import loggers
 from .module import DistillationModule
 from .panels import Panels
 from .progress import ProgressBar
 from .records import Predictions, Records
-from .run_folder import check_same_run, leave_nothing, length_matters, set_aside
+from .run_folder import check_same_run, is_over, leave_nothing, length_matters, set_aside
+from .teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -54,13 +56,16 @@ class CommandLine(LightningCLI):
     Args:
         name: of the run's folder, where the settings name none.
         arguments: the stage, "fit", "validate", "test" or "predict", and its options.
+        before: called once the arguments are known to be right, with this object, before anything is built.
 
     Raises:
         Refusal: as a sentence, when the run's folder and the settings do not fit together.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str]) -> None:
-        self.run_name = name
+    def __init__(
+        self, name: str, arguments: Sequence[str], before: Callable[[CommandLine], None] | None = None
+    ) -> None:
+        self.run_name, self.before = name, before
         self.stage = arguments[0]
         super().__init__(
             DistillationModule,
@@ -86,9 +91,19 @@ class CommandLine(LightningCLI):
         folder = "Folder of the run: checkpoints, records, panels. null is runs/RECIPE."
         fresh = "Begin anew; what the run's folder holds is moved to a folder beside it."
         events = "Write TensorBoard events; null does so where tensorboard can be imported."
+        kept = "Folder in which a frozen teacher's outputs are kept, so that it runs in the first epoch alone."
+        maps = "Keep the teacher's feature maps there, too, which are large."
+        half = "Keep its outputs in half precision."
         parser.add_argument("--run_dir", type=str | None, default=None, help=folder)
         parser.add_argument("--fresh", type=bool, default=False, help=fresh, nargs="?", const=True)
         parser.add_argument("--tensorboard", type=bool | None, default=None, help=events)
+        guard = (
+            "Stop where a term of the loss, or all gradients of a module, are exactly zero in the first three steps."
+        )
+        parser.add_argument("--guard", type=bool, default=True, help=guard)
+        parser.add_argument("--teacher_cache", type=str | None, default=None, help=kept)
+        parser.add_argument("--teacher_cache_features", type=bool, default=False, help=maps)
+        parser.add_argument("--teacher_cache_half", type=bool, default=False, help=half)
         parser.add_argument("--wandb", type=str | None, default=None, help="Weights & Biases: name of the project.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ProgressBar, "progress")
@@ -107,6 +122,17 @@ class CommandLine(LightningCLI):
                 f"--seed_everything is {seed}, but a whole number was wanted: images and augmentation follow from it, "
                 "and a run that goes on needs the same again."
             )
+
+    def before_instantiate_classes(self) -> None:
+        """Make way for what has to come first; the seed is set again after it."""
+        if self.before is not None:
+            self.before(self)
+            self._set_seed()
+
+    @property
+    def only_tried(self) -> bool:
+        """Whether a few batches are all that is wanted."""
+        return bool(self._get(self.config, "trainer").get("fast_dev_run"))
 
     def instantiate_classes(self) -> None:
         """What a constructor says of its arguments is for the user; a traceback would hide it."""
@@ -142,6 +168,14 @@ class CommandLine(LightningCLI):
         own: list[Any] = [self.beginning, Records(), Predictions()]
         if settings.get("enable_model_summary") is not False and not settings.get("fast_dev_run"):
             own.append(ModelSummary(max_depth=2))  # the networks within the task
+        if self.subcommand == "fit":
+            folder, features, half = (
+                self._get(self.config, f"teacher_cache{name}") for name in ("", "_features", "_half")
+            )
+            if folder is not None:
+                own.append(TeacherCache(folder, features=features, half=half))
+            if self._get(self.config, "guard"):
+                own.append(RunGuard())
         kwargs["callbacks"] = [*own, *callbacks]
         processes = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
         if processes is not None and settings.get("num_nodes") == 1:
@@ -210,9 +244,8 @@ class CommandLine(LightningCLI):
 
     def is_finished(self, found: Found, settings: dict[str, Any]) -> bool:
         """Whether nothing is left to train; says so."""
-        epochs, steps, done = self.trainer.max_epochs, self.trainer.max_steps, found.progress
-        reached = (epochs is not None and 0 <= epochs <= done.epochs) or 0 <= steps <= done.steps
-        if not (reached or done.stopped):
+        done = found.progress
+        if not is_over(done, self.trainer.max_epochs, self.trainer.max_steps):
             return False
         longer = "--trainer.max_epochs with a larger number goes on, --fresh begins anew."
         if done.stopped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,8 @@ class DistillationModule(LightningModule):
 
     Attributes:
         task: the task; its keys lead the checkpoint's `state_dict`.
+        teacher_outputs: `teacher_outputs(images, keys)` gives what a frozen teacher makes of a batch, as `TeacherCache` sets
+            it, where batches are `(images, targets, keys)`; None lets the task run its teacher.
         seed: from which, with the epoch and the position of the batch, the random numbers of each step follow.
 
     Raises:
@@ -80,6 +83,7 @@ class DistillationModule(LightningModule):
         self.has_own_student = type(student) is not Student or student.backbone is not network
         if compile:
             self.task.compile()
+        self.teacher_outputs: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
         self.seed = torch.initial_seed()
         self.training_means: MeanOfParts | None = None
         self.evaluation = MetricCollection(
@@ -92,7 +96,8 @@ class DistillationModule(LightningModule):
             },
             compute_groups=False,
         )
-        self.evaluation_loss = MeanOfParts(["loss"])
+        # The loss, and what the task measures besides; the names are known after the first batch.
+        self.evaluation_means: MeanOfParts | None = None
         # What goes into checkpoints, so that an export knows the student's input.
         self.images: dict[str, Any] = {}
 
@@ -120,10 +125,21 @@ class DistillationModule(LightningModule):
             "mean": [float(value) for value in getattr(data, "mean", ())],
             "std": [float(value) for value in getattr(data, "std", ())],
         }
+        if stage == "fit" and getattr(data, "crop_each_view", False) and self.task.views != "rotations":
+            raise ValueError(
+                f"data.crop_each_view is set, which hands out four rotations of each image, but {type(self.task).__name__} "
+                f"takes {self.task.views} images; set it to false."
+            )
         if stage == "fit" and self.trainer.is_global_zero:
             from .data import warn_if_stem_mismatch
 
             warn_if_stem_mismatch(self.backbone, (int(size[0]), int(size[1])), self.images["channels"])
+
+    @property
+    def turns_images(self) -> bool:
+        """Whether the task wants rotated images and the data hands out upright ones."""
+        data = getattr(self.trainer, "datamodule", None)
+        return self.task.views == "rotations" and not getattr(data, "crop_each_view", False)
 
     def on_train_start(self) -> None:
         """Tell the task where it is: Lightning calls no hook for the epoch within which a resumed run goes on."""
@@ -138,10 +154,12 @@ class DistillationModule(LightningModule):
         """Random numbers of a step depend on the seed, the epoch, the batch and the process, not on what ran before."""
         torch.manual_seed(step_seed(self.seed, self.trainer.current_epoch, batch_idx, self.global_rank))
 
-    def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> dict[str, Tensor]:
         """The loss with its graph, and its parts without."""
-        images, targets = batch
-        outputs = self.task(rotate4(images) if self.task.views == "rotations" else images, targets)
+        images, targets, *keys = batch
+        views = rotate4(images) if self.turns_images else images
+        kept = {} if self.teacher_outputs is None else {"teacher_outputs": self.teacher_outputs(views, *keys)}
+        outputs = self.task(views, targets, **kept)
         parts = {name: value for name, value in outputs.items() if value.dim() == 0}
         with torch.no_grad():
             measured = {
@@ -194,15 +212,22 @@ class DistillationModule(LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, targets = batch
-        logits = self.task(images)["output"].float()
+        measured = dict(self.task.evaluate(images, targets))
+        logits = measured.pop("output").float()
         self.evaluation.update(logits, targets)
-        self.evaluation_loss.update([nn.functional.cross_entropy(logits, targets)], images.shape[0])
+        measured = {"loss": nn.functional.cross_entropy(logits, targets), **measured}
+        if self.evaluation_means is None:
+            self.evaluation_means = MeanOfParts(list(measured)).to(images.device)
+        self.evaluation_means.update(list(measured.values()), images.shape[0])
 
     def _log_evaluation(self, stage: str) -> None:
-        values = {**self.evaluation.compute(), "loss": self.evaluation_loss.compute().reshape(())}
+        values: dict[str, Any] = dict(self.evaluation.compute())
+        if self.evaluation_means is not None:
+            means = self.evaluation_means.compute().reshape(-1).unbind()
+            values.update(zip(self.evaluation_means.names, means, strict=True))
+            self.evaluation_means.reset()
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
         self.evaluation.reset()
-        self.evaluation_loss.reset()
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the task's parameters, and the schedule."""
@@ -217,7 +242,7 @@ class DistillationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def configure_model(self) -> None:
-        """Under `ModelParallelStrategy` (FSDP2): shard the networks, each as a whole.
+        """Under `ModelParallelStrategy` (FSDP2): shard `task.networks()`, each as a whole.
 
         Networks may read their layers' parameters themselves, so a unit cannot be smaller than one.
         """
@@ -228,9 +253,8 @@ class DistillationModule(LightningModule):
         # It takes contiguous parameters alone; images stay as they are, and the convolutions follow the images.
         self.task.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         mesh = self.device_mesh["data_parallel"]
-        for network in self.task.children():
-            if any(True for _ in network.parameters()):
-                fully_shard(network, mesh=mesh)
+        for network in self.task.networks():
+            fully_shard(network, mesh=mesh)
         fully_shard(self.task, mesh=mesh)
         self._sharded = True
 

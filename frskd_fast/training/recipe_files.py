@@ -10,6 +10,7 @@ from typing import Any
 
 FOLDER = "recipes"
 BASE = "base"
+NEEDED = ("teacher", "weights")  # recipes whose runs come before that of the recipe which names them
 CONFIG = "config.yaml"  # the settings of a run, in its folder
 
 
@@ -85,6 +86,10 @@ def recipe(name: str, beside: Path | None = None, seen: tuple[str, ...] = ()) ->
     own = yaml.safe_load(text) or {}
     if not isinstance(own, dict):
         raise RecipeError(f"The recipe {name!r} holds a {type(own).__name__}, but a mapping of settings was wanted.")
+    for key in NEEDED:
+        # Relative to the file that says so, wherever a recipe that builds on it lies.
+        if path is not None and own.get(key) is not None and (path.parent / str(own[key])).is_file():
+            own[key] = str(path.parent / str(own[key]))
     base = own.pop(BASE, None)
     if base is None:
         return own

@@ -66,7 +66,8 @@ class Timed(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.rate.add(batch[0].shape[0] * trainer.world_size)
+        targets = batch[1][0] if isinstance(batch[1], tuple | list) else batch[1]
+        self.rate.add(len(targets) * trainer.world_size)  # images may come as several views each
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from .checkpoints import Progress, find_checkpoint
 from .class_paths import PARTS
 from .errors import Refusal
 from .recipe_files import CONFIG
@@ -53,6 +54,31 @@ def length_matters(settings: dict[str, Any]) -> bool:
     """Whether the schedule takes its length from the trainer."""
     arguments = (settings.get("lr_scheduler") or {}).get("init_args") or {}
     return "max_epochs" in arguments and arguments["max_epochs"] is None
+
+
+def is_over(done: Progress, epochs: int | None, steps: int) -> bool:
+    """Whether a run that is to take so many epochs and steps (None, -1: no limit) has nothing left to train."""
+    return done.stopped or (epochs is not None and 0 <= epochs <= done.epochs) or 0 <= steps <= done.steps
+
+
+def finished(folder: Path) -> Progress | None:
+    """How long the run in a folder took, None where there is none or it has not come to its end.
+
+    Raises:
+        Refusal: when none of its checkpoints can be read.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+    try:
+        found = find_checkpoint(folder)
+    except RuntimeError as error:
+        raise Refusal(str(error)) from error
+    trainer = settings.get("trainer") or {}
+    epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
+    if found is None or not is_over(found.progress, epochs, steps):
+        return None
+    return found.progress
 
 
 def _differences(name: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:

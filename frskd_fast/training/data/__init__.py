@@ -7,6 +7,7 @@ from .errors import CorruptImageError, DataFileError, MissingDataError
 from .folder import FileReader, ImageFolderData
 from .loader import ArrayReader, ImageBatch, ImageLoader, Reader, Request
 from .stem import stem_stride, warn_if_stem_mismatch
+from .stl10 import STL10Data
 
 __all__ = [
     "ArrayReader",
@@ -22,6 +23,7 @@ __all__ = [
     "MissingDataError",
     "Reader",
     "Request",
+    "STL10Data",
     "read_cifar",
     "stem_stride",
     "warn_if_stem_mismatch",

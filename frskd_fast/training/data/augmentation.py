@@ -61,6 +61,58 @@ def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
     return padded.flatten(2).gather(2, pixels).reshape(images.shape)
 
 
+def draw_view_crops(count: int, padding: int, flip: float, generator: torch.Generator) -> Tensor:
+    """Rows (top, left, flipped) as `draw_crops` draws them for each of four views, with one flip for the four.
+
+    The result is int64 (count, 4, 3) on the CPU; the rows of the first n images do not depend on `count`.
+
+    Example:
+        >>> draw_view_crops(1, padding=0, flip=1.0, generator=torch.Generator().manual_seed(0)).tolist()
+        [[[0, 0, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]]
+    """
+    crops = draw_crops(4 * count, padding, flip, generator).view(count, 4, 3)
+    crops[:, :, 2] = crops[:, :1, 2]
+    return crops
+
+
+def crop_views(images: Tensor, crops: Tensor, padding: int) -> Tensor:
+    """out[4n + r] = crop_{n,r}(rot90(flip_n(image_n), r)): four rotations of each image, each with a crop of its own.
+
+    The image is mirrored where its first row says flipped, turned counter-clockwise r times and padded with `padding` zeros
+    on each side; view r is the window at (top, left) of its own row. One gather writes each pixel once.
+
+    Images are (N, C, H, H) of any dtype, crops (N, 4, 3) those of `draw_view_crops` on the same device; the result is
+    contiguous (4N, C, H, H), in the order of `frskd_fast.mixing.rotate4`.
+
+    Example:
+        >>> images = torch.arange(1, 5).reshape(1, 1, 2, 2)
+        >>> centre, shifted = [1, 1, 0], [1, 0, 0]
+        >>> crop_views(images, torch.tensor([[centre, shifted, centre, centre]]), padding=1).flatten(1).tolist()
+        [[1, 2, 3, 4], [0, 2, 0, 1], [4, 3, 2, 1], [3, 1, 4, 2]]
+
+    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), in the order of its released code.
+    """
+    count, channels, side, width = images.shape
+    if side != width:
+        raise ValueError(
+            f"images has maps of {side} x {width} pixels, but square images were wanted: turned by 90 degrees, others do not "
+            "fit into one batch; set crop_each_view to false, or crop or resize them."
+        )
+    padded = F.pad(images, (padding,) * 4) if padding else images.contiguous()
+    last = side + 2 * padding - 1
+    top, left, flipped = crops[..., None, None].unbind(2)  # each (N, 4, 1, 1)
+    steps = torch.arange(side, device=images.device)
+    rows = (top + steps[:, None]).expand(-1, -1, -1, side)  # (N, 4, H, H), of the turned image
+    columns = (left + steps).expand(-1, -1, side, -1)
+    # Where a pixel of each view lay before it was turned, as in `rotate4`.
+    down = torch.stack([rows[:, 0], columns[:, 1], last - rows[:, 2], last - columns[:, 3]], 1)
+    across = torch.stack([columns[:, 0], last - rows[:, 1], last - columns[:, 2], rows[:, 3]], 1)
+    across = torch.where(flipped != 0, last - across, across)
+    pixels = (down * (last + 1) + across).view(count, 4, 1, side * side).expand(-1, -1, channels, -1)
+    planes = padded.flatten(2).unsqueeze(1).expand(-1, 4, -1, -1)
+    return planes.gather(3, pixels).view(4 * count, channels, side, side)
+
+
 def normalise(images: Tensor, mean: Tensor, std: Tensor, scale: float = 255.0) -> Tensor:
     """out = (images / scale - mean_c) / std_c in float32: torchvision's `ToTensor` and `Normalize`, the same bits.
 

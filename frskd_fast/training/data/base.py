@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from .augmentation import crop_and_flip, normalise
+from .augmentation import crop_and_flip, crop_views, normalise
 from .loader import ImageBatch, ImageLoader, Reader, distributed_share
 
 Part = Literal["train", "validation", "test"]
@@ -27,9 +27,12 @@ class ImageData(LightningDataModule):
     * `num_classes`, `image_size` (H, W), `channels`, `mean` and `std` are there after construction; the disk is read by
       `setup` (or the first loader).
     * Pixels travel to the device as bytes. `on_after_batch_transfer` crops, flips, normalises and mixes there, so that
-      a training step receives `(images, targets)`: images float32 (N, C, H, W), targets int64 (N,), or
+      a training step receives `(images, targets)`: images float32 (N, C, H, W), with `crop_each_view` (4N, C, H, W), and
+      targets int64 (N,), or
       `(targets, targets_b, lam)` with mixup or cutmix. Validation, test and prediction receive `(images, targets)`
       with targets int64 (N,).
+    * After `hand_out_keys()` a training step receives `(images, targets, keys)`: one number for each image and each way in
+      which it may look, on the host, under which something may be kept about these pixels.
     * Every random choice of training is a function of (seed, epoch, position of the batch, rank) and of nothing else:
       no global generator, no number of workers. The training loader has `set_epoch`, `state_dict` and
       `load_state_dict`, which Lightning calls, and continues an interrupted epoch with the next batch.
@@ -42,6 +45,9 @@ class ImageData(LightningDataModule):
         seed: of order, augmentation and mixing, 0 <= seed < 2^32.
         mixup: both parameters of the Beta distribution of mixup; 0 turns it off. The paper's value: 0.2.
         cutmix: the same for cutmix; 0 turns it off. The paper's value: 1.0.
+        crop_each_view: hand out four rotations of each training image, (4N, C, H, W) in the order of
+            `frskd_fast.mixing.rotate4`, each with a random crop of its own and a flip that the four share (`crop_views`), for
+            a task whose `views` are "rotations". Without it such a task turns images that are cropped already.
         workers: processes that read and decode; 0 reads in the main process, -1 takes one for each core that a process
             of the training may use, at most 8.
         drop_last: leave out the last training batch of an epoch when it is smaller than the others.
@@ -70,6 +76,7 @@ class ImageData(LightningDataModule):
         seed: int = 10,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        crop_each_view: bool = False,
         workers: int = 0,
         drop_last: bool = False,
         pin_memory: bool | None = None,
@@ -89,6 +96,12 @@ class ImageData(LightningDataModule):
             raise ValueError(
                 f"mixup is {self.mixup} and cutmix is {self.cutmix}, but one batch takes one of them; set the other to 0."
             )
+        self.crop_each_view = bool(crop_each_view)
+        if self.crop_each_view and (self.mixup or self.cutmix):
+            raise ValueError(
+                f"crop_each_view is set with mixup {self.mixup} and cutmix {self.cutmix}, but views that are cropped apart "
+                "do not match the mixed labels pixel by pixel; set both to 0, or crop_each_view to false."
+            )
         self.workers = whole_number(workers, "workers", -1)
         self.drop_last = bool(drop_last)
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else bool(pin_memory)
@@ -96,6 +109,7 @@ class ImageData(LightningDataModule):
         self._readers: dict[Part, Reader | None] = {}
         self._loaders: weakref.WeakSet[ImageLoader] = weakref.WeakSet()  # only to end their workers
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.hands_out_keys = False
 
     @abstractmethod
     def make_reader(self, part: Part) -> Reader | None:
@@ -164,7 +178,8 @@ class ImageData(LightningDataModule):
             return batch
         images, targets = batch.images, batch.targets
         if batch.crops is not None:
-            images = crop_and_flip(images, batch.crops, self.padding)
+            crop = crop_views if batch.crops.dim() == 3 else crop_and_flip
+            images = crop(images, batch.crops, self.padding)
         images = normalise(images, *self._statistics_on(images.device), self.pixel_scale)
         prepared: Any = images, targets
         if batch.mixing_seed is not None and (self.mixup or self.cutmix):
@@ -178,7 +193,42 @@ class ImageData(LightningDataModule):
         if self.trainer is not None:
             # Lightning converted the batch to the trainer's precision before it was normalised.
             prepared = self.trainer.precision_plugin.convert_input(prepared)
+        if self.hands_out_keys and batch.mixing_seed is not None:  # in training
+            if batch.keys is None:
+                raise ValueError(
+                    f"{type(self.reader('train')).__name__} was asked for keys, but its batch has none; let its read() give "
+                    "the ImageBatch keys (keys_of), or its looks be 0."
+                )
+            return (*prepared, batch.keys)
         return prepared
+
+    def hand_out_keys(self) -> tuple[int, dict[str, Any]]:
+        """From now on training batches are `(images, targets, keys)`, keys int64 (N,) of NumPy, while `hands_out_keys` is true.
+
+        Returns:
+            The number of keys, and what decides the pixels that a key stands for, as values of JSON.
+
+        Raises:
+            ValueError: where training images are random beyond a flip, so that none comes a second time.
+        """
+        if type(self).on_after_batch_transfer is not ImageData.on_after_batch_transfer:
+            raise ValueError(
+                f"{type(self).__name__} prepares batches by an on_after_batch_transfer of its own, which may change images at "
+                "random, so nothing can be kept about them; define hand_out_keys beside it if it does not."
+            )
+        reader = self.reader("train")
+        assert reader is not None
+        mixed = [name for name in ("mixup", "cutmix") if getattr(self, name)]
+        if mixed or not reader.looks:
+            what = f"mixes images ({mixed[0]})" if mixed else "crops training images at random"
+            raise ValueError(
+                f"{type(self).__name__} {what}, so no image comes a second time and nothing can be kept about it; set mixup "
+                "and cutmix to 0 and turn the random crop off (data.padding, largest_shift or augmentation; a flip may stay)."
+            )
+        self.hands_out_keys = True
+        decisive = ("image_size", "channels", "mean", "std", "pixel_scale")
+        settings = {name: getattr(self, name) for name in decisive}
+        return reader.looks * len(reader), {"images": reader.fingerprint(), "looks": reader.looks, **settings}
 
     def _statistics_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._statistics:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .base import ImageData, Part, colour_statistics, probability, whole_number
 from .errors import DataFileError, MissingDataError
 from .loader import ArrayReader
+from .subset import stratified_rows
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
@@ -59,6 +60,8 @@ class CIFARData(ImageData):
         flip: probability of a horizontal flip in training.
         validation_images: training images held out for validation, always the same whatever the seed, so that settings
             can be chosen without the test set. 0 validates on the test set, as the paper does.
+        label_fraction: share of the training images that is kept, with the classes in equal shares (`stratified_rows`), as
+            in published few-shot figures; 1 keeps all. Needs scikit-learn.
         mean, std: of images in 0 .. 1; the paper's numbers, which it uses for both sets.
         common: as `ImageData` takes them: batch_size, seed, mixup, cutmix, ...
 
@@ -82,6 +85,7 @@ class CIFARData(ImageData):
         padding: int = 4,
         flip: float = 0.5,
         validation_images: int = 0,
+        label_fraction: float = 1.0,
         mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465),
         std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010),
         **common: Any,
@@ -93,6 +97,9 @@ class CIFARData(ImageData):
         self.num_classes, self.image_size, self.channels = classes, (SIDE, SIDE), 3
         self.padding, self.flip = whole_number(padding, "padding", 0), probability(flip, "flip")
         self.validation_images = whole_number(validation_images, "validation_images", 0)
+        self.label_fraction = probability(label_fraction, "label_fraction")
+        if not self.label_fraction:
+            raise ValueError("label_fraction is 0, but a share of the training images in (0, 1] was wanted.")
         self.mean, self.std = colour_statistics(mean, std, 3)
         self._training_arrays: tuple[Tensor, Tensor] | None = None
 
@@ -116,7 +123,10 @@ class CIFARData(ImageData):
             held_out, rest = order[: self.validation_images], order[self.validation_images :]
             rows = held_out if part == "validation" else rest.sort().values
             images, labels = images[rows], labels[rows]
-        return ArrayReader(images, labels, self.padding, self.flip)
+        if part == "train" and self.label_fraction < 1:
+            rows = stratified_rows(labels, self.label_fraction)
+            images, labels = images[rows], labels[rows]
+        return ArrayReader(images, labels, self.padding, self.flip, self.crop_each_view)
 
 
 def read_cifar(root: str, classes: int, part: str) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class DigitsData(ImageData):
         if not len(rows):
             return None
         images = split.images[rows].expand(-1, self.channels, -1, -1)
-        return ArrayReader(images, split.labels[rows], self.padding)
+        return ArrayReader(images, split.labels[rows], self.padding, crop_each_view=self.crop_each_view)
 
 
 def load_digits_split(image_side: int = 16) -> DigitsSplit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -15,7 +16,7 @@ from .augmentation import draw_resized_crops, random_resized_crop, resize_and_ce
 from .base import ImageData, Part, colour_statistics, probability, whole_number
 from .errors import CorruptImageError, DataFileError, MissingDataError
 from .layouts import LAYOUTS, Images, Listing
-from .loader import ImageBatch, Reader, Request, draw_crops_for
+from .loader import ImageBatch, Reader, Request, draw_crops_for, keys_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,6 +107,11 @@ class ImageFolderData(ImageData):
             resize = chosen.resize if side == chosen.image_size else max(side, round(side * 8 / 7))
         self.resize = whole_number(resize, "resize", side)
         self.augmentation = _one_of(augmentation, ("resized_crop", "padded_crop", "none"), "augmentation")
+        if self.crop_each_view and augmentation != "padded_crop":
+            raise ValueError(
+                f"crop_each_view is set and augmentation is {augmentation!r}, but views are cropped apart on the device, by "
+                "'padded_crop' alone; take that, or set crop_each_view to false."
+            )
         self.scale, self.ratio = _interval(scale, "scale", 1.0), _interval(ratio, "ratio")
         self.padding = whole_number(padding, "padding", 0)
         self.flip = probability(flip, "flip")
@@ -149,7 +155,7 @@ class ImageFolderData(ImageData):
             "test": listing.test if listing.test is not None else listing.validation,
         }[part]
         assert images is not None
-        names = ("augmentation", "scale", "ratio", "padding", "flip", "on_corrupt", "decoder")
+        names = ("augmentation", "scale", "ratio", "padding", "flip", "crop_each_view", "on_corrupt", "decoder")
         settings = {name: getattr(self, name) for name in names}
         return FileReader(self.root, images, self.image_size, self.resize, **settings)
 
@@ -176,6 +182,7 @@ class FileReader(Reader):
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         padding: int = 4,
         flip: float = 0.5,
+        crop_each_view: bool = False,
         on_corrupt: str = "error",
         decoder: str = "auto",
     ) -> None:
@@ -185,7 +192,7 @@ class FileReader(Reader):
         self.labels = torch.tensor([label for _, label in images], dtype=torch.int64)
         self.size, self.resize = size, resize
         self.augmentation, self.scale, self.ratio = augmentation, scale, ratio
-        self.padding, self.flip = padding, flip
+        self.padding, self.flip, self.crop_each_view = padding, flip, crop_each_view
         self.on_corrupt = on_corrupt
         self._decode_with_torchvision = decoder != "pil" and torchvision_decodes(required=decoder == "torchvision")
         first = self.name(0)
@@ -200,6 +207,19 @@ class FileReader(Reader):
     def name(self, row: int) -> str:
         """The path of the image."""
         return os.path.join(self.root, os.fsdecode(self._paths[row]))
+
+    @property
+    def looks(self) -> int:
+        if self.augmentation == "padded_crop" and not self.padding:
+            return 2 if self.flip else 1
+        return 1 if self.augmentation == "none" else 0
+
+    def fingerprint(self) -> str:
+        """Of the paths, the size and the decoder; the files are not read, so it does not see that their content changed."""
+        decoder = "torchvision" if self._decode_with_torchvision else "pil"
+        digest = hashlib.sha256(f"{self.size} {self.resize} {decoder} {self.on_corrupt} {self._paths.dtype}".encode())
+        digest.update(self._paths.tobytes())
+        return digest.hexdigest()
 
     def read(self, request: Request) -> tuple[ImageBatch, tuple[int, ...]]:
         resized = request.training and self.augmentation == "resized_crop"
@@ -225,8 +245,11 @@ class FileReader(Reader):
             )
         # Channels stay last in memory, as the images come; the device puts them in front.
         images = torch.from_numpy(pixels[: len(rows)]).permute(0, 3, 1, 2)
-        crops = draw_crops_for(request, self.padding, self.flip) if self.augmentation == "padded_crop" else None
-        return ImageBatch(images, self.labels[rows], crops, request.mixing_seed()), tuple(corrupt)
+        crops = None
+        if self.augmentation == "padded_crop":
+            crops = draw_crops_for(request, self.padding, self.flip, self.crop_each_view)
+        keys = keys_of(self.looks, numpy.array(rows, dtype=numpy.int64), crops)
+        return ImageBatch(images, self.labels[rows], crops, request.mixing_seed(), keys), tuple(corrupt)
 
     def _first_readable(self, wanted: int, corrupt: list[int], replace: bool) -> tuple[int, Image] | None:
         """The image `wanted`, or where it is corrupt and may be replaced, the next one that is not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -25,14 +26,17 @@ class ImageBatch(NamedTuple):
     Attributes:
         images: (N, C, H, W), uint8 (digits: float32), not normalised.
         targets: int64 (N,).
-        crops: int64 (N, 3) for `crop_and_flip`, or None where the images are augmented already, or not at all.
+        crops: int64 (N, 3) for `crop_and_flip`, (N, 4, 3) for `crop_views`, or None where the images are augmented already,
+            or not at all.
         mixing_seed: seed of the generator of mixup and cutmix; None outside training.
+        keys: int64 (N,), on the host: which training image this is, see `Reader.looks`; None where nobody knows.
     """
 
     images: Tensor
     targets: Tensor
     crops: Tensor | None
     mixing_seed: int | None
+    keys: numpy.typing.NDArray[numpy.int64] | None = None
 
 
 class Request(NamedTuple):
@@ -80,6 +84,18 @@ class Reader(Dataset[Any]):
     @abstractmethod
     def read(self, request: Request) -> tuple[ImageBatch, tuple[int, ...]]:
         """The batch that is asked for, and the rows of the images that could not be decoded."""
+
+    @property
+    def looks(self) -> int:
+        """V, the number of ways in which training may show an image: 1, 2 with flips, 0 where there are endlessly many.
+
+        Then the keys of a batch are V * row, + 1 where the image is flipped: each names one array of pixels.
+        """
+        return 0
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the pixels of each row, before augmentation."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which images it has; define fingerprint().")
 
     def name(self, row: int) -> str:
         """How a message calls the image of this row."""
@@ -342,6 +358,7 @@ class ArrayReader(Reader):
         labels: int64 (N,).
         padding: pixels of the random crop, or 0 for none.
         flip: probability of a horizontal flip.
+        crop_each_view: four rotations of each image, each cropped by itself.
 
     Example:
         >>> import torch
@@ -351,23 +368,48 @@ class ArrayReader(Reader):
         tensor([5, 6])
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, padding: int = 0, flip: float = 0.0) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, padding: int = 0, flip: float = 0.0, crop_each_view: bool = False
+    ) -> None:
         self.images, self.labels = images, labels
-        self.padding, self.flip = padding, flip
+        self.padding, self.flip, self.crop_each_view = padding, flip, crop_each_view
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def looks(self) -> int:
+        return 0 if self.padding else 2 if self.flip else 1
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)}".encode())
+        for chunk in self.images.split(1024):  # a view, perhaps, that is larger than its memory
+            digest.update(chunk.contiguous().numpy().data)
+        return digest.hexdigest()
+
     def read(self, request: Request) -> tuple[ImageBatch, tuple[int, ...]]:
         rows = torch.from_numpy(request.rows)
-        crops = draw_crops_for(request, self.padding, self.flip)
-        return ImageBatch(self.images[rows], self.labels[rows], crops, request.mixing_seed()), ()
+        crops = draw_crops_for(request, self.padding, self.flip, self.crop_each_view)
+        keys = keys_of(self.looks, request.rows, crops)
+        return ImageBatch(self.images[rows], self.labels[rows], crops, request.mixing_seed(), keys), ()
 
 
-def draw_crops_for(request: Request, padding: int, flip: float) -> Tensor | None:
-    """The crops and flips of a request, None where nothing is to be done."""
-    from .augmentation import draw_crops
-
-    if not request.training or not (padding or flip):
+def keys_of(
+    looks: int, rows: numpy.typing.NDArray[numpy.int64], crops: Tensor | None
+) -> numpy.typing.NDArray[numpy.int64] | None:
+    """The keys of `Reader.looks` of the images in these rows, None where they have none."""
+    if not looks:
         return None
-    return request.draw(lambda count, generator: draw_crops(count, padding, flip, generator))
+    keys = looks * numpy.asarray(rows)
+    # The flip is the third number, of a row for each image or of one for each of its views, which share it.
+    return keys if crops is None else keys + crops.flatten(1)[:, 2].numpy()
+
+
+def draw_crops_for(request: Request, padding: int, flip: float, crop_each_view: bool = False) -> Tensor | None:
+    """The crops and flips of a request, None where nothing is to be done."""
+    from .augmentation import draw_crops, draw_view_crops
+
+    if not request.training or not (padding or flip or crop_each_view):
+        return None
+    draw = draw_view_crops if crop_each_view else draw_crops
+    return request.draw(lambda count, generator: draw(count, padding, flip, generator))

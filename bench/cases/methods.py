@@ -1,0 +1,361 @@
+"""HSAKD and SSKD: each loss by itself, and a whole training step with a frozen teacher, resnet32x4 -> resnet8x4.
+
+A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. All networks see
+the four rotations of each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench import inputs, originals
+from bench.call import tensors_in
+from bench.case import FLOAT_BYTES, Case, Operands, Selection
+from bench.cases.self_teacher import half_precision
+
+ORDER = 4
+BATCH = 64  # images of the recipes; 256 rows
+STEP_BATCH = 16
+TEACHER, STUDENT = "resnet32x4", "resnet8x4"
+TINY = "resnet8"
+PLAIN = ("plain", "plain with heads")
+OURS = ("auto teacher cached", "auto compiled")
+HEADS = 3
+PROJECTIONS = (128, 2048)  # of WRN-x-2, and of ResNet50
+
+
+def peaked(rows: int, classes: int, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Logits of student and teacher: correlated, the label's is higher, the teacher's more so."""
+    shared = torch.randn(rows, classes, generator=generator)
+    label = torch.zeros(rows, classes).scatter_(1, labels.unsqueeze(1), 1.0)
+    student, teacher = (shared + 0.5 * torch.randn(rows, classes, generator=generator) for _ in range(2))
+    return student + 2.0 * label, teacher + 6.0 * label
+
+
+class Size(NamedTuple):
+    """Of one case's operands."""
+
+    batch: int
+    classes: int = inputs.CLASSES
+    heads: int = HEADS
+    width: int = PROJECTIONS[0]
+
+
+def logits_of_pair(size: Size) -> Operands:
+    """Logits of two networks for the rotated images, main and auxiliary ones, and labels."""
+    generator = torch.Generator().manual_seed(inputs.SEED)
+    targets = torch.randint(size.classes, (size.batch,), generator=generator)
+    joint = originals.joint_labels(targets)
+    first, second = peaked(len(joint), size.classes, joint // originals.VIEWS, generator)
+    heads = [peaked(len(joint), originals.VIEWS * size.classes, joint, generator) for _ in range(size.heads)]
+    return {
+        "student_logits": first,
+        "teacher_logits": second,
+        "student_auxiliary": [student for student, _ in heads],
+        "teacher_auxiliary": [teacher for _, teacher in heads],
+        "targets": targets,
+    }
+
+
+def teacher_operands(size: Size) -> Operands:
+    """Of the teacher's loss."""
+    pair = logits_of_pair(size)
+    return {"logits": pair["teacher_logits"], "auxiliary": pair["teacher_auxiliary"], "targets": pair["targets"]}
+
+
+def online_operands(size: Size) -> Operands:
+    """Of two networks that teach each other."""
+    pair = logits_of_pair(size)
+    return {
+        "logits": [pair["student_logits"], pair["teacher_logits"]],
+        "first_auxiliary": pair["student_auxiliary"],
+        "second_auxiliary": pair["teacher_auxiliary"],
+        "targets": pair["targets"],
+    }
+
+
+def projections(size: Size, noise: float) -> Tensor:
+    """Projections (4B, D) in which the views of one image resemble each other, the less so the more noise there is."""
+    generator = torch.Generator().manual_seed(inputs.SEED + 1)
+    images = torch.randn(size.batch, size.width, generator=generator).repeat_interleave(originals.VIEWS, 0)
+    return images + noise * torch.randn(images.shape, generator=generator)
+
+
+def sskd_operands(size: Size) -> Operands:
+    """Of the student's loss."""
+    pair = logits_of_pair(size._replace(heads=0))
+    return {
+        "student_logits": pair["student_logits"],
+        "teacher_logits": pair["teacher_logits"],
+        "student_projections": projections(size, 4.0),
+        "teacher_projections": projections(size, 3.0),
+        "targets": pair["targets"],
+    }
+
+
+def head_operands(size: Size) -> Operands:
+    """Of the projection head's loss."""
+    return {"projections": projections(size, 3.0)}
+
+
+class Objective(NamedTuple):
+    """One loss: how it is called by the original and by the library."""
+
+    name: str
+    operands: Callable[[Size], Operands]
+    differentiated: tuple[str, ...]
+    original: Callable[..., Tensor]
+    loss: str  # its class in frskd_fast.losses
+    operations: tuple[str, ...]
+    size: Size = Size(BATCH)
+
+
+OBJECTIVES = (
+    Objective(
+        "HSAKD",
+        logits_of_pair,
+        ("student_logits", "student_auxiliary"),
+        originals.hsakd,
+        "HSAKDLoss",
+        ("logits",),
+    ),
+    Objective(
+        "HSAKD teacher",
+        teacher_operands,
+        ("logits", "auxiliary"),
+        originals.hsakd_teacher,
+        "HSAKDTeacherLoss",
+        ("logits",),
+    ),
+    Objective(
+        "HSAKD online",
+        online_operands,
+        ("logits", "first_auxiliary", "second_auxiliary"),
+        originals.hsakd_online,
+        "HSAKDOnlineLoss",
+        ("logits",),
+    ),
+    *(
+        Objective(
+            f"SSKD D={width}",
+            sskd_operands,
+            ("student_logits", "student_projections"),
+            originals.sskd,
+            "SSKDLoss",
+            ("logits",),
+            Size(BATCH, width=width),
+        )
+        for width in PROJECTIONS
+    ),
+    Objective("SSKD head", head_operands, ("projections",), originals.sskd_head, "SSKDHeadLoss", ("logits",)),
+)
+
+
+def ours(name: str, implementation: str) -> Callable[..., Tensor]:
+    """The public loss module, forced to one implementation."""
+    from frskd_fast import losses
+
+    criterion = getattr(losses, name)(impl=implementation)
+
+    def loss(**operands: Any) -> Tensor:
+        arguments = list(operands.values())
+        if "first_auxiliary" in operands:
+            logits, first, second, targets = arguments
+            arguments = [logits, [first, second], targets]
+        result: Tensor = criterion(*arguments)
+        return result
+
+    return loss
+
+
+def bytes_moved(operands: Operands, differentiated: tuple[str, ...], dtype: str) -> int:
+    """Every operand is read and every gradient is written, once."""
+
+    def moved(tensor: Tensor, times: int) -> int:
+        size = FLOAT_BYTES[dtype] if tensor.is_floating_point() else tensor.element_size()
+        return times * size * tensor.numel()
+
+    return sum(
+        moved(tensor, 2 if name in differentiated else 1)
+        for name, value in operands.items()
+        for tensor in tensors_in(value)
+    )
+
+
+def loss_cases(selection: Selection) -> Iterator[Case]:
+    """Objective x dtype, forward and backward."""
+    for objective in OBJECTIVES:
+        size = objective.size._replace(batch=selection.batch or objective.size.batch)
+        operands = objective.operands(size)
+        for dtype in selection.dtypes:
+            yield Case(
+                suite="methods",
+                shape=f"{objective.name} N={size.batch}",
+                dtype=dtype,
+                layout="rows",
+                backward=True,
+                bytes_moved=bytes_moved(operands, objective.differentiated, dtype),
+                operands=partial(objective.operands, size),
+                tiny=partial(objective.operands, Size(2, 10, width=8)),
+                differentiated=objective.differentiated,
+                original=objective.original,
+                ours=partial(ours, objective.loss),
+                operations=objective.operations,
+            )
+
+
+def hsakd_step(images: Tensor, targets: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
+    """HSAKD in the original's order of operations."""
+    with half_precision(images):
+        views = originals.rotated(images)
+        logits, auxiliary = student(views)
+        with torch.no_grad():
+            teacher_logits, teacher_auxiliary = teacher(views)
+        return originals.hsakd(logits, teacher_logits, auxiliary, teacher_auxiliary, targets)
+
+
+def sskd_step(images: Tensor, targets: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
+    """SSKD in the original's order of operations, with the rotations that its loader makes."""
+    with half_precision(images):
+        views = originals.rotated(images)
+        logits, projections, _ = student(views)
+        with torch.no_grad():
+            teacher_logits, teacher_projections, _ = teacher(views)
+        return originals.sskd(logits, teacher_logits, projections, teacher_projections, targets)
+
+
+def plain(images: Tensor, targets: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
+    """The student alone on the same images, without heads and without a teacher."""
+    with half_precision(images):
+        _, logits = student.get_submodule("backbone")(originals.rotated(images))
+        return F.cross_entropy(logits, targets.repeat_interleave(originals.VIEWS))
+
+
+def plain_with_heads(images: Tensor, targets: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
+    """The student with what the method adds to it, and without a teacher."""
+    with half_precision(images):
+        logits, heads, *_ = student(originals.rotated(images))
+        if isinstance(heads, Tensor):
+            return F.cross_entropy(logits[:: originals.VIEWS], targets) + originals.sskd_head(heads)
+        return originals.hsakd_teacher(logits, heads, targets)
+
+
+class Method(NamedTuple):
+    """One method's training step."""
+
+    name: str
+    wrapper: str  # what a backbone gets, a name of frskd_fast.models
+    original: Callable[..., Tensor]
+    task: str  # a name of frskd_fast.tasks
+
+
+METHODS = (
+    Method("HSAKD", "with_auxiliary_heads", hsakd_step, "HSAKDTask"),
+    Method("SSKD", "ProjectionHead", sskd_step, "SSKDTask"),
+)
+
+
+def our_step(task_name: str, layout: str, name: str) -> Callable[..., Tensor]:
+    """The task, with every operation by the implementation that `name` begins with; also the rows without a teacher."""
+    import frskd_fast
+    from frskd_fast import mixing, tasks
+
+    if name in PLAIN:
+        return plain if name == "plain" else plain_with_heads
+    implementation, *form = name.split()
+    built: list[Any] = []
+
+    def task_of(student: nn.Module, teacher: nn.Module) -> Any:
+        """The task of these networks, built once for as long as they come."""
+        if not built or built[0] is not student:
+            task = getattr(tasks, task_name)(student, teacher=teacher, channels_last=layout == "channels_last")
+            if "compiled" in form:
+                task.compile()
+            built[:] = [student, task, None]
+        return built[1]
+
+    def step(images: Tensor, targets: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
+        with frskd_fast.use_impl(implementation), half_precision(images):
+            views = mixing.rotate4(images)
+            task = task_of(student, teacher)
+            if "cached" not in form:
+                return task(views, targets)["loss"]
+            if built[2] is None:
+                with torch.no_grad():
+                    built[2] = task.teacher_outputs(views)
+            return task(views, targets, built[2])["loss"]
+
+    return step
+
+
+def with_statistics(network: nn.Module, images: Tensor) -> nn.Module:
+    """The network in evaluation mode, its BatchNorms with the statistics of `images`: untrained, its maps would explode."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        network(originals.rotated(images))
+    return network.eval()
+
+
+def step_operands(method: Method, student: str, teacher: str, images: Tensor, targets: Tensor) -> Operands:
+    """A batch, a fresh student and a teacher that does not learn."""
+    from frskd_fast import models
+
+    def built(name: str) -> nn.Module:
+        network: nn.Module = getattr(models, method.wrapper)(models.create_model(name, inputs.CLASSES))
+        return network
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(inputs.SEED)
+        networks = {"student": built(student), "teacher": with_statistics(built(teacher), images)}
+    return {"images": images, "targets": targets, **networks}
+
+
+def digits(method: Method, batch: int) -> Operands:
+    """A batch of digit images."""
+    images, targets, _ = inputs.digit_images(batch)
+    return step_operands(method, STUDENT, TEACHER, images, targets)
+
+
+def tiny_step(method: Method) -> Operands:
+    """Small networks on two small images of noise."""
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(inputs.SEED))
+    return step_operands(method, TINY, TINY, noise, torch.arange(2))
+
+
+def step_cases(selection: Selection) -> Iterator[Case]:
+    """Method x dtype x layout; what is compiled is measured where compiling was asked for."""
+    batch = selection.batch or STEP_BATCH
+    for method in METHODS:
+        for dtype in selection.dtypes_of_networks():
+            for layout in selection.layouts:
+                yield Case(
+                    suite="methods",
+                    shape=f"{method.name} step N={batch}",
+                    dtype=dtype,
+                    layout=layout,
+                    backward=True,
+                    bytes_moved=0,
+                    operands=partial(digits, method, batch),
+                    tiny=partial(tiny_step, method),
+                    differentiated=("student",),
+                    original=method.original,
+                    ours=partial(our_step, method.task, layout),
+                    chain=True,
+                    compiles=selection.compiles_network(dtype, layout),
+                    operations=("logits",),
+                    more=(*PLAIN, *OURS),
+                    images=batch,
+                )
+
+
+def cases(selection: Selection) -> list[Case]:
+    """The losses, then the steps."""
+    return [*loss_cases(selection), *step_cases(selection)]

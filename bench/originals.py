@@ -1,0 +1,142 @@
+"""HSAKD and SSKD as their published code orders the operations: the baselines of the suite `methods`, and its truth.
+
+Rows of rotated images come as 4n + r, image n turned by 90 r degrees. Nothing here calls frskd_fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VIEWS = 4
+HSAKD_TEMPERATURE = 3.0
+CLASS_TEMPERATURE, SIMILARITY_TEMPERATURE = 4.0, 0.5
+SIMILARITY_RATIO = 0.75
+
+
+def rotated(images: Tensor) -> Tensor:
+    """The four views of each image, one operation for each."""
+    turned = [torch.rot90(images, quarter, (2, 3)) for quarter in range(1, VIEWS)]
+    return torch.stack([images, *turned], 1).view(-1, *images.shape[1:])
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) / rows of one head."""
+    log_p = F.log_softmax(student_logits / temperature, dim=1)
+    p_teacher = F.softmax(teacher_logits / temperature, dim=1)
+    return F.kl_div(log_p, p_teacher, reduction="batchmean") * temperature**2
+
+
+def joint_labels(targets: Tensor) -> Tensor:
+    """4 y + r of every row."""
+    return torch.stack([VIEWS * targets + quarter for quarter in range(VIEWS)], 1).view(-1)
+
+
+def hsakd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_auxiliary: Sequence[Tensor],
+    teacher_auxiliary: Sequence[Tensor],
+    targets: Tensor,
+) -> Tensor:
+    """The student's loss: cross-entropy of the upright rows, and one divergence for each head."""
+    ce = F.cross_entropy(student_logits[::VIEWS], targets)
+    kd = divergence(student_logits, teacher_logits.detach(), HSAKD_TEMPERATURE)
+    heads = zip(student_auxiliary, teacher_auxiliary, strict=True)
+    return ce + kd + sum(divergence(student, teacher.detach(), HSAKD_TEMPERATURE) for student, teacher in heads)
+
+
+def hsakd_teacher(logits: Tensor, auxiliary: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """The teacher's loss: one cross-entropy for each head."""
+    return cross_entropies(logits, auxiliary, targets, joint_labels(targets))
+
+
+def cross_entropies(logits: Tensor, auxiliary: Sequence[Tensor], targets: Tensor, joint: Tensor) -> Tensor:
+    """Of the upright rows, and of every head with the joint labels."""
+    return F.cross_entropy(logits[::VIEWS], targets) + sum(F.cross_entropy(head, joint) for head in auxiliary)
+
+
+def hsakd_online(
+    logits: Sequence[Tensor], first_auxiliary: Sequence[Tensor], second_auxiliary: Sequence[Tensor], targets: Tensor
+) -> Tensor:
+    """Two networks that teach each other: each direction's softmaxes by themselves."""
+    first, second = logits
+    joint = joint_labels(targets)
+    loss = cross_entropies(first, first_auxiliary, targets, joint)
+    loss = loss + cross_entropies(second, second_auxiliary, targets, joint)
+    heads = [(first, second), *zip(first_auxiliary, second_auxiliary, strict=True)]
+    for mine, other in heads:
+        loss = loss + divergence(mine, other.detach(), HSAKD_TEMPERATURE)
+        loss = loss + divergence(other, mine.detach(), HSAKD_TEMPERATURE)
+    return loss
+
+
+def views(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The positions of the upright rows and those of the turned ones."""
+    index = torch.arange(rows, device=device).view(-1, VIEWS)
+    return index[:, 0], index[:, 1:].reshape(-1)
+
+
+def similarities(upright: Tensor, turned: Tensor) -> Tensor:
+    """Cosine of every turned row with every upright one, (3B, B); both sides are broadcast to (3B, D, B)."""
+    columns = upright.unsqueeze(2).expand(-1, -1, len(turned)).transpose(0, 2)
+    rows = turned.unsqueeze(2).expand(-1, -1, len(upright))
+    return F.cosine_similarity(rows, columns, dim=1)
+
+
+def kept(scores: Tensor, right: Tensor, ratio: float) -> Tensor:
+    """The rows in which the teacher is right, and the least wrong part `ratio` of the others.
+
+    A row's rank is the place of the right column among its sorted scores. The counts go to the host twice: for the number
+    of wrong rows and as the end of a slice. The published code sorts ranks without an order of ties; here the row decides.
+    """
+    order = torch.argsort(scores, dim=1, descending=True)
+    rank = (order == right[:, None]).int().argmax(1)
+    wrong = torch.nonzero(rank, as_tuple=True)[0].numel()
+    keep = len(rank) - wrong + int(wrong * ratio)
+    return torch.sort(torch.argsort(rank, stable=True)[:keep])[0]
+
+
+def sskd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_projections: Tensor,
+    teacher_projections: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """The student's loss: labels and knowledge of the upright rows, of the turned ones, and of the similarities."""
+    upright, turned = views(len(student_logits), student_logits.device)
+    log_p_upright = F.log_softmax(student_logits[upright] / CLASS_TEMPERATURE, dim=1)
+    log_p_turned = F.log_softmax(student_logits[turned] / CLASS_TEMPERATURE, dim=1)
+    p_upright = F.softmax(teacher_logits[upright] / CLASS_TEMPERATURE, dim=1)
+    p_turned = F.softmax(teacher_logits[turned] / CLASS_TEMPERATURE, dim=1)
+    kept_turned = kept(p_turned, targets.repeat_interleave(VIEWS - 1), 1.0)
+
+    similarity = similarities(student_projections[upright], student_projections[turned])
+    teacher_similarity = similarities(teacher_projections[upright], teacher_projections[turned]).detach()
+    kept_similar = kept(teacher_similarity, own_columns(similarity), SIMILARITY_RATIO)
+    log_p_similar = F.log_softmax(similarity / SIMILARITY_TEMPERATURE, dim=1)
+    p_similar = F.softmax(teacher_similarity / SIMILARITY_TEMPERATURE, dim=1)
+
+    ce = F.cross_entropy(student_logits[upright], targets)
+    kd = F.kl_div(log_p_upright, p_upright, reduction="batchmean") * CLASS_TEMPERATURE**2
+    log_p_kept, p_kept = log_p_turned[kept_turned], p_turned[kept_turned]
+    transformed = F.kl_div(log_p_kept, p_kept, reduction="batchmean") * CLASS_TEMPERATURE**2
+    log_p_kept, p_kept = log_p_similar[kept_similar], p_similar[kept_similar]
+    similar = F.kl_div(log_p_kept, p_kept, reduction="batchmean") * SIMILARITY_TEMPERATURE**2
+    return 0.1 * ce + 0.9 * kd + 2.7 * transformed + 10.0 * similar
+
+
+def own_columns(similarity: Tensor) -> Tensor:
+    """The column of the image that each turned row was made of."""
+    return torch.arange(similarity.shape[1], device=similarity.device).repeat_interleave(VIEWS - 1)
+
+
+def sskd_head(projections: Tensor) -> Tensor:
+    """The projection head's loss on the teacher: which image a turned row was made of."""
+    upright, turned = views(len(projections), projections.device)
+    similarity = similarities(projections[upright], projections[turned])
+    return F.cross_entropy(similarity, own_columns(similarity))

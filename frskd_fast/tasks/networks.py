@@ -1,0 +1,100 @@
+"""What tasks do with the networks that they are given: check them, adapt them, move them, freeze a teacher."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from frskd_fast.losses.base import channels_of
+from frskd_fast.models import adapt_backbone, load_teacher
+from frskd_fast.ops.labels import is_mix
+
+from .base import FrozenTeacher
+
+
+def check_module(module: Any, name: str) -> None:
+    """Raise unless `module`, which the error calls `name`, is one."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} is a {type(module).__name__}, but a torch.nn.Module was wanted.")
+
+
+def with_channels(backbone: nn.Module) -> nn.Module:
+    """`backbone`, adapted where it does not say what channels its maps have."""
+    return backbone if isinstance(getattr(backbone, "channels", None), list | tuple) else adapt_backbone(backbone)
+
+
+def like(backbone: nn.Module, module: nn.Module) -> nn.Module:
+    """`module` on the backbone's device and in its dtype."""
+    for parameter in backbone.parameters():
+        if parameter.is_floating_point():
+            return module.to(parameter.device, parameter.dtype)
+    return module
+
+
+def check_takes_preact(module: nn.Module, name: str, loss: nn.Module) -> None:
+    """Raise unless `module(images, preact=True)` can be called, as `loss` wants it."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return  # nothing can be said of a forward without a signature
+    if not any(parameter.name == "preact" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise TypeError(
+            f"{name} ({type(module).__name__}) takes no argument preact, but loss ({type(loss).__name__}) wants feature maps "
+            f"before their last ReLU; let its forward take preact=False and hand them out for preact=True, as the networks "
+            "of frskd_fast.models do, or choose FRSKDLoss or FitNetLoss."
+        )
+
+
+def frozen_teacher(
+    teacher: nn.Module | str,
+    name: str | None,
+    backbone: nn.Module,
+    heads: Literal["auxiliary", "projection"] | None = None,
+) -> FrozenTeacher:
+    """What `load_teacher` gives, frozen; what was read from a file goes to the device and dtype of `backbone`."""
+    if isinstance(teacher, FrozenTeacher):
+        return teacher
+    network = load_teacher(teacher, name, heads=heads)
+    if isinstance(teacher, nn.Module):
+        return FrozenTeacher(network)
+    frozen = FrozenTeacher(network, str(teacher))  # its checksum is that of the file, whatever the backbone's dtype
+    like(backbone, frozen)
+    return frozen
+
+
+def check_same_classes(student: nn.Module, teacher: nn.Module, name: str = "teacher") -> None:
+    """Raise where both networks say how many classes they score and the numbers differ; errors call the second `name`."""
+    counts = [getattr(network, "num_classes", None) for network in (student, teacher)]
+    if None not in counts and counts[0] != counts[1]:
+        raise ValueError(
+            f"{name} ({type(teacher).__name__}) scores {counts[1]} classes, but backbone ({type(student).__name__}) scores "
+            f"{counts[0]} and the same classes were wanted; is it a network for another data set?"
+        )
+
+
+def check_same_levels(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise unless both networks hand out as many feature maps."""
+    counts = [len(channels_of(network)) for network in (student, teacher)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"teacher ({type(teacher).__name__}) has {counts[1]} feature maps, but backbone ({type(student).__name__}) has "
+            f"{counts[0]} and the same number was wanted; choose some with frskd_fast.models.adapt_backbone(network, "
+            "levels=[...])."
+        )
+
+
+def check_rotated(images: Tensor, targets: Any) -> None:
+    """Raise unless there are four rows of images for each row of targets."""
+    labels = targets[0] if is_mix(targets) else targets
+    if isinstance(labels, Tensor) and labels.dim() > 0 and images.shape[0] != 4 * labels.shape[0]:
+        raise ValueError(
+            f"images has {images.shape[0]} rows and targets {labels.shape[0]}, but the four rotations of each image were "
+            "wanted: call task(frskd_fast.mixing.rotate4(images), targets)."
+        )
+
+
+def upright(rows: Tensor) -> Tensor:
+    """(4N, K) -> (N, K), the rows 4n; a copy, because FSDP takes a view among a module's outputs for a danger."""
+    return rows[::4].clone()
