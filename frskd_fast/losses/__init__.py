@@ -1,5 +1,6 @@
 """Distillation losses as ``nn.Module``s, one file per method."""
 
+from frskd_fast.losses.collaborative import CollaborativeTeachingLoss, CollaborativeTeachingLossParts, CTKDLoss
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
 from frskd_fast.losses.hsakd import (
@@ -15,6 +16,9 @@ from frskd_fast.losses.sla import SLALoss, SLALossParts
 from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
 __all__ = [
+    "CTKDLoss",
+    "CollaborativeTeachingLoss",
+    "CollaborativeTeachingLossParts",
     "FRSKDLoss",
     "FRSKDLossParts",
     "FitNetLoss",
