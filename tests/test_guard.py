@@ -16,6 +16,7 @@ from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead, with_auxiliary_heads
 from frskd_fast.tasks import (
     ClassificationTask,
+    CollaborativeTeachingTask,
     DistillationTask,
     FRSKDTask,
     HSAKDOnlineTask,
@@ -119,6 +120,7 @@ METHODS = {
     "hsakd online": HSAKDOnlineTask,
     "sskd head": SSKDHeadTask,
     "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
+    "collaborative": lambda network: CollaborativeTeachingTask(network, ToyNet(width=8), ToyNet()),
     "hints from a network": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
 }
 

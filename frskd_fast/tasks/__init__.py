@@ -2,6 +2,7 @@
 
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
+from .collaborative import CollaborativeTeachingTask
 from .distillation import DistillationTask
 from .frskd import FRSKDTask, build_frskd
 from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
@@ -11,6 +12,7 @@ from .sskd import SSKDHeadTask, SSKDTask
 
 __all__ = [
     "ClassificationTask",
+    "CollaborativeTeachingTask",
     "DistillationTask",
     "FRSKDTask",
     "FrozenTeacher",
