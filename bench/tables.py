@@ -80,7 +80,8 @@ COLUMNS: tuple[Column, ...] = (
     (
         "of plain",
         lambda row: ratio(row["of_plain"]),
-        "of a step: this time / that of plain (cross-entropy without distillation, eager) in the same dtype and layout",
+        "of a step: this time / that of plain (the student's cross-entropy on the same images without distillation, eager) in "
+        "the same dtype and layout",
     ),
     ("images/s", lambda row: significant(row["images_per_second"]), ""),
     (
@@ -113,10 +114,10 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 NETWORKS = (
-    "Networks (self_teacher, step): bf16 is autocast. The gradients' error is ||error|| / ||truth|| of all of them as one "
-    "vector: a rounding across the kink of a ReLU removes a whole term, in bf16 of the original's gradient, too. Ours may "
-    "err a few times as much as the original does, and must agree with it in float64. A step is forward, loss and backward "
-    "without the optimiser, which costs all rows the same."
+    "Networks (self_teacher, step, steps of methods): bf16 is autocast. The gradients' error is ||error|| / ||truth|| "
+    "of all of them as one vector: a rounding across the kink of a ReLU removes a whole term, in bf16 of the "
+    "original's gradient, too. Ours may err a few times as much as the original does, and must agree with it in "
+    "float64. A step is forward, loss and backward without the optimiser, which costs all rows the same."
 )
 
 

@@ -11,11 +11,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tasks import CLASSES, Net, PreactNet, batch, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
+from test_tasks import (
+    CLASSES,
+    Net,
+    PreactNet,
+    Several,
+    batch,
+    compare_compiled,
+    every_kind_of_targets,
+    replay_matches_a_plain_step,
+    train_in_a_group_of_one,
+)
 from torch import Tensor, nn
 
 from frskd_fast.losses import FitNetLoss, FRSKDLoss, KDLoss, OverhaulLoss, SLALoss
-from frskd_fast.models import wrn16x2
+from frskd_fast.models import create_model, wrn16x2
 from frskd_fast.tasks import DistillationTask, FrozenTeacher
 
 DISTILL = ("kd", "att", "fit", "od")
@@ -184,6 +194,20 @@ def test_states_copies_and_files_agree(tmp_path: Path) -> None:
     torch.testing.assert_close(double(images.double(), labels)["loss"].float(), wanted)
 
 
+def test_a_teacher_comes_from_a_file(tmp_path: Path) -> None:
+    path, teacher = tmp_path / "resnet8_vanilla.pth", create_model("resnet8", CLASSES).eval()
+    torch.save({"epoch": 240, "model": teacher.state_dict()}, path)  # as RepDistiller's trainer does
+    images, labels = batch()
+    task = DistillationTask(Net().double(), str(path), teacher_name="resnet8")
+    assert task.teacher.path == str(path)
+    output = task(images.double(), labels)["teacher_output"]
+    torch.testing.assert_close(output, teacher.double()(images.double())[1].detach())
+    # The checksum is that of the file's weights, in whatever dtype they are used.
+    DistillationTask(Net(), str(path), teacher_name="resnet8").load_state_dict(task.state_dict())
+    with pytest.raises(ValueError, match="source is a module"):
+        DistillationTask(Net(), teacher, teacher_name="resnet8")
+
+
 def test_networks_of_every_kind() -> None:
     images, labels = batch()
     teacher = FrozenTeacher(LogitsAlone(), "somewhere.pt")
@@ -199,6 +223,10 @@ def test_networks_of_every_kind() -> None:
     assert task.backbone.channels == task.teacher.network.channels == [4, 6]
     assert {name: len(maps) for name, maps in task.maps(images).items()} == {"student": 2, "teacher": 2}
     assert torch.isfinite(task(images, labels)["loss"])
+    headed = create_model("resnet8_aux", CLASSES)
+    assert DistillationTask(create_model("resnet8", CLASSES), headed, "att").teacher.network is headed.backbone
+    with pytest.raises(TypeError, match=r"teacher \(Several\) returned a dict, but logits"):
+        DistillationTask(LogitsAlone(), Several())(images, labels)
     # The teacher's maps are half as large.
     networks = wrn16x2(num_classes=CLASSES), nn.Module()
     networks[1].channels, networks[1].network = [32, 64, 128], wrn16x2(num_classes=CLASSES)  # type: ignore[assignment]
@@ -251,6 +279,25 @@ def test_data_parallel_trains_every_parameter_but_the_teachers(tmp_path: Path) -
     task = distilling("fit")
     train_in_a_group_of_one(task, [batch(), batch()], tmp_path)
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg8", "wrn_16_1"])
+def test_networks_of_the_zoo_teach_by_the_overhaul_distance(name: str) -> None:
+    teacher = create_model(name, CLASSES)
+    for number, batch_norm in enumerate(teacher.get_bn_before_relu()):  # type: ignore[operator]
+        nn.init.constant_(batch_norm.bias, number - 5.0)  # E[t | t < 0] is about the bias where that is far below 0
+    task = DistillationTask(create_model(name, CLASSES), teacher, "od")
+    for number, channels in enumerate(teacher.channels):  # type: ignore[arg-type, var-annotated]
+        margin = task.loss.get_buffer(f"margin{number + 1}")
+        assert margin.shape == (1, channels, 1, 1) and (margin < number - 4.9).all()
+    assert task(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))["loss"].isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distill", DISTILL)
+def test_a_step_waits_for_no_device_and_is_captured_in_a_cuda_graph(distill: str) -> None:
+    images, labels = (tensor.cuda() for tensor in batch())
+    replay_matches_a_plain_step(distilling(distill).cuda(), images, labels)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_tasks import CLASSES, Net, PreactNet, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
+from test_tasks import (
+    CLASSES,
+    Net,
+    PreactNet,
+    compare_compiled,
+    every_kind_of_targets,
+    replay_matches_a_plain_step,
+    train_in_a_group_of_one,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frskd_fast.losses import HSAKDLoss, HSAKDOnlineLoss, HSAKDTeacherLoss, SSKDHeadLoss, SSKDLoss
 from frskd_fast.mixing import rotate4
-from frskd_fast.models import ProjectionHead, create_model, resnet8, with_auxiliary_heads
+from frskd_fast.models import ProjectionHead, create_model, load_backbone_weights, resnet8, with_auxiliary_heads
 from frskd_fast.tasks import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask, SSKDHeadTask, SSKDTask, Student, Task
 
 TASKS: dict[str, Callable[..., Any]] = {
@@ -289,7 +298,14 @@ def test_a_teacher_comes_from_the_checkpoint_of_its_own_task(kind: str, tmp_path
         torch.testing.assert_close(value.float(), first.net.state_dict()[key].float(), msg=key)
     assert task(rotate4(torch.randn(2, 3, 16, 16, dtype=torch.float64)), torch.arange(2))["loss"].dtype == torch.float64
     same = task_of(resnet8(num_classes=CLASSES), str(path))
-    same.load_state_dict({key: value for key, value in task.state_dict().items()})
+    same.load_state_dict(task.state_dict())
+    # What `frskd-fast export` does with the student's checkpoint.
+    torch.save(
+        {"state_dict": {f"task.{key}": value for key, value in task.state_dict().items()}}, tmp_path / "student.ckpt"
+    )
+    student = resnet8(num_classes=CLASSES).double()
+    load_backbone_weights(student, tmp_path / "student.ckpt")
+    assert all(torch.equal(value, task.backbone.state_dict()[key]) for key, value in student.state_dict().items())
     torch.save({"state_dict": {key: value for key, value in state.items() if keys not in key}}, path)
     with pytest.raises(ValueError, match=f"{stage.__name__}"):
         task_of(resnet8(num_classes=CLASSES), str(path), teacher_name="resnet8")
@@ -328,3 +344,29 @@ def test_a_teacher_comes_from_the_checkpoint_of_its_own_task(kind: str, tmp_path
 def test_what_does_not_fit_is_refused(build: Callable[[], nn.Module], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         build()
+
+
+class NothingReadBack(TorchDispatchMode):
+    """No operation that a device would have to be waited for: a number on the host, a shape that depends on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(function.name().startswith(f"aten::{name}") for name in self.WAITING), function.name()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_reads_nothing_back(name: str) -> None:
+    task = TASKS[name]()
+    images, labels = views()
+    with NothingReadBack():
+        task(images, labels)["loss"].backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_waits_for_no_device_and_is_captured_in_a_cuda_graph(name: str) -> None:
+    task = TASKS[name]().cuda()
+    images, labels = (tensor.cuda() for tensor in views())
+    replay_matches_a_plain_step(task, images, labels)

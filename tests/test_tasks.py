@@ -366,6 +366,36 @@ def compare_compiled(
     return counter.frame_count
 
 
+def replay_matches_a_plain_step(task: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """A step of a task on a device without a wait for it, and the loss and gradients of its replay from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            task(images, labels)["loss"].backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        task(images, labels)["loss"].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    task.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = task(images, labels)["loss"]
+        loss.backward()
+    graph.replay()
+    torch.cuda.synchronize()
+    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    captured = [parameter.grad.clone() for parameter in trained]
+    task.zero_grad(set_to_none=True)
+    wanted = task(images, labels)["loss"]
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach())
+    for ours, parameter in zip(captured, trained, strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
 # What `build_frskd` chooses between.
 VARIANTS: dict[str, dict[str, Any]] = {
     "fit": {"distill": "fit", "beta": 3.0},

@@ -263,6 +263,32 @@ def test_rows_come_back_for_every_key(half: bool, views: int, tmp_path: Path) ->
             each = found[name].unflatten(0, (6, -1))[[4, 1]].flatten(0, 1)
             assert torch.equal(each, part[name]), "rounded alike, whether or not it has been on the disk"
     assert (outputs.computed, again.computed, again.damaged) == (6, 0, 0)
+    assert (outputs.is_new, again.is_new) == (True, False)
+    with pytest.raises(
+        ValueError, match=f"images has {6 * views} rows for 5 keys, but {views} for each key were wanted"
+    ):
+        again(images, KEYS[:5])
+
+
+def test_every_setting_has_a_file_of_its_own(tmp_path: Path) -> None:
+    """Another teacher, other layers with the same weights, another size, other pixels, another precision."""
+    task, images = task_and_images()
+    strided = KeptTask(ToyNet())
+    strided.teacher.network.first[0].stride = (1, 1)
+    settings: list[tuple[Task, Tensor, dict[str, Any]]] = [
+        (task, images, {}),
+        (KeptTask(ToyNet(), seed=1), images, {}),
+        (strided, images, {}),
+        (task, images[..., :6], {}),
+        (task, images, {"settings": {"mean": (0.5, 0.5, 0.5)}}),
+        (task, images, {"half": True}),
+        (TurnedTask(ToyNet()), rotate4(images), {"samples": 6}),
+    ]
+    paths = {TeacherOutputs(tmp_path, kind, batch, keys=10, **more).path for kind, batch, more in settings}
+    assert len(paths) == len(settings)
+    assert TeacherOutputs(tmp_path, KeptTask(ToyNet()), torch.zeros(2, 3, 8, 8), keys=10).path in paths, (
+        "only the shape"
+    )
 
 
 def test_bfloat16_outputs_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -399,6 +425,20 @@ def test_a_compiled_step_takes_the_outputs_as_inputs_of_one_graph(tmp_path: Path
         with torch.compiler.set_stance("default" if n == 6 else "fail_on_recompile"):
             torch.testing.assert_close(task(images[: 4 * n], targets[:n], given)["loss"], loss)
     assert KeptTask.seen == before + 24, "the first time, and not within the graph"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_warm_cache_does_not_wait_for_the_device(tmp_path: Path) -> None:
+    task, images = task_and_images()
+    task, images = task.cuda(), images.cuda()
+    outputs = TeacherOutputs(tmp_path, task, images, keys=10)
+    expected = outputs(images, KEYS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = outputs(images, KEYS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found["logits"].is_cuda and torch.equal(found["logits"], expected["logits"])
 
 
 METHODS: dict[str, Any] = {

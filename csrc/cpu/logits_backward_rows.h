@@ -3,6 +3,7 @@
 
 #include "logits_row.h"
 #include "logits_tile.h"
+#include "parallel.h"
 
 namespace frskd {
 namespace {
@@ -137,14 +138,14 @@ void logits_backward_row(const Logits& call, const Head& head, int64 head_index,
     A* teacher_to = teacher_out == nullptr ? nullptr : target(teacher_out, dt.stride_c, first, teacher_gradients);
     const bool pull = call.kd_to_teacher;
     const auto differentiate = [&](auto student_wanted, auto teacher_wanted) {
-      differentiate_tile<P, decltype(student_wanted)::value, decltype(teacher_wanted)::value, Both>(
+      differentiate_tile<P, decltype(student_wanted)::kValue, decltype(teacher_wanted)::kValue, Both>(
           g, scale, zs, zt, shares, count, inverse_temperature, pull, grad_kd_back, student_to, teacher_to);
     };
     if (student_to != nullptr && teacher_to != nullptr) {
-      differentiate(Flag<true>{}, Flag<true>{});
+      differentiate(Constant<true>{}, Constant<true>{});
     } else if constexpr (!Both) {
-      if (student_to != nullptr) differentiate(Flag<true>{}, Flag<false>{});
-      if (student_to == nullptr && teacher_to != nullptr) differentiate(Flag<false>{}, Flag<true>{});
+      if (student_to != nullptr) differentiate(Constant<true>{}, Constant<false>{});
+      if (student_to == nullptr && teacher_to != nullptr) differentiate(Constant<false>{}, Constant<true>{});
     }
     for (int side = 0; side < 2 && head.labels != nullptr; ++side) {
       const int64 k = g.labels.index[side] - first;

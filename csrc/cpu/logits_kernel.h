@@ -13,22 +13,45 @@ namespace {
 // for a row. With `joined`, a head whose rows are computed with those of another is not visited.
 template <typename Body>
 void for_each_piece(const Logits& call, ParallelFor run, bool joined, const Body& body) {
-  for (int64 index = 0; index < call.count; ++index) {
-    const Head& head = call.heads[index];
-    if (joined && head.is_exchanged) continue;
-    const int64 pixels = pixels_of(head.student);
+  struct Pieces {
+    bool tiled;
+    int64 pixels, tile;  // of an image, of a piece
+    int64 in_image, count;
+    int64 elements;  // of a piece
+  };
+  const auto pieces_of = [&](const Head& head) {
+    const int64 pixels = pixels_of(head.student), channels = head.student.channels;
     const bool tiled = along_pixels(head);
-    const int64 tile = tiled ? pixel_tile(head.student.channels) : 1;
-    const int64 pieces = pixels == 0 ? 0 : (pixels + tile - 1) / tile;
-    // An exponential costs about as much as eight loads.
-    parallel(run, head.batch * pieces, grain_for(8 * tile * head.student.channels), [&](int64 begin, int64 end) {
-      for (int64 step = begin; step < end; ++step) {
-        const int64 n = step / pieces, first = step % pieces * tile;
-        const int64 count = pixels - first < tile ? pixels - first : tile;
-        body(head, index, n, first, tiled ? count : 0, head.first_row + n * pixels + first);
-      }
-    });
+    const int64 tile = tiled ? pixel_tile(channels) : 1;
+    const int64 in_image = (pixels + tile - 1) / tile;
+    const int64 count = joined && head.is_exchanged ? 0 : head.batch * in_image;
+    return Pieces{tiled, pixels, tile, in_image, count, tile * channels};
+  };
+  int64 elements = 0;
+  for (int64 index = 0; index < call.count; ++index) {
+    const Pieces pieces = pieces_of(call.heads[index]);
+    elements += pieces.count * pieces.elements;
   }
+  // One loop over the elements of all heads; a piece belongs to the thread in whose range it begins. An exponential
+  // costs about as much as eight loads.
+  parallel(run, elements, grain_for(8), [&](int64 begin, int64 end) {
+    int64 offset = 0;
+    for (int64 index = 0; index < call.count; ++index) {
+      const Head& head = call.heads[index];
+      const Pieces pieces = pieces_of(head);
+      const auto first_from = [&](int64 position) {
+        const int64 step = position <= offset ? 0 : (position - offset + pieces.elements - 1) / pieces.elements;
+        return step < pieces.count ? step : pieces.count;
+      };
+      const int64 last = first_from(end);
+      for (int64 step = first_from(begin); step < last; ++step) {
+        const int64 n = step / pieces.in_image, first = step % pieces.in_image * pieces.tile;
+        const int64 left = pieces.pixels - first, count = left < pieces.tile ? left : pieces.tile;
+        body(head, index, n, first, pieces.tiled ? count : 0, head.first_row + n * pieces.pixels + first);
+      }
+      offset += pieces.count * pieces.elements;
+    }
+  });
 }
 
 // Whether heads with student and teacher exchanged are computed together.
@@ -48,12 +71,12 @@ inline void with_row_plan(const Logits& call, const Head& head, const RowPositio
     if (head.exchanged != nullptr) {
       // One body for all temperatures.
       using Any = Plan<Temperature::kAny, P::kCrossEntropy, true, false>;
-      unlabelled ? body(DivergenceAlone{}, Flag<true>{}) : body(Any{}, Flag<true>{});
+      unlabelled ? body(DivergenceAlone{}, Constant<true>{}) : body(Any{}, Constant<true>{});
     } else {
-      unlabelled ? body(DivergenceAlone{}, Flag<false>{}) : body(P{}, Flag<false>{});
+      unlabelled ? body(DivergenceAlone{}, Constant<false>{}) : body(P{}, Constant<false>{});
     }
   } else {
-    body(P{}, Flag<false>{});
+    body(P{}, Constant<false>{});
   }
 }
 
@@ -67,7 +90,7 @@ void logits_forward_typed(const Logits& call, ParallelFor run) {
       } else {
         const RowPosition at = position_of(head.student, n, first);
         const auto compute = [&](auto chosen, auto both) {
-          logits_forward_row<decltype(chosen), decltype(both)::value, T, A>(call, head, at, row);
+          logits_forward_row<decltype(chosen), decltype(both)::kValue, T, A>(call, head, at, row);
         };
         with_row_plan<P>(call, head, at, compute);
       }
@@ -94,7 +117,7 @@ void logits_backward_typed(const Logits& call, ParallelFor run) {
           } else {
             const RowPosition at = position_of(head.student, n, first);
             const auto compute = [&](auto chosen, auto both) {
-              logits_backward_row<decltype(chosen), decltype(both)::value, T, A>(call, head, index, at, row);
+              logits_backward_row<decltype(chosen), decltype(both)::kValue, T, A>(call, head, index, at, row);
             };
             with_row_plan<P>(call, head, at, compute);
           }

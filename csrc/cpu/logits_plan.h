@@ -45,11 +45,6 @@ struct Plan {
   static constexpr bool kExtra = Extra;
 };
 
-template <bool Value>
-struct Flag {
-  static constexpr bool value = Value;
-};
-
 template <typename Body>
 inline void with_plan(double temperature, bool cross_entropy, bool teacher, bool extra, const Body& body) {
   if (!teacher)

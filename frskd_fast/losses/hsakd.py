@@ -66,13 +66,13 @@ def _checked_heads(logits: Any, auxiliary: Any, name: str, auxiliary_name: str) 
             f"{auxiliary_name} is a {type(auxiliary).__name__}, but a list of the auxiliary heads' logits, each (4N, 4K), "
             "was wanted."
         )
+    wanted = shape[0], 4 * shape[1]
     for head, joint in enumerate(auxiliary):
         head_name = f"{auxiliary_name}[{head}]"
-        _checks.floating_tensor(joint, head_name)
-        if joint.dim() != 2 or joint.shape[0] != shape[0] or joint.shape[1] != 4 * shape[1]:
+        if _checks.floating_tensor(joint, head_name).shape != wanted:
             raise ValueError(
-                f"{head_name} has shape {tuple(joint.shape)}, but {(shape[0], 4 * shape[1])}, a score for each of the four "
-                f"rotations of each class of {name}, was wanted."
+                f"{head_name} has shape {tuple(joint.shape)}, but {wanted}, a score for each of the four rotations of each "
+                f"class of {name}, was wanted."
             )
         _checks.same(logits, name, joint, head_name)
     return logits, *auxiliary
@@ -114,10 +114,10 @@ def _upright(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 def _none_of(targets: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
-    """Labels for `logits` of which none counts, and which take no memory."""
+    """Labels for `logits` of which none counts."""
     if targets.is_floating_point():
         return targets.new_zeros((1, 1)).expand(logits.shape)
-    return targets.new_full((1,), ignore_index).expand(logits.shape[:1])
+    return targets.new_full(logits.shape[:1], ignore_index)
 
 
 class _HSAKDLoss(Loss[Parts]):

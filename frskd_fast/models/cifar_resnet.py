@@ -83,6 +83,17 @@ class CIFARResNet(nn.Module):
         others = (block(self.channels[level], planes) for _ in range(count - 1))
         return ReLUSequential(block(in_channels, planes, stride), *others)
 
+    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        """The last BatchNorm of each stage, finest first, for overhaul margins.
+
+        Example:
+            >>> [batch_norm.num_features for batch_norm in resnet8().get_bn_before_relu()]
+            [16, 32, 64]
+        """
+        name = "bn2" if self._block is BasicBlock else "bn3"
+        blocks = (getattr(self, stage)[-1] for stage in self._stages)
+        return [getattr(block, name) for block in blocks]
+
     def build_auxiliary_classifier(self, num_classes: int) -> AuxiliaryClassifier:
         """HSAKD's heads: head l repeats the stages after l, the last one the last stage at stride 1."""
         extractors = remaining_stages(self.channels, self._stage, ReLUSequential)

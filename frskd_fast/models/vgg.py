@@ -5,6 +5,7 @@ Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Re
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,6 +85,16 @@ class VGG(nn.Module):
 
     def _block(self, number: int, in_channels: int) -> nn.Sequential:
         return _block(in_channels, WIDTHS[number], self._convolutions[number])
+
+    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        """The BatchNorm that makes each pre-activation feature map, finest first, for overhaul margins.
+
+        Example:
+            >>> [batch_norm.num_features for batch_norm in vgg8().get_bn_before_relu()]
+            [64, 128, 256, 512]
+        """
+        blocks: list[Any] = [self.block0, self.block1, self.block2, self.block3, self.block4]
+        return [blocks[number][-1] for number in FEATURE_BLOCKS]
 
     def build_auxiliary_classifier(self, num_classes: int) -> AuxiliaryClassifier:
         """HSAKD's heads: head l repeats pools and blocks after l, the last one blocks 4 and 5; PyTorch's initialisation."""

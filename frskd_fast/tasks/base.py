@@ -211,6 +211,8 @@ class FrozenTeacher(nn.Module):
 
     def __init__(self, network: nn.Module, path: str = "") -> None:
         super().__init__()
+        # Its BatchNorms are not folded into convolutions: that saves a few percent of its forward pass, and the folded weights
+        # would follow neither a state that is loaded later nor a wider dtype.
         self.network = network.requires_grad_(False)
         self.path = str(path)
         self.checksum = checksum(network)
@@ -292,8 +294,10 @@ def laid_out(images: Tensor, channels_last: bool) -> Tensor:
     return images
 
 
-def features_and_logits(backbone: nn.Module, images: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
-    """The backbone's feature maps, before their last ReLU where `preact` says so, and its logits."""
+def features_and_logits(
+    backbone: nn.Module, images: Tensor, preact: bool = False, name: str = "backbone"
+) -> tuple[list[Tensor], Tensor]:
+    """The backbone's feature maps, before their last ReLU where `preact` says so, and its logits; errors call it `name`."""
     output = backbone(images, preact=True) if preact else backbone(images)
     if (
         isinstance(output, tuple | list)
@@ -303,22 +307,27 @@ def features_and_logits(backbone: nn.Module, images: Tensor, preact: bool = Fals
     ):
         return list(output[0]), output[1]
     raise TypeError(
-        f"backbone ({type(backbone).__name__}) returned a {type(output).__name__}, but (list of feature maps, logits) was "
+        f"{name} ({_kind(backbone)}) returned a {type(output).__name__}, but (list of feature maps, logits) was "
         "wanted; wrap it with frskd_fast.models.adapt_backbone."
     )
 
 
-def logits_of(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The backbone's logits, whether or not feature maps come with them."""
+def logits_of(backbone: nn.Module, images: Tensor, name: str = "backbone") -> Tensor:
+    """The backbone's logits, whether or not feature maps come with them; errors call it `name`."""
     output = backbone(images)
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple | list) and len(output) == 2 and isinstance(output[1], Tensor):
         return output[1]
     raise TypeError(
-        f"backbone ({type(backbone).__name__}) returned a {type(output).__name__}, but logits or (list of feature maps, "
+        f"{name} ({_kind(backbone)}) returned a {type(output).__name__}, but logits or (list of feature maps, "
         "logits) was wanted; wrap it with frskd_fast.models.adapt_backbone."
     )
+
+
+def _kind(network: nn.Module) -> str:
+    """The name of the network's class, of a frozen one's own."""
+    return type(network.network if isinstance(network, FrozenTeacher) else network).__name__
 
 
 def traceable_targets(targets: Any, logits: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0) -> Any:

@@ -173,7 +173,7 @@ class DistillationTask(Task):
             with torch.no_grad():
                 teacher_outputs = self.teacher_outputs(images)
         teacher_output, *teacher_features = teacher_outputs.values()
-        features, output = self._outputs(self.backbone, images)
+        features, output = self._outputs(self.backbone, images, "backbone")
         smoothing, ignored = declared(self.loss, "label_smoothing"), declared(self.loss, "ignore_index")
         targets = traceable_targets(targets, output, ignored, smoothing)
         loss_logits = one_dtype([output, teacher_output])
@@ -192,16 +192,16 @@ class DistillationTask(Task):
 
     def teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's logits and, where the loss compares them, its feature maps; see `Task.teacher_outputs`."""
-        features, output = self._outputs(self.teacher, images)
+        features, output = self._outputs(self.teacher, images, "teacher")
         name = "preact_features" if self._preact else "features"
         return {"logits": output, **{f"{name}_{number}": feature for number, feature in enumerate(features, 1)}}
 
-    def _outputs(self, network: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _outputs(self, network: nn.Module, images: Tensor, name: str) -> tuple[list[Tensor], Tensor]:
         """Feature maps, where the loss compares them, and logits."""
         images = laid_out(images, self.channels_last)
         if self.gamma is None:
-            return [], logits_of(network, images)
-        return features_and_logits(network, images, self._preact)
+            return [], logits_of(network, images, name)
+        return features_and_logits(network, images, self._preact, name)
 
     def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Feature maps of the student, and of a teacher that has some."""

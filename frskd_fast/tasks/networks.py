@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from frskd_fast.losses.base import channels_of
-from frskd_fast.models import adapt_backbone, load_teacher
+from frskd_fast.models import AuxiliaryNetwork, ProjectionHead, adapt_backbone, load_teacher
 from frskd_fast.ops.labels import is_mix
 
 from .base import FrozenTeacher
@@ -53,10 +53,12 @@ def frozen_teacher(
     backbone: nn.Module,
     heads: Literal["auxiliary", "projection"] | None = None,
 ) -> FrozenTeacher:
-    """What `load_teacher` gives, frozen; what was read from a file goes to the device and dtype of `backbone`."""
+    """What `load_teacher` gives, frozen, without heads unless they are wanted; out of a file, where the `backbone` is."""
     if isinstance(teacher, FrozenTeacher):
         return teacher
     network = load_teacher(teacher, name, heads=heads)
+    if heads is None and isinstance(network, AuxiliaryNetwork | ProjectionHead):
+        network = network.backbone
     if isinstance(teacher, nn.Module):
         return FrozenTeacher(network)
     frozen = FrozenTeacher(network, str(teacher))  # its checksum is that of the file, whatever the backbone's dtype

@@ -112,8 +112,9 @@ class SSKDTask(Task):
         backbone: the student, as for `SSKDHeadTask`. Its head learns with it and is left behind by `student()`.
         teacher: a network with a trained projection head: a `ProjectionHead`, or a file or a run's folder that holds one, see
             `frskd_fast.models.load_teacher`.
-        ce_weight, kd_weight, transformed_weight, similarity_weight, kd_temperature, transformed_temperature,
-        similarity_temperature, transformed_ratio, similarity_ratio: as in `SSKDLoss`.
+        ce_weight, kd_weight, transformed_weight, similarity_weight: of the terms, as in `SSKDLoss`.
+        kd_temperature, transformed_temperature, similarity_temperature: as in `SSKDLoss`.
+        transformed_ratio, similarity_ratio: as in `SSKDLoss`.
         teacher_name: name of the teacher's network, as for `create_model`, where `teacher` is a file that does not say it.
         channels_last: keep parameters and images in `torch.channels_last`.
 

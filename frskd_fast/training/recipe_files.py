@@ -44,7 +44,7 @@ def recipe_text(name: str, beside: Path | None = None) -> tuple[str, Path | None
         beside: the folder of the file that names this one.
 
     Raises:
-        RecipeError: naming the recipes there are.
+        RecipeError: naming those that are spelt alike.
     """
     for folder in (beside, Path()):
         if folder is not None and (folder / name).is_file():
@@ -54,10 +54,11 @@ def recipe_text(name: str, beside: Path | None = None) -> tuple[str, Path | None
     if bare in names:
         entry = resources.files(__package__) / FOLDER / names[bare] / f"{bare}.yaml"
         return entry.read_text(encoding="utf-8"), None
-    close = difflib.get_close_matches(bare, names, n=1)
-    meant = f" Did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(bare, names, n=3)
+    meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise RecipeError(
-        f"The recipe {name!r} is neither a file nor one of the package's; those are: {', '.join(names)}.{meant}"
+        f"The recipe {name!r} is neither a file nor one of the package's; `frskd-fast recipes METHOD` lists those of "
+        f"{', '.join(dict.fromkeys(names.values()))}.{meant}"
     )
 
 

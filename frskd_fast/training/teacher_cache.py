@@ -88,7 +88,8 @@ class TeacherCache(Callback):
         assert self.outputs is not None
         pl_module.teacher_outputs = self.outputs
         if trainer.is_global_zero:
-            print(f"Outputs of the teacher are kept in {self.outputs.path}.", flush=True)
+            new = ", which is new" if self.outputs.is_new else ""
+            print(f"Outputs of the teacher are kept in {self.outputs.path}{new}.", flush=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many records were damaged."""

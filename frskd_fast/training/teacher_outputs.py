@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import tempfile
+import re
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +64,7 @@ class TeacherOutputs:
     Args:
         folder: where the file lies, under a name that follows from everything that decides its content.
         task: its `teacher_outputs` computes what is missing, and its `FrozenTeacher`s give the checksum.
-        images: images as the task takes them in training; only shape, dtype and device matter.
+        images: a batch as the task takes it in training; only shape, dtype and device matter.
         samples: how many images those are: `images` may hold several views of each.
         keys: number of keys; a key is an image under one augmentation, such as flipped or not.
         settings: what decides the pixels that a key stands for, as values of JSON.
@@ -75,6 +75,7 @@ class TeacherOutputs:
     Attributes:
         path: of the file.
         fields: what a record holds.
+        is_new: whether the file was not there.
         computed: images over which the teacher has run so far, here.
         damaged: records found to be cut off or altered so far, and computed again.
 
@@ -113,11 +114,13 @@ class TeacherOutputs:
     ) -> None:
         self.task = task
         samples = images.shape[0] if samples is None else samples
+        self.views = images.shape[0] // samples
         self.fields = fields_of(task, images, samples, features, half)
         self.keys = keys
         self.computed = self.damaged = 0
         teachers = {
-            name: [module.checksum, _digest(str(module.network))]
+            # The layers, too, without addresses in memory: a stride or a slope is in no state.
+            name: [module.checksum, _digest(re.sub("0x[0-9a-f]+", "", str(module.network)))]
             for name, module in task.named_modules()
             if isinstance(module, FrozenTeacher)
         }
@@ -127,6 +130,7 @@ class TeacherOutputs:
                 {
                     "teachers": teachers,
                     "views": task.views,
+                    "images": [self.views, *images.shape[1:], str(images.dtype)],
                     "keys": keys,
                     "settings": dict(settings or {}),
                     "fields": [(name, shape, str(dtype), str(stored)) for name, shape, dtype, stored in self.fields],
@@ -138,6 +142,7 @@ class TeacherOutputs:
         name = f"teacher-{checksum[:12]}-{_digest(json.dumps(header, sort_keys=True))[:16]}.outputs"
         self.path = Path(folder) / name
         self.words = 1 + sum(field.words for field in self.fields)
+        self.is_new = not self.path.exists()
         self._records = _mapped(self.path, header, keys, self.words, create)
         self._trusted = torch.zeros(keys, dtype=torch.bool)
         # Odd factors: an altered word alters the sum.
@@ -148,10 +153,14 @@ class TeacherOutputs:
         """The teacher's outputs for a batch, on the device of the images.
 
         Args:
-            images: as `Task.forward` takes them: R rows for each key, those of one key beside each other.
-            keys: int64 (N,) on the host, in 0 .. number of keys - 1, which the images must deserve: that is not checked.
+            images: as `Task.forward` takes them: as many rows for each key as at first, those of one key beside each other.
+            keys: int64 (N,) on the host, in 0 .. number of keys - 1; that they belong to these images is not checked.
         """
         keys = torch.as_tensor(keys)
+        if images.shape[0] != self.views * len(keys):
+            raise ValueError(
+                f"images has {images.shape[0]} rows for {len(keys)} keys, but {self.views} for each key were wanted."
+            )
         on_gpu = images.device.type == "cuda"
         records = torch.empty(len(keys), self.words, dtype=torch.int64, pin_memory=on_gpu)
         torch.index_select(self._records, 0, keys, out=records)
@@ -178,7 +187,7 @@ class TeacherOutputs:
         if not len(rows):
             return
         if len(rows) < len(keys):
-            views = images.unflatten(0, (len(keys), -1))
+            views = images.unflatten(0, (len(keys), self.views))
             images = views[rows.to(images.device)].flatten(0, 1)
         computed = self._packed(_outputs(self.task, images), len(rows))
         computed[:, 0] = self._checks(computed, keys[rows])
@@ -309,9 +318,9 @@ def _problem_with(path: Path, beginning: bytes, size: int) -> str | None:
 def _create(path: Path, beginning: bytes, size: int) -> None:
     """Write an empty file of its full size beside `path` and rename it; an OSError where there is no room."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(descriptor, "wb") as file:
+        with open(partial, "xb") as file:
             # A hole would be filled when a page goes to the disk, where a full one ends the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -323,10 +332,9 @@ def _create(path: Path, beginning: bytes, size: int) -> None:
             file.write(beginning)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(partial, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        partial.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
 

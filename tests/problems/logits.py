@@ -87,6 +87,7 @@ class LogitsProblem:
     differentiated: tuple[bool, bool] = (True, True)  # the student's logits, the teacher's
     change: Callable[[Operands], None] | None = None  # in place, before the layout
     may_refuse: bool = False  # on the CPU, in a sentence about a label
+    exchanged: bool = False  # as many heads again, on the same tensors with student and teacher exchanged
     gradient_scale: float = 0.0  # of the terms that cancel where the gradient is 0
 
     def operands(self, device: str) -> Operands:
@@ -118,14 +119,15 @@ class LogitsProblem:
                 return tuple(map(moved, target))
             return LAYOUTS[self.target_layout](target.to(device))
 
-        return Operands(
-            [LAYOUTS[self.student_layout](student.to(device)) for student in students],
-            [LAYOUTS[self.teacher_layout](teacher.to(device)) for teacher in teachers],
-            [moved(target) for target in targets],
-        )
+        students = [LAYOUTS[self.student_layout](student.to(device)) for student in students]
+        teachers = [LAYOUTS[self.teacher_layout](teacher.to(device)) for teacher in teachers]
+        targets = [moved(target) for target in targets]
+        if self.exchanged:
+            return Operands(students + teachers, teachers + students, targets * 2)
+        return Operands(students, teachers, targets)
 
     def _ours(self, operands: Operands, implementation: str) -> list[Tensor]:
-        several = len(self.shapes) > 1
+        several = len(operands.students) > 1
         targets: Any = None
         if self.kind == SECOND_LABELS:
             targets = (*operands.targets[0], MIX)  # the same for every head
@@ -158,7 +160,7 @@ class LogitsProblem:
             for column, row, divisor in zip(columns, rows, divisors, strict=True):
                 reduced = row.sum() if self.reduction != "none" else row
                 column.append(reduced / divisor if self.reduction == "batchmean" else reduced)
-        if len(self.shapes) == 1:
+        if len(operands.students) == 1:
             return [column[0] for column in columns]
         return [torch.cat([piece.flatten() for piece in column]) for column in columns]
 
@@ -385,6 +387,26 @@ def _special() -> Iterator[LogitsProblem]:
         yield make(f"heads of different sizes, {reduction}", _HEADS, reduction=reduction, detach_teacher=True)
     for reduction in ("none", "batchmean"):
         yield make(f"19 heads, {reduction}", _MANY_HEADS, reduction=reduction)
+    for kind, dtype, smoothing, differentiated in (
+        ("labels", torch.float32, 0.0, (True, False)),
+        ("labels", torch.float32, 0.0, (True, True)),
+        ("labels", torch.bfloat16, 0.1, (True, False)),
+        (SECOND_LABELS, torch.float64, 0.0, (True, False)),
+        ("none", torch.float16, 0.0, (True, False)),
+        ("probabilities", torch.float32, 0.0, (True, False)),
+    ):
+        # Second labels are the same in all heads, which then have to be of one size.
+        shapes = ((6, 43),) if kind == SECOND_LABELS else ((6, 10), (6, 43))
+        yield make(f"exchanged heads, {kind}, {dtype}, {smoothing}, {differentiated}", shapes, kind, dtype,
+                   smoothing=smoothing, temperature=3.0, reduction="none" if len(shapes) == 1 else "batchmean",
+                   detach_teacher=True, differentiated=differentiated, exchanged=True)  # fmt: skip
+    for where, change in (
+        ("maxima apart", _maxima_apart),
+        ("the first masked", _masked(slice(0, 1024), 4500)),
+        ("some masked", _masked(slice(3000, 3100), 4500)),
+    ):
+        yield make(f"exchanged heads in tiles, {where}", ((2, 5000), (2, 5000)), temperature=3.0,
+                   detach_teacher=True, differentiated=(True, False), exchanged=True, change=change)  # fmt: skip
     for kind in ("labels", "probabilities", "none"):
         yield make(f"means of many rows, {kind}", _MANY_ROWS, kind, reduction="batchmean", detach_teacher=True)
     for kind in ("labels", SECOND_LABELS):
