@@ -21,6 +21,7 @@ sys.path.append(str(ROOT))
 
 from bench import (  # noqa: E402
     correctness,
+    ffl_step,
     measure,
     memory,
     run,
@@ -148,7 +149,7 @@ def check_original(case: Case) -> None:
 
 @pytest.mark.parametrize("objective", methods.OBJECTIVES, ids=lambda objective: objective.name)
 def test_originals_of_methods_are_the_objectives_of_the_library(objective: methods.Objective) -> None:
-    shape = f"{objective.name} N={methods.BATCH}"
+    shape = f"{objective.name} N={objective.size.batch}"
     case = next(case for case in methods.loss_cases(Selection(dtypes=("fp32",))) if case.shape == shape)
     check_original(case)
     assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
@@ -167,6 +168,14 @@ def test_a_step_with_a_frozen_teacher_is_measured(method: methods.Method) -> Non
     assert all(row.parts_ms is None for row in rows.values())  # which are those of FRSKD's step
     # Nothing of the teacher is kept for backward.
     assert rows["auto"].saved_bytes < 1.1 * rows["plain with heads"].saved_bytes
+
+
+def test_a_step_of_ffl_is_measured() -> None:
+    (case,) = ffl_step.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
+    check_original(case)
+    rows = run_tiny(dataclasses.replace(case, operands=case.tiny, images=2), "eager", "auto")
+    assert list(rows) == ["eager", "auto", *ffl_step.PLAIN]
+    assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
 
 
 def test_full_run_covers_the_settings_of_the_networks() -> None:

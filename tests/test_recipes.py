@@ -63,6 +63,7 @@ WANTED = (
         "wrn_40_2", "wrn_40_1", "resnet56", "resnet32x4", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2")}
     | {f"cifar100_resnet56_resnet20_hsakd_{share}percent" for share in (25, 50, 75)}
     | {"imagenet_resnet34_resnet18_hsakd", "imagenet_resnet34_resnet18_hsakd_joint", "imagenet_resnet18_hsakd_online"}
+    | {"cifar10_resnet32_ffl", "cifar100_resnet32_ffl", "digits_ffl"}
     | {"stl10_mobilenetv2_hsakd_probe", "tinyimagenet_mobilenetv2_hsakd_probe"}
 )  # fmt: skip
 

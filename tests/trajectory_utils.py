@@ -39,10 +39,8 @@ def follow(
 ) -> dict[str, Tensor] | None:
     """Train `task` as the case says and compare the losses of each step, at the end the sum over |p|.
 
-    Images are rotated where the task's `views` say so.
-
-    `columns_of` finds the losses of the case's columns in what the task returned. What is stored is returned, but for a run
-    that ends after fewer `steps`.
+    Images are rotated for a task that wants them so. `columns_of` finds the losses of the case's columns in what the task
+    returned. What is stored is returned, but for a run that ends after fewer `steps`.
     """
     stored, settings = load_golden(case), golden_settings(case)
     images, targets, batch = stored["images"].double(), stored["targets"], settings["batch"]
@@ -51,7 +49,8 @@ def follow(
     for step in range(steps or settings["steps"]):
         begin = step * batch % len(images)
         rows = slice(begin, begin + batch)
-        parts = task(rotate4(images[rows]) if task.views == "rotations" else images[rows], targets[rows])
+        views = rotate4(images[rows]) if task.views == "rotations" else images[rows]
+        parts = task(views, targets[rows])
         torch.testing.assert_close(
             torch.stack(columns_of(parts)).detach(),
             stored["losses"][step],

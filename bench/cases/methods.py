@@ -1,7 +1,7 @@
-"""HSAKD and SSKD: each loss by itself, and a whole training step with a frozen teacher, resnet32x4 -> resnet8x4.
+"""HSAKD, SSKD and FFL: each loss by itself, and a whole training step, of the first two with a frozen teacher.
 
-A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. All networks see
-the four rotations of each image.
+A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. The networks of
+HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. FFL's step is in bench/ffl_step.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import inputs, originals
+from bench import ffl_step, inputs, originals
 from bench.call import tensors_in
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
@@ -104,6 +104,15 @@ def head_operands(size: Size) -> Operands:
     return {"projections": projections(size, 3.0)}
 
 
+def ffl_operands(size: Size) -> Operands:
+    """Logits of two networks and of their fused classifier, (B, K)."""
+    generator = torch.Generator().manual_seed(inputs.SEED)
+    targets = torch.randint(size.classes, (size.batch,), generator=generator)
+    first, fused = peaked(size.batch, size.classes, targets, generator)
+    second = first + 0.5 * torch.randn(first.shape, generator=generator)
+    return {"logits": [first, second], "fused_logits": fused, "targets": targets}
+
+
 class Objective(NamedTuple):
     """One loss: how it is called by the original and by the library."""
 
@@ -154,6 +163,15 @@ OBJECTIVES = (
         for width in PROJECTIONS
     ),
     Objective("SSKD head", head_operands, ("projections",), originals.sskd_head, "SSKDHeadLoss", ("logits",)),
+    Objective(
+        "FFL",
+        ffl_operands,
+        ("logits", "fused_logits"),
+        originals.ffl,
+        "FFLLoss",
+        ("mutual_logits",),
+        Size(ffl_step.BATCH),
+    ),
 )
 
 
@@ -358,4 +376,4 @@ def step_cases(selection: Selection) -> Iterator[Case]:
 
 def cases(selection: Selection) -> list[Case]:
     """The losses, then the steps."""
-    return [*loss_cases(selection), *step_cases(selection)]
+    return [*loss_cases(selection), *step_cases(selection), *ffl_step.cases(selection)]

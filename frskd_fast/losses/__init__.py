@@ -1,6 +1,7 @@
 """Distillation losses as ``nn.Module``s, one file per method."""
 
 from frskd_fast.losses.collaborative import CollaborativeTeachingLoss, CollaborativeTeachingLossParts, CTKDLoss
+from frskd_fast.losses.ffl import FFLLoss, FFLLossParts
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
 from frskd_fast.losses.hsakd import (
@@ -19,6 +20,8 @@ __all__ = [
     "CTKDLoss",
     "CollaborativeTeachingLoss",
     "CollaborativeTeachingLossParts",
+    "FFLLoss",
+    "FFLLossParts",
     "FRSKDLoss",
     "FRSKDLossParts",
     "FitNetLoss",

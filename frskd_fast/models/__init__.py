@@ -28,6 +28,7 @@ from .cifar_resnet import (
     resnet110,
 )
 from .cifar_wide_resnet import CIFARWideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
+from .ffl import FFLResNet, FusionModule
 from .mobilenet import MobileNetV2, mobilenetv2, mobilenetv2_aux
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
@@ -49,6 +50,8 @@ __all__ = [
     "CIFARWideResNet",
     "CheckpointError",
     "ExtractorBackbone",
+    "FFLResNet",
+    "FusionModule",
     "HookedBackbone",
     "MobileNetV2",
     "OutputBackbone",

@@ -4,6 +4,7 @@ from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .collaborative import CollaborativeTeachingTask
 from .distillation import DistillationTask
+from .ffl import FFLTask, FusedNetwork, IndependentNetworks
 from .frskd import FRSKDTask, build_frskd
 from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
 from .linear_probe import LinearProbeTask
@@ -14,11 +15,14 @@ __all__ = [
     "ClassificationTask",
     "CollaborativeTeachingTask",
     "DistillationTask",
+    "FFLTask",
     "FRSKDTask",
     "FrozenTeacher",
+    "FusedNetwork",
     "HSAKDOnlineTask",
     "HSAKDTask",
     "HSAKDTeacherTask",
+    "IndependentNetworks",
     "LinearProbeTask",
     "SSKDHeadTask",
     "SSKDTask",
