@@ -700,6 +700,20 @@ def test_cifar_says_what_is_missing_and_when_files_are_small(tmp_path: Path) -> 
 
 
 @few_images
+def test_cifar_reflects_images_at_their_edges(tmp_path: Path) -> None:
+    data_files.write_cifar100(tmp_path, train=40)
+    data = CIFARData(str(tmp_path), batch_size=40, padding_mode="reflect")
+    (batch,) = list(data.train_dataloader())
+    images, _ = data.on_after_batch_transfer(batch)
+    cropped = crop_and_flip(batch.images, batch.crops, 4, reflect=True)
+    assert torch.equal(images, normalise(cropped, torch.tensor(data.mean), torch.tensor(data.std)))
+    assert not torch.equal(cropped, crop_and_flip(batch.images, batch.crops, 4))
+    for settings in ({"padding_mode": "edge"}, {"padding": 32}, {"crop_each_view": True}):
+        with pytest.raises(ValueError, match="padding_mode is"):
+            CIFARData(str(tmp_path), **{"padding_mode": "reflect", **settings})  # type: ignore[arg-type]
+
+
+@few_images
 def test_cifar_can_hold_out_validation_images(tmp_path: Path) -> None:
     data_files.write_cifar100(tmp_path, train=40)
     parts = [CIFARData(str(tmp_path), validation_images=15, seed=seed) for seed in (0, 1)]

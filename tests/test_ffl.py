@@ -232,11 +232,9 @@ def test_without_offset_the_divergence_is_that_of_operation_logits(impl: str) ->
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "triton"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("problem", problems("mutual_logits"), ids=lambda problem: problem.name)
 def test_problem(problem: Problem, impl: str) -> None:
-    if impl == "triton":
-        pytest.importorskip("triton")  # interpreted on the CPU
     problem.run(impl, "cpu")
 
 

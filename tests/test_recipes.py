@@ -308,11 +308,9 @@ def test_mistakes_in_recipes_are_sentences(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(RecipeError, match="a mapping of settings was wanted"):
         recipe(str(tmp_path / "list.yaml"))
     assert main(["fit", "--config", "cifar1000"]) == 1
+    methods = ", ".join(sorted(set(recipe_names().values())))
     said = capsys.readouterr().err
-    assert (
-        "neither a file nor one of the package's; `frskd-fast recipes METHOD` lists those of distillation, frskd,"
-        in said
-    )
+    assert f"neither a file nor one of the package's; `frskd-fast recipes METHOD` lists those of {methods}." in said
     assert main(["recipes", "digts"]) == 1
     assert capsys.readouterr().err.rpartition(" Did you mean ")[2].startswith("'digits'")
     assert main(["recipes", "zzz"]) == 1
