@@ -69,7 +69,7 @@ class CollaborativeTeachingTask(Task):
     def __init__(
         self,
         backbone: nn.Module,
-        scratch: nn.Module | str | None,
+        scratch: str | nn.Module | None,
         expert: nn.Module | str,
         beta: float = 1e3,
         gamma: float = 0.03,
@@ -163,16 +163,17 @@ class CollaborativeTeachingTask(Task):
         wanted = ["logits"] if self.scratch is None and self.loss.alpha != 0.0 else []
         images = laid_out(images, self.channels_last)
         if self.loss.beta == 0.0:
-            return {name: logits_of(self.expert, images) for name in wanted}
-        features, output = features_and_logits(self.expert, images)
+            return {name: logits_of(self.expert, images, "expert") for name in wanted}
+        features, output = features_and_logits(self.expert, images, name="expert")
         named = {f"features_{number}": feature for number, feature in enumerate(features, 1)}
         return {**dict.fromkeys(wanted, output), **named}
 
     def _outputs(self, name: str, network: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Feature maps, where they learn the expert's attention, and logits."""
+        argument = "backbone" if name == "student" else name
         if self.loss.beta != 0.0 and name in ATTENTION_ON[self.loss.attention_on]:
-            return features_and_logits(network, images)
-        return [], logits_of(network, images)
+            return features_and_logits(network, images, name=argument)
+        return [], logits_of(network, images, argument)
 
     def evaluate(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """`output`, and with `evaluate_scratch` the `scratch_accuracy`."""
@@ -206,7 +207,7 @@ class CollaborativeTeachingTask(Task):
         return f"share_stem={self.share_stem}, channels_last={self.channels_last}"
 
 
-def _scratch_teacher(scratch: nn.Module | str | None, backbone: nn.Module, gamma: float) -> nn.Module | None:
+def _scratch_teacher(scratch: str | nn.Module | None, backbone: nn.Module, gamma: float) -> nn.Module | None:
     """The network that `scratch` is or names; None where there is nothing that it would teach."""
     if gamma == 0.0:
         if scratch is not None:
