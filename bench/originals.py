@@ -1,4 +1,4 @@
-"""HSAKD, SSKD and FFL as their published code orders the operations: the baselines of the suite `methods`, and its truth.
+"""The methods as their published code orders the operations: the baselines of the suite `methods`, and its truth.
 
 Rows of rotated images come as 4n + r, image n turned by 90 r degrees. Nothing here calls frskd_fast.
 """
@@ -16,6 +16,7 @@ HSAKD_TEMPERATURE = 3.0
 CLASS_TEMPERATURE, SIMILARITY_TEMPERATURE = 4.0, 0.5
 SIMILARITY_RATIO = 0.75
 FFL_TEMPERATURE, FFL_OFFSET = 3.0, 1e-7
+COLLABORATIVE_BETA, COLLABORATIVE_GAMMA = 1e3, 0.03
 
 
 def rotated(images: Tensor) -> Tensor:
@@ -157,3 +158,25 @@ def ffl(logits: Sequence[Tensor], fused_logits: Tensor, targets: Tensor) -> Tens
     ce = F.cross_entropy(first, targets) + F.cross_entropy(second, targets) + F.cross_entropy(fused_logits, targets)
     kd = ffl_divergence(first, fused_logits) + ffl_divergence(second, fused_logits)
     return ce + kd + ffl_divergence(fused_logits, ensemble)
+
+
+def attention_map(feature: Tensor) -> Tensor:
+    """The mean square over channels of each pixel, of length 1 over pixels."""
+    return F.normalize(feature.pow(2).mean(1).flatten(1))
+
+
+def collaborative(
+    student_logits: Tensor,
+    scratch_logits: Tensor,
+    student_feats: Sequence[Tensor],
+    scratch_feats: Sequence[Tensor],
+    expert_feats: Sequence[Tensor],
+    targets: Tensor,
+) -> Tensor:
+    """Two cross-entropies, the hint and the attention, which the student learns."""
+    pairs = zip(student_feats, expert_feats, strict=True)
+    attention = sum((attention_map(student) - attention_map(expert)).pow(2).mean() for student, expert in pairs)
+    detached = scratch_logits.detach()
+    hint = ((detached - student_logits) * (detached - student_logits)).sum() / len(targets)
+    ce = F.cross_entropy(scratch_logits, targets) + F.cross_entropy(student_logits, targets)
+    return COLLABORATIVE_BETA * attention + ce + COLLABORATIVE_GAMMA * hint

@@ -21,6 +21,7 @@ sys.path.append(str(ROOT))
 
 from bench import (  # noqa: E402
     adain_rows,
+    collaborative_step,
     correctness,
     ffl_step,
     measure,
@@ -180,11 +181,12 @@ def test_a_step_with_a_frozen_teacher_is_measured(method: methods.Method) -> Non
     assert rows["auto"].saved_bytes < 1.1 * rows["plain with heads"].saved_bytes
 
 
-def test_a_step_of_ffl_is_measured() -> None:
-    (case,) = ffl_step.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
+@pytest.mark.parametrize(("step", "more"), [(ffl_step, []), (collaborative_step, ["auto teacher cached"])])
+def test_a_step_of_networks_that_learn_together_is_measured(step: Any, more: list[str]) -> None:
+    (case,) = step.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
     assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
     rows = run_tiny(dataclasses.replace(case, operands=case.tiny, images=2), "eager", "auto")
-    assert list(rows) == ["eager", "auto", *ffl_step.PLAIN]
+    assert list(rows) == ["eager", "auto", *step.PLAIN, *more]
     assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
 
 

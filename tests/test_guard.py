@@ -17,6 +17,7 @@ from frskd_fast.models import ProjectionHead, with_auxiliary_heads
 from frskd_fast.tasks import (
     AdaINTask,
     ClassificationTask,
+    CollaborativeTeachingTask,
     DistillationTask,
     FRSKDTask,
     HSAKDOnlineTask,
@@ -121,6 +122,7 @@ METHODS = {
     "sskd head": SSKDHeadTask,
     "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
     "adain": lambda network: AdaINTask(network, ToyNet(width=8)),
+    "collaborative": lambda network: CollaborativeTeachingTask(network, ToyNet(width=8), ToyNet()),
     "hints from a network": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
 }
 

@@ -14,21 +14,21 @@ from frskd_fast.mixing import rotate4
 from frskd_fast.tasks import Task
 
 
-def filled(module: nn.Module) -> nn.Module:
+def filled(module: nn.Module, offset: int = 0) -> nn.Module:
     """`module` with the formula's parameters, which were rounded to float32, in float64."""
-    fill_parameters(module)
+    fill_parameters(module, offset)
     return module.double().train()
 
 
-def warmed_up(build: Callable[[], nn.Module], case: str) -> nn.Module:
+def warmed_up(build: Callable[[], nn.Module], case: str, offset: int = 0) -> nn.Module:
     """The network, filled, with the statistics that forward passes over all images of the case leave, in evaluation mode."""
-    return copy.deepcopy(_warmed_up(build, case))
+    return copy.deepcopy(_warmed_up(build, case, offset))
 
 
 @cache
 @torch.no_grad()
-def _warmed_up(build: Callable[[], nn.Module], case: str) -> nn.Module:
-    network = filled(build())
+def _warmed_up(build: Callable[[], nn.Module], case: str, offset: int) -> nn.Module:
+    network = filled(build(), offset)
     for _ in range(golden_settings(case)["teacher_warmup"]):
         network(load_golden(case)["images"].double())
     return network.eval()

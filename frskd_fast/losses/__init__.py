@@ -1,6 +1,7 @@
 """Distillation losses as ``nn.Module``s, one file per method."""
 
 from frskd_fast.losses.adain import AdaINLoss, AdaINLossParts
+from frskd_fast.losses.collaborative import CollaborativeTeachingLoss, CollaborativeTeachingLossParts, CTKDLoss
 from frskd_fast.losses.ffl import FFLLoss, FFLLossParts
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
 from frskd_fast.losses.hints import FitNetLoss, OverhaulLoss
@@ -19,6 +20,9 @@ from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SS
 __all__ = [
     "AdaINLoss",
     "AdaINLossParts",
+    "CTKDLoss",
+    "CollaborativeTeachingLoss",
+    "CollaborativeTeachingLossParts",
     "FFLLoss",
     "FFLLossParts",
     "FRSKDLoss",

@@ -194,23 +194,29 @@ def checked_outputs(
     if teacher_logits is None:
         raise TypeError("teacher_logits is None, but the self-teacher's logits were wanted.")
     students, teachers = attention.checked_pyramids(student_feats, teacher_feats, resize)
-    first = students[0]
-    if first.device != student_logits.device:
+    check_beside_logits(students[0], "student_feats[0]", student_logits, one_batch=one_batch)
+    return students, teachers
+
+
+def check_beside_logits(feature: Tensor, name: str, logits: Tensor, *, one_batch: bool = True) -> None:
+    """Raise unless `feature`, which the errors call `name`, fits into one loss with the student's `logits`.
+
+    `one_batch` says whether both have to be of the same images.
+    """
+    if feature.device != logits.device:
         raise ValueError(
-            f"student_feats[0] is on {first.device}, but student_logits is on {student_logits.device} and one device was "
+            f"{name} is on {feature.device}, but student_logits is on {logits.device} and one device was wanted."
+        )
+    if one_batch and feature.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"{name} has batch size {feature.shape[0]}, but student_logits has {logits.shape[0]} and one batch size was "
             "wanted."
         )
-    if one_batch and first.shape[0] != student_logits.shape[0]:
-        raise ValueError(
-            f"student_feats[0] has batch size {first.shape[0]}, but student_logits has {student_logits.shape[0]} and one "
-            "batch size was wanted."
-        )
-    if (first.dtype == torch.float64) != (student_logits.dtype == torch.float64):
+    if (feature.dtype == torch.float64) != (logits.dtype == torch.float64):
         raise TypeError(
-            f"student_feats[0] has dtype {first.dtype}, but student_logits has {student_logits.dtype} and either both or "
-            "neither in float64 was wanted; cast one of them."
+            f"{name} has dtype {feature.dtype}, but student_logits has {logits.dtype} and either both or neither in float64 "
+            "was wanted; cast one of them."
         )
-    return students, teachers
 
 
 def check_beside_parameters(feature: Tensor, name: str, loss: nn.Module, weight: Tensor) -> None:

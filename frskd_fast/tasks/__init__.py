@@ -3,6 +3,7 @@
 from .adain import AdaINTask
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
+from .collaborative import CollaborativeTeachingTask
 from .distillation import DistillationTask
 from .ffl import FFLTask, FusedNetwork, IndependentNetworks
 from .frskd import FRSKDTask, build_frskd
@@ -14,6 +15,7 @@ from .sskd import SSKDHeadTask, SSKDTask
 __all__ = [
     "AdaINTask",
     "ClassificationTask",
+    "CollaborativeTeachingTask",
     "DistillationTask",
     "FFLTask",
     "FRSKDTask",

@@ -8,13 +8,14 @@ import re
 import tarfile
 import warnings
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy
 import numpy.typing
 import torch
 from torch import Tensor
 
+from .augmentation import PADDING_MODES
 from .base import ImageData, Part, colour_statistics, probability, whole_number
 from .errors import DataFileError, MissingDataError
 from .loader import ArrayReader
@@ -56,14 +57,15 @@ class CIFARData(ImageData):
         root: the folder that holds `cifar-100-python/` (or `cifar-10-batches-py/`), that folder itself, or the archive
             `cifar-100-python.tar.gz` (`cifar-10-python.tar.gz`) or the folder in which it lies. Nothing is downloaded.
         classes: 100 or 10.
-        padding: pixels on each side, of which the crop may take some.
+        padding: pixels added on each side, of which the crop may take some.
+        padding_mode: what they are, as torchvision calls it: "constant" for zeros (black, before the normalisation), "reflect"
+            for the image mirrored, "symmetric" for the image mirrored with its edge repeated.
         flip: probability of a horizontal flip in training.
         validation_images: training images held out for validation, always the same whatever the seed, so that settings
             can be chosen without the test set. 0 validates on the test set, as the paper does.
         label_fraction: share of the training images that is kept, with the classes in equal shares (`stratified_rows`), as
             in published few-shot figures; 1 keeps all. Needs scikit-learn.
         mean, std: of images in 0 .. 1; the paper's numbers, which it uses for both sets.
-        padding_mode: "zeros" for black (before the normalisation), "reflect" for the image, mirrored at its outermost pixels.
         common: as `ImageData` takes them: batch_size, seed, mixup, cutmix, ...
 
     Raises:
@@ -89,7 +91,7 @@ class CIFARData(ImageData):
         label_fraction: float = 1.0,
         mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465),
         std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010),
-        padding_mode: Literal["zeros", "reflect"] = "zeros",
+        padding_mode: str = "constant",
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -98,13 +100,8 @@ class CIFARData(ImageData):
         self.root = str(root)
         self.num_classes, self.image_size, self.channels = classes, (SIDE, SIDE), 3
         self.padding, self.flip = whole_number(padding, "padding", 0), probability(flip, "flip")
-        if padding_mode not in ("zeros", "reflect"):
-            raise ValueError(f"padding_mode is {padding_mode!r}, but 'zeros' or 'reflect' was wanted.")
-        if padding_mode == "reflect" and (self.padding >= SIDE or self.crop_each_view):
-            raise ValueError(
-                f"padding_mode is 'reflect', but padding is {self.padding} and crop_each_view {self.crop_each_view}; less than "
-                f"{SIDE} pixels can be mirrored, and only where images are cropped before they are turned."
-            )
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode is {padding_mode!r}, but {', '.join(map(repr, PADDING_MODES))} was wanted.")
         self.padding_mode = padding_mode
         self.validation_images = whole_number(validation_images, "validation_images", 0)
         self.label_fraction = probability(label_fraction, "label_fraction")
