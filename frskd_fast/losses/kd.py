@@ -94,7 +94,7 @@ class KDLoss(Loss[KDLossParts]):
         """
         if teacher_logits is None:
             raise TypeError("teacher_logits is None, but the teacher's logits were wanted.")
-        teacher = teacher_logits.detach() if isinstance(teacher_logits, Tensor) else teacher_logits
+        teacher: Any = teacher_logits.detach() if isinstance(teacher_logits, Tensor) else teacher_logits
         if self.alpha == 0.0 or self.gamma == 0.0:
             # Without its input a term is 0 and not computed.
             logits.checked_logits(student_logits, teacher, "")
