@@ -1,4 +1,4 @@
-"""HSAKD and SSKD as their published code orders the operations: the baselines of the suite `methods`, and its truth.
+"""The methods as their published code orders the operations: the baselines of the suite `methods`, and its truth.
 
 Rows of rotated images come as 4n + r, image n turned by 90 r degrees. Nothing here calls frskd_fast.
 """
@@ -15,6 +15,8 @@ VIEWS = 4
 HSAKD_TEMPERATURE = 3.0
 CLASS_TEMPERATURE, SIMILARITY_TEMPERATURE = 4.0, 0.5
 SIMILARITY_RATIO = 0.75
+FFL_TEMPERATURE, FFL_OFFSET = 3.0, 1e-7
+COLLABORATIVE_BETA, COLLABORATIVE_GAMMA = 1e3, 0.03
 
 
 def rotated(images: Tensor) -> Tensor:
@@ -140,3 +142,41 @@ def sskd_head(projections: Tensor) -> Tensor:
     upright, turned = views(len(projections), projections.device)
     similarity = similarities(projections[upright], projections[turned])
     return F.cross_entropy(similarity, own_columns(similarity))
+
+
+def ffl_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """T^2 KL towards probabilities with an offset, which is more than 0 for equal logits."""
+    log_p = F.log_softmax(logits / FFL_TEMPERATURE, dim=1)
+    target = (F.softmax(target_logits / FFL_TEMPERATURE, dim=1) + FFL_OFFSET).detach()
+    return FFL_TEMPERATURE**2 * ((target * (target.log() - log_p)).sum(1).sum() / len(logits))
+
+
+def ffl(logits: Sequence[Tensor], fused_logits: Tensor, targets: Tensor) -> Tensor:
+    """Two networks and their fused classifier: three cross-entropies and three divergences."""
+    first, second = logits
+    ensemble = (first + second) / 2
+    ce = F.cross_entropy(first, targets) + F.cross_entropy(second, targets) + F.cross_entropy(fused_logits, targets)
+    kd = ffl_divergence(first, fused_logits) + ffl_divergence(second, fused_logits)
+    return ce + kd + ffl_divergence(fused_logits, ensemble)
+
+
+def attention_map(feature: Tensor) -> Tensor:
+    """The mean square over channels of each pixel, of length 1 over pixels."""
+    return F.normalize(feature.pow(2).mean(1).flatten(1))
+
+
+def collaborative(
+    student_logits: Tensor,
+    scratch_logits: Tensor,
+    student_feats: Sequence[Tensor],
+    scratch_feats: Sequence[Tensor],
+    expert_feats: Sequence[Tensor],
+    targets: Tensor,
+) -> Tensor:
+    """Two cross-entropies, the hint and the attention, which the student learns."""
+    pairs = zip(student_feats, expert_feats, strict=True)
+    attention = sum((attention_map(student) - attention_map(expert)).pow(2).mean() for student, expert in pairs)
+    detached = scratch_logits.detach()
+    hint = ((detached - student_logits) * (detached - student_logits)).sum() / len(targets)
+    ce = F.cross_entropy(scratch_logits, targets) + F.cross_entropy(student_logits, targets)
+    return COLLABORATIVE_BETA * attention + ce + COLLABORATIVE_GAMMA * hint

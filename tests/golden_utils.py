@@ -52,13 +52,13 @@ def state_dict_layout(network: str) -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def fill_parameters(module: nn.Module) -> None:
+def fill_parameters(module: nn.Module, offset: int = 0) -> None:
     """Fill every parameter by the formula the index calls "fill", in float64, then round to the parameter's dtype.
 
-    u = sin(12.9898 i + 78.233 k) * 43758.5453 for i = 1..numel and k the position in named_parameters();
+    u = sin(12.9898 i + 78.233 k) * 43758.5453 for i = 1..numel and k = offset + position in named_parameters();
     v = 2 (u - floor(u)) - 1; weights of two or more axes v sqrt(6 / fan_in), biases 0.1 v, all others 1 + 0.1 v.
     """
-    for k, (name, parameter) in enumerate(module.named_parameters()):
+    for k, (name, parameter) in enumerate(module.named_parameters(), offset):
         i = torch.arange(1, parameter.numel() + 1, dtype=torch.float64)
         u = torch.sin(12.9898 * i + 78.233 * k) * 43758.5453
         v = 2.0 * (u - u.floor()) - 1.0

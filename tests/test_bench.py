@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from bench import (  # noqa: E402
+    adain_rows,
+    collaborative_step,
     correctness,
+    ffl_step,
     measure,
     memory,
     run,
@@ -70,6 +73,15 @@ def test_case_names_are_unique_over_all_suites() -> None:
     for selection in (Selection(), Selection(quick=True)):
         names = [case.name for suite in SUITES for case in cases_of(suite, selection)]
         assert len(names) == len(set(names)) > 0
+
+
+def test_adain_is_measured_by_itself_and_in_a_step() -> None:
+    transfer, *_, step = adain_rows.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
+    check_original(transfer)
+
+    rows = run_tiny(dataclasses.replace(step, operands=step.tiny, images=2), "eager", "auto")
+    assert list(rows) == ["eager", "auto", *adain_rows.PLAIN]
+    assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
 
 
 def test_full_run_covers_the_documented_shapes_dtypes_and_layouts() -> None:
@@ -148,7 +160,7 @@ def check_original(case: Case) -> None:
 
 @pytest.mark.parametrize("objective", methods.OBJECTIVES, ids=lambda objective: objective.name)
 def test_originals_of_methods_are_the_objectives_of_the_library(objective: methods.Objective) -> None:
-    shape = f"{objective.name} N={methods.BATCH}"
+    shape = f"{objective.name} N={objective.size.batch}"
     case = next(case for case in methods.loss_cases(Selection(dtypes=("fp32",))) if case.shape == shape)
     check_original(case)
     assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
@@ -167,6 +179,15 @@ def test_a_step_with_a_frozen_teacher_is_measured(method: methods.Method) -> Non
     assert all(row.parts_ms is None for row in rows.values())  # which are those of FRSKD's step
     # Nothing of the teacher is kept for backward.
     assert rows["auto"].saved_bytes < 1.1 * rows["plain with heads"].saved_bytes
+
+
+@pytest.mark.parametrize(("step", "more"), [(ffl_step, []), (collaborative_step, ["auto teacher cached"])])
+def test_a_step_of_networks_that_learn_together_is_measured(step: Any, more: list[str]) -> None:
+    (case,) = step.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
+    assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
+    rows = run_tiny(dataclasses.replace(case, operands=case.tiny, images=2), "eager", "auto")
+    assert list(rows) == ["eager", "auto", *step.PLAIN, *more]
+    assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
 
 
 def test_full_run_covers_the_settings_of_the_networks() -> None:

@@ -50,6 +50,7 @@ from frskd_fast.training.data import (
     warn_if_stem_mismatch,
 )
 from frskd_fast.training.data.augmentation import (
+    PADDING_MODES,
     UNIFORMS_PER_IMAGE,
     crop_and_flip,
     crop_views,
@@ -57,6 +58,7 @@ from frskd_fast.training.data.augmentation import (
     draw_resized_crops,
     draw_view_crops,
     normalise,
+    padded,
     random_resized_crop,
     resize_and_centre_crop,
     resized_crop_window,
@@ -142,6 +144,31 @@ def test_views_are_flipped_turned_and_cropped_apart(dtype: torch.dtype, side: in
         assert (crops[:, 1:, :2] != crops[:, :1, :2]).any(), "each view has a crop of its own"
     with pytest.raises(ValueError, match=r"square images were wanted.*set crop_each_view to false"):
         crop_views(images.new_zeros(20, 3, side, side + 1), crops, padding)
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_padding_is_that_of_numpy(dtype: torch.dtype, mode: str) -> None:
+    for size, padding in (((5, 7), 2), ((3, 1), 4), ((4, 4), 0)):
+        images = torch.randint(1, 256, (4, 3, *size)).to(dtype)
+        wanted = numpy.pad(images.numpy(), [(0, 0), (0, 0), *[(padding, padding)] * 2], mode)  # type: ignore[call-overload]
+        got = padded(images.to(memory_format=torch.channels_last), padding, mode)
+        assert got.dtype == dtype and got.is_contiguous() and numpy.array_equal(got.numpy(), wanted)
+    images, corner = torch.randint(1, 256, (1, 3, 4, 4)).to(dtype), torch.tensor([[0, 1, 0]])
+    wide = padded(images, 2, mode)
+    assert torch.equal(crop_and_flip(images, corner, 2, mode), wide[:, :, :4, 1:5])
+    views = crop_views(images, corner.expand(4, 3).unsqueeze(0), 2, mode)
+    assert torch.equal(views[:1], wide[:, :, :4, 1:5]) and torch.equal(views[1:2], wide.rot90(1, (2, 3))[:, :, :4, 1:5])
+
+
+def test_cifar_pads_as_it_is_told() -> None:
+    images, crops = torch.full((8, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(8, 3, dtype=torch.int64)
+    white = ImageBatch(images, torch.arange(8), crops, None)
+    for mode in PADDING_MODES:
+        images, _ = CIFARData(padding_mode=mode, mean=(0.0,) * 3, std=(1.0,) * 3).on_after_batch_transfer(white)
+        assert (images[:, :, 4:, 4:] == 1).all() and (images == 1).all() == (mode != "constant")
+    with pytest.raises(ValueError, match="padding_mode is 'zeros', but 'constant', 'reflect', 'symmetric' was wanted"):
+        CIFARData(padding_mode="zeros")
 
 
 def test_data_hands_out_views_that_are_cropped_apart() -> None:
@@ -670,6 +697,17 @@ def test_cifar_says_what_is_missing_and_when_files_are_small(tmp_path: Path) -> 
     data_files.write_cifar100(tmp_path, train=12)
     with pytest.warns(UserWarning, match="hold 12 images, where the original has 50000"):
         CIFARData(str(tmp_path)).make_reader("train")
+
+
+@few_images
+def test_cifar_reflects_images_at_their_edges(tmp_path: Path) -> None:
+    data_files.write_cifar100(tmp_path, train=40)
+    data = CIFARData(str(tmp_path), batch_size=40, padding_mode="reflect")
+    (batch,) = list(data.train_dataloader())
+    images, _ = data.on_after_batch_transfer(batch)
+    cropped = crop_and_flip(batch.images, batch.crops, 4, "reflect")
+    assert torch.equal(images, normalise(cropped, torch.tensor(data.mean), torch.tensor(data.std)))
+    assert not torch.equal(cropped, crop_and_flip(batch.images, batch.crops, 4))
 
 
 @few_images

@@ -15,7 +15,9 @@ from frskd_fast.losses import HSAKDTeacherLoss
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead, with_auxiliary_heads
 from frskd_fast.tasks import (
+    AdaINTask,
     ClassificationTask,
+    CollaborativeTeachingTask,
     DistillationTask,
     FRSKDTask,
     HSAKDOnlineTask,
@@ -119,6 +121,8 @@ METHODS = {
     "hsakd online": HSAKDOnlineTask,
     "sskd head": SSKDHeadTask,
     "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
+    "adain": lambda network: AdaINTask(network, ToyNet(width=8)),
+    "collaborative": lambda network: CollaborativeTeachingTask(network, ToyNet(width=8), ToyNet()),
     "hints from a network": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
 }
 

@@ -202,6 +202,8 @@ def test_what_a_user_gives_comes_first() -> None:
     assert [one.kind for one in needed] == ["teacher", "weights"]
     settings, needed = split(needing, "--task.teacher=mine.pth", "--model.weights", "other.pth")
     assert needed == [] and settings == {"task": "some.Task"}
+    settings, (expert,) = split({"task": "some.Task", "expert": "cifar100_resnet18_plain"})
+    assert settings == {"task": {"class_path": "some.Task", "init_args": {"expert": str(expert.folder)}}}
     own = {**needing, "task": {"class_path": "some.Task", "init_args": {"teacher": "mine.pth"}}, "weights": None}
     assert split(own)[1] == []
 
@@ -237,8 +239,10 @@ def shortened(name: str, folder: Path) -> str:
     ("name", "before"),
     [
         ("digits_kd", ["digits_resnet20_plain"]),
+        ("digits_adain", ["digits_resnet20_plain"]),
         ("digits_hsakd", ["digits_hsakd_teacher"]),
         ("digits_sskd", ["digits_resnet20_plain", "digits_sskd_head"]),
+        ("digits_collaborative", ["digits_resnet20_plain"]),
     ],
 )
 def test_stages_on_the_bundled_images(

@@ -26,9 +26,10 @@ from frskd_fast.training.class_paths import arguments_in, class_path
 from frskd_fast.training.cli import main, run
 from frskd_fast.training.module import DistillationModule
 from frskd_fast.training.prerequisites import split_off
-from frskd_fast.training.recipe_files import RecipeError, merged, recipe, recipe_names, recipe_text
+from frskd_fast.training.recipe_files import HANDED_TO_TASK, RecipeError, merged, recipe, recipe_names, recipe_text
 
 WRITERS = {
+    "cifar10": data_files.write_cifar10,
     "cifar100": data_files.write_cifar100,
     "tinyimagenet": data_files.write_tiny_imagenet,
     "cub200": data_files.write_cub200,
@@ -39,6 +40,7 @@ WRITERS = {
     "stl10": data_files.write_stl10,
 }
 CLASSES = {
+    "cifar10": 10,
     "cifar100": 100,
     "tinyimagenet": 200,
     "cub200": 200,
@@ -56,11 +58,13 @@ WANTED = (
     | {f"{data}_resnet18_{method}" for data in ("tinyimagenet", "cub200", "mit67", "stanford40", "dogs") for method in (
         "plain", "frskd", "frskd_sla")}
     | {f"imagenet_resnet{depth}_{method}" for depth in (18, 34) for method in ("plain", "frskd")}
-    | {"digits", "digits_kd", "digits_sskd", "digits_hsakd", "digits_hsakd_online"}
+    | {"digits", "digits_kd", "digits_sskd", "digits_hsakd", "digits_hsakd_online", "digits_adain", "digits_collaborative"}
+    | {f"cifar{classes}_wrn_40_{width}_wrn_16_{width}_collaborative" for classes in (10, 100) for width in (1, 2)}
     | {f"cifar100_{net}_hsakd_online" for net in (
         "wrn_40_2", "wrn_40_1", "resnet56", "resnet32x4", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2")}
     | {f"cifar100_resnet56_resnet20_hsakd_{share}percent" for share in (25, 50, 75)}
     | {"imagenet_resnet34_resnet18_hsakd", "imagenet_resnet34_resnet18_hsakd_joint", "imagenet_resnet18_hsakd_online"}
+    | {"cifar10_resnet32_ffl", "cifar100_resnet32_ffl", "digits_ffl"}
     | {"stl10_mobilenetv2_hsakd_probe", "tinyimagenet_mobilenetv2_hsakd_probe"}
 )  # fmt: skip
 
@@ -125,8 +129,9 @@ def dry_run(name: str, roots: dict[str, Path], folder: Path) -> object:
     if data != "digits":
         words += ["--data.root", str(roots[data]), "--data.workers", "0"]
     settings = recipe(name)
-    if settings.get("teacher") is not None:
-        words += ["--task.teacher", str(untrained(settings["teacher"], folder))]
+    for kind in HANDED_TO_TASK:
+        if settings.get(kind) is not None:
+            words += [f"--task.{kind}", str(untrained(settings[kind], folder))]
     if settings.get("weights") is not None:
         network = create_model(settings["model"]["backbone"], CLASSES[settings["weights"].split("_")[0]])
         torch.save(network.state_dict(), folder / "weights.pth")
@@ -178,14 +183,14 @@ def test_recipe_fits_together(name: str) -> None:
         "the last epoch would not be validated"
     )
     _, needed, _ = split_off(["--config", json.dumps(settings)], name)
-    takes_teacher = "teacher" in inspect.signature(imported(class_path(settings["task"]))).parameters
-    assert ("teacher" in [one.kind for one in needed]) == takes_teacher or recipe_names()[name] == "frskd"
+    taken = inspect.signature(imported(class_path(settings["task"]))).parameters.keys() & set(HANDED_TO_TASK)
+    assert {one.kind for one in needed} - {"weights"} == taken or recipe_names()[name] == "frskd"
     for one in needed:
         others = recipe(one.recipe)["model"]
         with torch.device("meta"):
             other = create_model(others["backbone"], 10, **others.get("backbone_args", {}))
         # A head for each map: teacher and student are compared head by head, and weights are those of the same network.
-        assert len(other.channels) == len(network.channels) or recipe_names()[name] != "hsakd"
+        assert len(other.channels) == len(network.channels) or recipe_names()[name] not in ("hsakd", "collaborative")
         assert one.kind != "weights" or others["backbone"] == settings["model"]["backbone"]
 
 
@@ -326,6 +331,47 @@ def test_headers_have_the_published_accuracies() -> None:
         assert figures[1 if without else 0] == figure, name
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_settings_of_ffl(classes: int) -> None:
+    settings = recipe(f"cifar{classes}_resnet32_ffl")
+    assert settings["model"] == {"backbone": "frskd_fast.models.FFLResNet", "backbone_args": {"depth": 32}}
+    assert settings["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    assert (settings["trainer"]["max_epochs"], settings["lr_scheduler"]["init_args"]["milestones"]) == (300, [150, 225])
+    data = settings["data"]["init_args"]
+    assert (data["classes"], data["batch_size"], data["padding_mode"]) == (classes, 128, "reflect")
+    for name, wanted in (("mean", (129.3, 124.1, 112.4)), ("std", (68.2, 65.4, 70.4))):
+        assert data[name] == pytest.approx([value / 255 for value in wanted], abs=1e-6)
+
+
+@pytest.mark.parametrize(("teacher", "student"), pairs(SSKD_PAIRS))
+def test_pairs_of_adain(teacher: str, student: str) -> None:
+    settings, alone = recipe(f"cifar100_{teacher}_{student}_adain"), recipe(f"cifar100_{student}_plain")
+    assert settings["model"] == {"backbone": student} and settings["teacher"] == f"cifar100_{teacher}_plain"
+    assert settings["task"]["init_args"] == {"image_shape": [3, 32, 32]}
+    assert settings["optimizer"]["init_args"]["lr"] == (0.01 if student in SMALL_STEPS else 0.05)
+    assert {**settings, **dict.fromkeys(("task", "teacher"))} == {**alone, **dict.fromkeys(("task", "teacher"))}
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_pairs_of_collaborative_teaching(classes: int, width: int) -> None:
+    name = f"cifar{classes}_wrn_40_{width}"
+    settings, expert = recipe(f"{name}_wrn_16_{width}_collaborative"), recipe(f"{name}_collaborative_expert")
+    assert settings["expert"] == f"{name}_collaborative_expert" and settings["model"] == {"backbone": f"wrn_16_{width}"}
+    assert expert["model"] == {"backbone": f"wrn_40_{width}"}
+    wanted = {"scratch": f"wrn_40_{width}", "beta": 1e3, "gamma": 0.03, "attention_on": "student", "share_stem": True}
+    assert settings["task"]["init_args"] == wanted
+    for one in (settings, expert):
+        data, trainer = one["data"]["init_args"], one["trainer"]
+        assert one["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+        assert one["lr_scheduler"]["init_args"] == {"milestones": [59, 119, 159], "gamma": 0.2}
+        assert (data["classes"], data["batch_size"], data["padding_mode"]) == (classes, 128, "symmetric")
+        assert trainer["max_epochs"] == 200
+    if width == 1:
+        released = recipe(f"{name}_wrn_16_1_collaborative_released")["task"]["init_args"]
+        assert released == {**wanted, "attention_on": "scratch", "batch_size": 128}
+
+
 def test_every_experiment_of_the_papers_has_its_recipe() -> None:
     assert set(recipe_names()) >= WANTED
 
@@ -390,11 +436,9 @@ def test_mistakes_in_recipes_are_sentences(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(RecipeError, match="a mapping of settings was wanted"):
         recipe(str(tmp_path / "list.yaml"))
     assert main(["fit", "--config", "cifar1000"]) == 1
+    methods = ", ".join(sorted(set(recipe_names().values())))
     said = capsys.readouterr().err
-    assert (
-        "neither a file nor one of the package's; `frskd-fast recipes METHOD` lists those of distillation, frskd,"
-        in said
-    )
+    assert f"neither a file nor one of the package's; `frskd-fast recipes METHOD` lists those of {methods}." in said
     assert main(["recipes", "digts"]) == 1
     assert capsys.readouterr().err.rpartition(" Did you mean ")[2].startswith("'digits'")
     assert main(["recipes", "zzz"]) == 1

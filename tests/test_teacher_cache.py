@@ -21,7 +21,16 @@ from training_utils import process, same_weights, small_run, steps, weights
 from frskd_fast import functional
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead, with_auxiliary_heads
-from frskd_fast.tasks import ClassificationTask, DistillationTask, FrozenTeacher, HSAKDTask, SSKDTask, Task
+from frskd_fast.tasks import (
+    AdaINTask,
+    ClassificationTask,
+    CollaborativeTeachingTask,
+    DistillationTask,
+    FrozenTeacher,
+    HSAKDTask,
+    SSKDTask,
+    Task,
+)
 from frskd_fast.training.cli import main
 from frskd_fast.training.data import ArrayReader, CIFARData, DigitsData
 from frskd_fast.training.data.loader import Request
@@ -434,10 +443,12 @@ def test_a_warm_cache_does_not_wait_for_the_device(tmp_path: Path) -> None:
 
 
 METHODS: dict[str, Any] = {
+    "adain": lambda network: AdaINTask(network, ToyNet(width=8)),
     "kd": lambda network: DistillationTask(network, ToyNet()),
     "hints": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
     "hsakd": lambda network: HSAKDTask(network, with_auxiliary_heads(ToyNet())),
     "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
+    "collaborative": lambda network: CollaborativeTeachingTask(network, ToyNet(), ToyNet(width=8)),
 }
 
 
@@ -448,9 +459,10 @@ def test_methods_with_a_frozen_teacher_lose_the_same_by_what_was_kept(method: st
     targets = torch.arange(6)
     outputs = TeacherOutputs(tmp_path, task, images, samples=6, keys=10, features=True)
     outputs(images, KEYS)
-    task.teacher.network.forward = None  # type: ignore[method-assign]
+    (teacher,) = (module for module in task.modules() if isinstance(module, FrozenTeacher))
+    teacher.network.forward = None  # type: ignore[method-assign]
     found = task(images, targets, outputs(images, KEYS))
-    del task.teacher.network.forward
+    del teacher.network.forward
     for name, value in task(images, targets).items():
         torch.testing.assert_close(found[name], value)
 

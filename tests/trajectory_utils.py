@@ -14,21 +14,21 @@ from frskd_fast.mixing import rotate4
 from frskd_fast.tasks import Task
 
 
-def filled(module: nn.Module) -> nn.Module:
+def filled(module: nn.Module, offset: int = 0) -> nn.Module:
     """`module` with the formula's parameters, which were rounded to float32, in float64."""
-    fill_parameters(module)
+    fill_parameters(module, offset)
     return module.double().train()
 
 
-def warmed_up(build: Callable[[], nn.Module], case: str) -> nn.Module:
+def warmed_up(build: Callable[[], nn.Module], case: str, offset: int = 0) -> nn.Module:
     """The network, filled, with the statistics that forward passes over all images of the case leave, in evaluation mode."""
-    return copy.deepcopy(_warmed_up(build, case))
+    return copy.deepcopy(_warmed_up(build, case, offset))
 
 
 @cache
 @torch.no_grad()
-def _warmed_up(build: Callable[[], nn.Module], case: str) -> nn.Module:
-    network = filled(build())
+def _warmed_up(build: Callable[[], nn.Module], case: str, offset: int) -> nn.Module:
+    network = filled(build(), offset)
     for _ in range(golden_settings(case)["teacher_warmup"]):
         network(load_golden(case)["images"].double())
     return network.eval()
@@ -37,10 +37,10 @@ def _warmed_up(build: Callable[[], nn.Module], case: str) -> nn.Module:
 def follow(
     case: str, task: Task, columns_of: Callable[[dict[str, Tensor]], list[Tensor]], steps: int | None = None
 ) -> dict[str, Tensor] | None:
-    """Train `task` on rotated images as the case says and compare the losses of each step, at the end the sum over |p|.
+    """Train `task` as the case says and compare the losses of each step, at the end the sum over |p|.
 
-    `columns_of` finds the losses of the case's columns in what the task returned. What is stored is returned, but for a run
-    that ends after fewer `steps`.
+    Images are rotated for a task that wants them so. `columns_of` finds the losses of the case's columns in what the task
+    returned. What is stored is returned, but for a run that ends after fewer `steps`.
     """
     stored, settings = load_golden(case), golden_settings(case)
     images, targets, batch = stored["images"].double(), stored["targets"], settings["batch"]
@@ -49,7 +49,8 @@ def follow(
     for step in range(steps or settings["steps"]):
         begin = step * batch % len(images)
         rows = slice(begin, begin + batch)
-        parts = task(rotate4(images[rows]), targets[rows])
+        views = rotate4(images[rows]) if task.views == "rotations" else images[rows]
+        parts = task(views, targets[rows])
         torch.testing.assert_close(
             torch.stack(columns_of(parts)).detach(),
             stored["losses"][step],

@@ -1,7 +1,8 @@
-"""HSAKD and SSKD: each loss by itself, and a whole training step with a frozen teacher, resnet32x4 -> resnet8x4.
+"""The methods: each loss by itself, and a whole training step.
 
-A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. All networks see
-the four rotations of each image.
+A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. The networks of
+HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. Other methods' rows are in bench/ffl_step.py,
+bench/collaborative_step.py and bench/adain_rows.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import inputs, originals
+from bench import adain_rows, collaborative_step, ffl_step, inputs, originals
 from bench.call import tensors_in
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
@@ -27,6 +28,7 @@ TINY = "resnet8"
 PLAIN = ("plain", "plain with heads")
 OURS = ("auto teacher cached", "auto compiled")
 HEADS = 3
+WRN_MAPS = ((16, 32), (32, 16), (64, 8))  # channels and side
 PROJECTIONS = (128, 2048)  # of WRN-x-2, and of ResNet50
 
 
@@ -104,6 +106,32 @@ def head_operands(size: Size) -> Operands:
     return {"projections": projections(size, 3.0)}
 
 
+def ffl_operands(size: Size) -> Operands:
+    """Logits of two networks and of their fused classifier, (B, K)."""
+    generator = torch.Generator().manual_seed(inputs.SEED)
+    targets = torch.randint(size.classes, (size.batch,), generator=generator)
+    first, fused = peaked(size.batch, size.classes, targets, generator)
+    second = first + 0.5 * torch.randn(first.shape, generator=generator)
+    return {"logits": [first, second], "fused_logits": fused, "targets": targets}
+
+
+def collaborative_operands(size: Size) -> Operands:
+    """Logits of student and scratch teacher, and the maps of WRN-16-1 and WRN-40-1 for images of 32 x 32."""
+    generator = torch.Generator().manual_seed(inputs.SEED)
+    targets = torch.randint(size.classes, (size.batch,), generator=generator)
+    student, scratch = peaked(size.batch, size.classes, targets, generator)
+    shapes = [(size.batch, channels, side, side) for channels, side in WRN_MAPS]
+    maps = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
+    return {
+        "student_logits": student,
+        "scratch_logits": scratch,
+        "student_feats": maps[0],
+        "scratch_feats": [],  # not read where the student learns the attention
+        "expert_feats": maps[1],
+        "targets": targets,
+    }
+
+
 class Objective(NamedTuple):
     """One loss: how it is called by the original and by the library."""
 
@@ -154,6 +182,24 @@ OBJECTIVES = (
         for width in PROJECTIONS
     ),
     Objective("SSKD head", head_operands, ("projections",), originals.sskd_head, "SSKDHeadLoss", ("logits",)),
+    Objective(
+        "FFL",
+        ffl_operands,
+        ("logits", "fused_logits"),
+        originals.ffl,
+        "FFLLoss",
+        ("mutual_logits",),
+        Size(ffl_step.BATCH),
+    ),
+    Objective(
+        "CollaborativeTeaching",
+        collaborative_operands,
+        ("student_logits", "scratch_logits", "student_feats"),
+        originals.collaborative,
+        "CollaborativeTeachingLoss",
+        ("logits", "attention"),
+        Size(collaborative_step.BATCH),
+    ),
 )
 
 
@@ -358,4 +404,5 @@ def step_cases(selection: Selection) -> Iterator[Case]:
 
 def cases(selection: Selection) -> list[Case]:
     """The losses, then the steps."""
-    return [*loss_cases(selection), *step_cases(selection)]
+    more = step_cases, ffl_step.cases, collaborative_step.cases, adain_rows.cases
+    return [*loss_cases(selection), *(case for of_method in more for case in of_method(selection))]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, attention, logits, objective
 from frskd_fast.ops.labels import checked_labels
+from frskd_fast.reference.dtypes import accumulate_dtype
 from frskd_fast.reference.logits import Settings
 
 Parts = TypeVar("Parts", bound=tuple[Any, ...])
@@ -66,6 +67,12 @@ def declared(loss: nn.Module, name: str) -> Any:
         False
     """
     return getattr(loss, name, getattr(Loss, name))
+
+
+def zero_of(rows: Tensor) -> Tensor:
+    """0 as a function of `rows`, whose gradient is zeros whatever they hold: a loss of no terms or of no images."""
+    zero: Tensor = rows[:0].sum(dtype=accumulate_dtype(rows.dtype))
+    return zero
 
 
 class FRSKDLossParts(NamedTuple):
@@ -159,10 +166,16 @@ class DistillationLoss(Loss[FRSKDLossParts]):
         return parts if return_parts else parts.loss
 
     def logit_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, targets: Any = None, reduction: str = "batchmean"
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Any = None,
+        reduction: str = "batchmean",
+        ignore_index: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """CE(student), CE(teacher), both 0 without targets, and KD, which does not reach the teacher."""
-        settings = self.temperature, self.label_smoothing, self.ignore_index, reduction, True, self.impl
+        ignored = self.ignore_index if ignore_index is None else ignore_index
+        settings = self.temperature, self.label_smoothing, ignored, reduction, True, self.impl
         return logits.logit_losses(student_logits, teacher_logits, targets, *settings)
 
     def feature_rows(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor | None:
@@ -194,23 +207,29 @@ def checked_outputs(
     if teacher_logits is None:
         raise TypeError("teacher_logits is None, but the self-teacher's logits were wanted.")
     students, teachers = attention.checked_pyramids(student_feats, teacher_feats, resize)
-    first = students[0]
-    if first.device != student_logits.device:
+    check_beside_logits(students[0], "student_feats[0]", student_logits, one_batch=one_batch)
+    return students, teachers
+
+
+def check_beside_logits(feature: Tensor, name: str, logits: Tensor, *, one_batch: bool = True) -> None:
+    """Raise unless `feature`, which the errors call `name`, fits into one loss with the student's `logits`.
+
+    `one_batch` says whether both have to be of the same images.
+    """
+    if feature.device != logits.device:
         raise ValueError(
-            f"student_feats[0] is on {first.device}, but student_logits is on {student_logits.device} and one device was "
+            f"{name} is on {feature.device}, but student_logits is on {logits.device} and one device was wanted."
+        )
+    if one_batch and feature.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"{name} has batch size {feature.shape[0]}, but student_logits has {logits.shape[0]} and one batch size was "
             "wanted."
         )
-    if one_batch and first.shape[0] != student_logits.shape[0]:
-        raise ValueError(
-            f"student_feats[0] has batch size {first.shape[0]}, but student_logits has {student_logits.shape[0]} and one "
-            "batch size was wanted."
-        )
-    if (first.dtype == torch.float64) != (student_logits.dtype == torch.float64):
+    if (feature.dtype == torch.float64) != (logits.dtype == torch.float64):
         raise TypeError(
-            f"student_feats[0] has dtype {first.dtype}, but student_logits has {student_logits.dtype} and either both or "
-            "neither in float64 was wanted; cast one of them."
+            f"{name} has dtype {feature.dtype}, but student_logits has {logits.dtype} and either both or neither in float64 "
+            "was wanted; cast one of them."
         )
-    return students, teachers
 
 
 def check_beside_parameters(feature: Tensor, name: str, loss: nn.Module, weight: Tensor) -> None:

@@ -28,12 +28,14 @@ from .cifar_resnet import (
     resnet110,
 )
 from .cifar_wide_resnet import CIFARWideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
+from .ffl import FFLResNet, FusionModule
 from .mobilenet import MobileNetV2, mobilenetv2, mobilenetv2_aux
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from .tails import tail
 from .teachers import load_teacher
 from .vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from .wide_resnet import WideResNet, wrn16x2
@@ -49,6 +51,8 @@ __all__ = [
     "CIFARWideResNet",
     "CheckpointError",
     "ExtractorBackbone",
+    "FFLResNet",
+    "FusionModule",
     "HookedBackbone",
     "MobileNetV2",
     "OutputBackbone",
@@ -83,6 +87,7 @@ __all__ = [
     "resnet110",
     "shufflenetv1",
     "shufflenetv2",
+    "tail",
     "vgg8",
     "vgg11",
     "vgg13",

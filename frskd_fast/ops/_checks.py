@@ -132,33 +132,37 @@ def feature_map(value: Any, name: str) -> Tensor:
     return feature
 
 
-def feature_pyramids(student_feats: Any, teacher_feats: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def feature_pyramids(
+    student_feats: Any, teacher_feats: Any, names: tuple[str, str] = ("student_feats", "teacher_feats")
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Two pyramids with the same number of levels, batch, dtype and device; sizes are compared by the caller."""
-    students, student_keys = feature_list(student_feats, "student_feats")
-    teachers, teacher_keys = feature_list(teacher_feats, "teacher_feats")
+    student_name, teacher_name = names
+    students, student_keys = feature_list(student_feats, student_name)
+    teachers, teacher_keys = feature_list(teacher_feats, teacher_name)
     if len(students) != len(teachers):
         raise ValueError(
-            f"teacher_feats has {len(teachers)} levels, but student_feats has {len(students)} and the same number was "
+            f"{teacher_name} has {len(teachers)} levels, but {student_name} has {len(students)} and the same number was "
             "wanted; pass the levels to be compared, in the same order."
         )
     if len(students) == 0:
-        raise ValueError("student_feats is empty, but at least one feature map of shape (N, C, H, W) was wanted.")
+        raise ValueError(f"{student_name} is empty, but at least one feature map of shape (N, C, H, W) was wanted.")
     if student_keys is not None and teacher_keys is not None and student_keys != teacher_keys:
         raise ValueError(
-            f"teacher_feats has the keys {list(teacher_keys)}, but student_feats has {list(student_keys)} and the same "
+            f"{teacher_name} has the keys {list(teacher_keys)}, but {student_name} has {list(student_keys)} and the same "
             "keys in the same order were wanted."
         )
-    first = feature_map(students[0], "student_feats[0]")
+    first_name = f"{student_name}[0]"
+    first = feature_map(students[0], first_name)
     batch = first.shape[0]
-    for side, features in (("student_feats", students), ("teacher_feats", teachers)):
+    for side, features in ((student_name, students), (teacher_name, teachers)):
         for level, value in enumerate(features):
             name = f"{side}[{level}]"
             feature = feature_map(value, name)
             if feature.dtype is not first.dtype or feature.device != first.device:
-                same(first, "student_feats[0]", feature, name)
+                same(first, first_name, feature, name)
             if feature.shape[0] != batch:
                 raise ValueError(
-                    f"{name} has batch size {feature.shape[0]}, but student_feats[0] has {batch} and one batch size was "
+                    f"{name} has batch size {feature.shape[0]}, but {first_name} has {batch} and one batch size was "
                     "wanted."
                 )
     return students, teachers

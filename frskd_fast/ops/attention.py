@@ -121,19 +121,22 @@ def _resized(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def checked_pyramids(
-    student_feats: Any, teacher_feats: Any, resize: str | None
+    student_feats: Any,
+    teacher_feats: Any,
+    resize: str | None,
+    names: tuple[str, str] = ("student_feats", "teacher_feats"),
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The two pyramids, checked, with equal map sizes on every level."""
     if resize not in (None, "pool"):
         raise ValueError(f"resize is {resize!r}, but None or 'pool' was wanted.")
-    students, teachers = _checks.feature_pyramids(student_feats, teacher_feats)
+    students, teachers = _checks.feature_pyramids(student_feats, teacher_feats, names)
     pairs = []
     for level, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
         height, width = student.shape[2:]
         if teacher.shape[2:] != (height, width):
             if resize is None:
                 raise ValueError(
-                    f"teacher_feats[{level}] has maps of {tuple(teacher.shape[2:])} pixels, but student_feats[{level}] has "
+                    f"{names[1]}[{level}] has maps of {tuple(teacher.shape[2:])} pixels, but {names[0]}[{level}] has "
                     f"{tuple(student.shape[2:])} and equal sizes were wanted; pass resize='pool' to average-pool the "
                     "larger one."
                 )

@@ -134,9 +134,11 @@ class _LogitLosses(torch.autograd.Function):
         return (None, *gradients, *([None] * (len(tensors) - len(gradients))))
 
 
-def checked_logits(student: Any, teacher: Any, suffix: str) -> None:
+def checked_logits(
+    student: Any, teacher: Any, suffix: str, names: tuple[str, str] = ("student_logits", "teacher_logits")
+) -> None:
     """Raise unless ``student`` is (N, K), (N, K, W) or (N, K, H, W) and ``teacher`` (or None) is alike."""
-    student_name, teacher_name = f"student_logits{suffix}", f"teacher_logits{suffix}"
+    student_name, teacher_name = f"{names[0]}{suffix}", f"{names[1]}{suffix}"
     _checks.floating_tensor(student, student_name)
     if not 2 <= student.dim() <= 4:
         raise ValueError(

@@ -91,13 +91,13 @@ def check_same_classes(student: nn.Module, teacher: nn.Module, name: str = "teac
         )
 
 
-def check_same_levels(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise unless both networks hand out as many feature maps."""
+def check_same_levels(student: nn.Module, teacher: nn.Module, names: tuple[str, str] = ("backbone", "teacher")) -> None:
+    """Raise unless both networks hand out as many feature maps; errors call them `names`."""
     counts = [len(channels_of(network)) for network in (student, teacher)]
     if counts[0] != counts[1]:
         raise ValueError(
-            f"teacher ({type(teacher).__name__}) has {counts[1]} feature maps, but backbone ({type(student).__name__}) has "
-            f"{counts[0]} and the same number was wanted; choose some with frskd_fast.models.adapt_backbone(network, "
+            f"{names[1]} ({type(teacher).__name__}) has {counts[1]} feature maps, but {names[0]} ({type(student).__name__}) "
+            f"has {counts[0]} and the same number was wanted; choose some with frskd_fast.models.adapt_backbone(network, "
             "levels=[...])."
         )
 

@@ -156,7 +156,8 @@ def expanded(words: Sequence[str]) -> tuple[list[str], str]:
             if CLASS.fullmatch(path) and path not in (before, before.rpartition(".")[2]):
                 settings[part] = {"class_path": path}
                 if part == "task":
-                    settings.pop("teacher", None)
+                    for needed in recipe_files.HANDED_TO_TASK:
+                        settings.pop(needed, None)
         result += ["--config", json.dumps(settings)]
     return result + others, Path(recipes[0]).name.removesuffix(".yaml")
 

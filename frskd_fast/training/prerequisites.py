@@ -1,7 +1,7 @@
 """The runs that a recipe needs before its own: found, or trained first, and handed on.
 
-A recipe names them at its top, by recipe name: `teacher: NAME` is handed to the task as its argument
-`teacher` (the run's folder), `weights: NAME` to the model as `weights` (the run's last checkpoint).
+A recipe names them at its top, by recipe name: `teacher: NAME` and `expert: NAME` are handed to the task as its arguments of
+these names (the run's folder), `weights: NAME` to the model as `weights` (the run's last checkpoint).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from frskd_fast.models.checkpoints import LAST
 
 from .errors import Refusal
-from .recipe_files import NEEDED, RecipeError, recipe
+from .recipe_files import HANDED_TO_TASK, NEEDED, RecipeError, recipe
 from .run_folder import finished
 
 # The setting that takes each of them, and the options by which a user gives another one.
 TAKEN_BY = {
-    "teacher": (("task", "init_args", "teacher"), ("--task.teacher", "--task.init_args.teacher")),
+    **{name: (("task", "init_args", name), (f"--task.{name}", f"--task.init_args.{name}")) for name in HANDED_TO_TASK},
     "weights": (("model", "weights"), ("--model.weights",)),
 }
 NO_PREREQUISITES = ("--no-prerequisites", "--no_prerequisites")
@@ -37,7 +37,7 @@ class Needed(NamedTuple):
     """A run that another one needs.
 
     Attributes:
-        kind: "teacher" or "weights".
+        kind: "teacher", "expert" or "weights".
         recipe: which it follows.
         folder: where it is, or will be.
         words: options that it is handed on.

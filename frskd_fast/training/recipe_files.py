@@ -10,7 +10,8 @@ from typing import Any
 
 FOLDER = "recipes"
 BASE = "base"
-NEEDED = ("teacher", "weights")  # recipes whose runs come before that of the recipe which names them
+HANDED_TO_TASK = ("teacher", "expert")  # under the same names
+NEEDED = (*HANDED_TO_TASK, "weights")  # recipes whose runs come before that of the recipe which names them
 CONFIG = "config.yaml"  # the settings of a run, in its folder
 
 

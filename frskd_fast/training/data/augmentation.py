@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ATTEMPTS = 10  # of a random resized crop to find a window inside the image
+PADDING_MODES = ("constant", "reflect", "symmetric")
 UNIFORMS_PER_IMAGE = 4 * ATTEMPTS + 1  # area, aspect ratio, top and left of every attempt, and the flip
 
 
@@ -35,10 +36,38 @@ def draw_crops(count: int, padding: int, flip: float, generator: torch.Generator
     return crops
 
 
-def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
+def padded(images: Tensor, padding: int, mode: str = "constant") -> Tensor:
+    """Contiguous images with `padding` pixels more on each side: zeros, or the image mirrored.
+
+    `mode` is one of `PADDING_MODES`, called as in torchvision and NumPy: "constant" (0 0 0 | a b c), "reflect" (d c b | a b c
+    d), or "symmetric", which repeats the edge (c b a | a b c).
+
+    Images are (N, C, H, W) of any dtype.
+
+    Example:
+        >>> row = torch.tensor([1, 2, 3]).view(1, 1, 1, 3)
+        >>> [padded(row, 2, mode)[0, 0, 2].tolist() for mode in PADDING_MODES]
+        [[0, 0, 1, 2, 3, 0, 0], [3, 2, 1, 2, 3, 2, 1], [2, 1, 1, 2, 3, 3, 2]]
+    """
+    if not padding:
+        return images.contiguous()
+    if mode == "constant":
+        return F.pad(images, (padding,) * 4).contiguous()
+    places = []
+    for size in images.shape[2:]:
+        steps = torch.arange(-padding, size + padding, device=images.device)
+        # There and back again, with each edge twice or once.
+        period, last = (2 * size, 2 * size - 1) if mode == "symmetric" else (max(2 * size - 2, 1), 2 * size - 2)
+        steps = steps % period
+        places.append(torch.minimum(steps, last - steps))
+    rows, columns = places
+    return images[:, :, rows[:, None], columns].contiguous()
+
+
+def crop_and_flip(images: Tensor, crops: Tensor, padding: int, padding_mode: str = "constant") -> Tensor:
     """out[n, c, y, x] = padded[n, c, top_n + y, left_n + x'] with x' = W - 1 - x where flipped, else x.
 
-    `padded` is the image with `padding` zeros on each side, so this is torchvision's `RandomCrop((H, W), padding)`
+    `padded` is what the function of that name makes of the images, so this is torchvision's `RandomCrop((H, W), padding)`
     followed by `RandomHorizontalFlip`, for the whole batch at once and with given random numbers.
 
     Images are (N, C, H, W) of any dtype, crops those of `draw_crops` on the same device; the result is contiguous.
@@ -51,14 +80,14 @@ def crop_and_flip(images: Tensor, crops: Tensor, padding: int) -> Tensor:
         [[[[2, 1], [4, 3]]]]
     """
     count, channels, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4) if padding else images.contiguous()
+    source = padded(images, padding, padding_mode)
     top, left, flipped = crops.unbind(1)
     across = torch.arange(width, device=images.device)
     columns = left[:, None] + torch.where(flipped[:, None] != 0, width - 1 - across, across)  # (N, W)
     rows = top[:, None] + torch.arange(height, device=images.device)  # (N, H)
     pixels = (rows * (width + 2 * padding))[:, :, None] + columns[:, None, :]  # (N, H, W), the same for each channel
     pixels = pixels.reshape(count, 1, height * width).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, pixels).reshape(images.shape)
+    return source.flatten(2).gather(2, pixels).reshape(images.shape)
 
 
 def draw_view_crops(count: int, padding: int, flip: float, generator: torch.Generator) -> Tensor:
@@ -75,11 +104,11 @@ def draw_view_crops(count: int, padding: int, flip: float, generator: torch.Gene
     return crops
 
 
-def crop_views(images: Tensor, crops: Tensor, padding: int) -> Tensor:
+def crop_views(images: Tensor, crops: Tensor, padding: int, padding_mode: str = "constant") -> Tensor:
     """out[4n + r] = crop_{n,r}(rot90(flip_n(image_n), r)): four rotations of each image, each with a crop of its own.
 
-    The image is mirrored where its first row says flipped, turned counter-clockwise r times and padded with `padding` zeros
-    on each side; view r is the window at (top, left) of its own row. One gather writes each pixel once.
+    The image is mirrored where its first row says flipped, turned counter-clockwise r times and padded as by `padded`; view r
+    is the window at (top, left) of its own row. One gather writes each pixel once.
 
     Images are (N, C, H, H) of any dtype, crops (N, 4, 3) those of `draw_view_crops` on the same device; the result is
     contiguous (4N, C, H, H), in the order of `frskd_fast.mixing.rotate4`.
@@ -98,7 +127,7 @@ def crop_views(images: Tensor, crops: Tensor, padding: int) -> Tensor:
             f"images has maps of {side} x {width} pixels, but square images were wanted: turned by 90 degrees, others do not "
             "fit into one batch; set crop_each_view to false, or crop or resize them."
         )
-    padded = F.pad(images, (padding,) * 4) if padding else images.contiguous()
+    source = padded(images, padding, padding_mode)
     last = side + 2 * padding - 1
     top, left, flipped = crops[..., None, None].unbind(2)  # each (N, 4, 1, 1)
     steps = torch.arange(side, device=images.device)
@@ -109,7 +138,7 @@ def crop_views(images: Tensor, crops: Tensor, padding: int) -> Tensor:
     across = torch.stack([columns[:, 0], last - rows[:, 1], last - columns[:, 2], rows[:, 3]], 1)
     across = torch.where(flipped != 0, last - across, across)
     pixels = (down * (last + 1) + across).view(count, 4, 1, side * side).expand(-1, -1, channels, -1)
-    planes = padded.flatten(2).unsqueeze(1).expand(-1, 4, -1, -1)
+    planes = source.flatten(2).unsqueeze(1).expand(-1, 4, -1, -1)
     return planes.gather(3, pixels).view(4 * count, channels, side, side)
 
 

@@ -65,9 +65,10 @@ class ImageData(LightningDataModule):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    # What subclasses may set besides: the pixel value of full brightness, and the padding of the crop on the device.
+    # What subclasses may set besides: the pixel value of full brightness, and the padding (`padded`) of the crop on the device.
     pixel_scale: float = 255.0
     padding: int = 0
+    padding_mode: str = "constant"
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ class ImageData(LightningDataModule):
         images, targets = batch.images, batch.targets
         if batch.crops is not None:
             crop = crop_views if batch.crops.dim() == 3 else crop_and_flip
-            images = crop(images, batch.crops, self.padding)
+            images = crop(images, batch.crops, self.padding, self.padding_mode)
         images = normalise(images, *self._statistics_on(images.device), self.pixel_scale)
         prepared: Any = images, targets
         if batch.mixing_seed is not None and (self.mixup or self.cutmix):

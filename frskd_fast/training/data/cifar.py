@@ -15,6 +15,7 @@ import numpy.typing
 import torch
 from torch import Tensor
 
+from .augmentation import PADDING_MODES
 from .base import ImageData, Part, colour_statistics, probability, whole_number
 from .errors import DataFileError, MissingDataError
 from .loader import ArrayReader
@@ -50,13 +51,15 @@ SOURCES = {
 
 
 class CIFARData(ImageData):
-    """x = (crop(pixels) / 255 - mean) / std with a random 32 x 32 crop of the image padded by 4 zeros, and a flip.
+    """x = (crop(pixels) / 255 - mean) / std with a random 32 x 32 crop of the image padded by 4 pixels, and a flip.
 
     Args:
         root: the folder that holds `cifar-100-python/` (or `cifar-10-batches-py/`), that folder itself, or the archive
             `cifar-100-python.tar.gz` (`cifar-10-python.tar.gz`) or the folder in which it lies. Nothing is downloaded.
         classes: 100 or 10.
-        padding: zeros (black, before the normalisation) on each side, of which the crop may take some.
+        padding: pixels added on each side, of which the crop may take some.
+        padding_mode: what they are, as torchvision calls it: "constant" for zeros (black, before the normalisation), "reflect"
+            for the image mirrored, "symmetric" for the image mirrored with its edge repeated.
         flip: probability of a horizontal flip in training.
         validation_images: training images held out for validation, always the same whatever the seed, so that settings
             can be chosen without the test set. 0 validates on the test set, as the paper does.
@@ -88,6 +91,7 @@ class CIFARData(ImageData):
         label_fraction: float = 1.0,
         mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465),
         std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010),
+        padding_mode: str = "constant",
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -96,6 +100,9 @@ class CIFARData(ImageData):
         self.root = str(root)
         self.num_classes, self.image_size, self.channels = classes, (SIDE, SIDE), 3
         self.padding, self.flip = whole_number(padding, "padding", 0), probability(flip, "flip")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode is {padding_mode!r}, but {', '.join(map(repr, PADDING_MODES))} was wanted.")
+        self.padding_mode = padding_mode
         self.validation_images = whole_number(validation_images, "validation_images", 0)
         self.label_fraction = probability(label_fraction, "label_fraction")
         if not self.label_fraction:
