@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,9 @@ pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
+from lightning.pytorch.plugins import Precision
 from toy_method import ToyNet
-from training_utils import process, same_weights, small_run, steps, weights
+from training_utils import PLAIN, process, same_weights, small_run, steps, weights
 
 from frskd_fast import functional
 from frskd_fast.mixing import rotate4
@@ -24,8 +29,12 @@ from frskd_fast.models import ProjectionHead, with_auxiliary_heads
 from frskd_fast.tasks import ClassificationTask, DistillationTask, FrozenTeacher, HSAKDTask, SSKDTask, Task
 from frskd_fast.training.cli import main
 from frskd_fast.training.data import ArrayReader, CIFARData, DigitsData
+from frskd_fast.training.data.errors import MissingDataError
+from frskd_fast.training.data.folder import FileReader
 from frskd_fast.training.data.loader import Request
-from frskd_fast.training.teacher_outputs import TeacherOutputs
+from frskd_fast.training.module import DistillationModule
+from frskd_fast.training.teacher_cache import TeacherCache
+from frskd_fast.training.teacher_outputs import MAGIC, TeacherOutputs
 
 assert ClassificationTask  # by the name of this module
 FLIPPED = "test_teacher_cache.FlippedDigits"
@@ -283,6 +292,94 @@ def test_every_setting_has_a_file_of_its_own(tmp_path: Path) -> None:
     )
 
 
+def test_weights_that_were_loaded_after_the_teacher_was_frozen_begin_another_file(tmp_path: Path) -> None:
+    task, images = task_and_images()
+    first = TeacherOutputs(tmp_path, task, images, keys=10)
+    first(images, KEYS)
+    with torch.no_grad():
+        task.teacher.network.fc.bias.add_(1.0)
+    second = TeacherOutputs(tmp_path, task, images, keys=10)
+    assert second.path != first.path
+    torch.testing.assert_close(second(images, KEYS)["logits"], task.teacher_outputs(images)["logits"])
+
+
+def test_another_version_of_the_library_begins_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, images = task_and_images()
+    first = TeacherOutputs(tmp_path, task, images, keys=10)
+    monkeypatch.setattr("frskd_fast.__version__", "99.0")
+    assert TeacherOutputs(tmp_path, task, images, keys=10).path != first.path
+
+
+def test_image_files_are_told_apart_by_folder_size_and_time(tmp_path: Path) -> None:
+    def fingerprint(root: Path) -> str:
+        return FileReader(str(root), [("one.png", 0)], (8, 8), 8, decoder="pil").fingerprint()
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.png").write_bytes(b"pixels")
+        os.utime(tmp_path / name / "one.png", (1, 1))
+    first = fingerprint(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert fingerprint(tmp_path / "link") == first != fingerprint(tmp_path / "b")
+    os.utime(tmp_path / "a" / "one.png", (2, 2))
+    assert fingerprint(tmp_path / "a") != first
+    (tmp_path / "a" / "one.png").write_bytes(b"more pixels")
+    os.utime(tmp_path / "a" / "one.png", (1, 1))
+    assert fingerprint(tmp_path / "a") != first
+    reader = FileReader(str(tmp_path / "a"), [("one.png", 0), ("two.png", 0)], (8, 8), 8, decoder="pil")
+    with pytest.raises(MissingDataError, match=r"two\.png is in the list of images but could not be found"):
+        reader.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 4}, "samples is 4, but images has 6 rows and a whole number of them for each was wanted"),
+        ({"keys": 0}, "keys must be at least 1"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    task, images = task_and_images()
+    with pytest.raises(ValueError, match=sentence):
+        TeacherOutputs(tmp_path, task, images, **{"keys": 10, **settings})
+
+
+def test_a_refusal_in_one_process_reaches_the_others(tmp_path: Path) -> None:
+    """Both raise, where one alone would leave the other waiting for it."""
+    both, problems = threading.Barrier(2), [False, False]
+
+    class Strategy:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def reduce_boolean_decision(self, decision: bool) -> bool:
+            problems[self.rank] = not decision
+            both.wait(10)
+            result = not any(problems)
+            both.wait(10)
+            return result
+
+    def start(rank: int) -> Any:
+        cache = TeacherCache(str(tmp_path))
+        cache._keys = 10, {}
+        trainer: Any = types.SimpleNamespace(
+            datamodule=types.SimpleNamespace(channels=3, image_size=(8, 8)),
+            precision_plugin=Precision(),
+            precision="32-true",
+            num_nodes=1,
+            local_rank=rank,
+            strategy=Strategy(rank),
+        )
+        module = DistillationModule(10, PLAIN, "ToyNet")
+        cache.on_fit_start(trainer, module)
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = [future.exception(60) for future in [pool.submit(start, rank) for rank in (0, 1)]]
+    assert "has no frozen teacher" in str(errors[0])
+    assert str(errors[1]) == "The teacher cache was refused by another process, which says why."
+
+
 def test_bfloat16_outputs_are_kept_as_they_are(tmp_path: Path) -> None:
     task, images = task_and_images()
     with torch.autocast("cpu", torch.bfloat16):
@@ -354,6 +451,14 @@ def test_a_torn_file_is_built_anew_and_a_foreign_one_is_left_alone(tmp_path: Pat
         (b"", "was cut off in its header"),
         (bytes(damaged), "is damaged in its header"),
         (whole[:40] + b"\n" + whole[41:], "is damaged in its header"),
+        (
+            b"%s 1 %s 2\n[]" % (MAGIC, hashlib.sha256(b"[]").hexdigest().encode()) + bytes(5000),
+            "is damaged in its header",
+        ),
+        (
+            b"%s 1 %s 2\n{]" % (MAGIC, hashlib.sha256(b"{]").hexdigest().encode()) + bytes(5000),
+            "is damaged in its header",
+        ),
     ):
         path.unlink()  # mapped by `outputs`
         path.write_bytes(content)
