@@ -120,7 +120,8 @@ def test_hsakds_mobilenet_is_hsakds_with_its_heads(tmp_path: Path) -> None:
     path = written(tmp_path, {"net": under("module.", network.state_dict())})
     for name in ("mobilenetv2", "MobileNetV2", "mobilenetv2_aux"):
         with_heads = load_teacher(path, name, heads="auxiliary")
-        torch.testing.assert_close(with_heads(images), network(images))
+        # Untrained, its logits are small.
+        torch.testing.assert_close(with_heads(images), network(images), rtol=1e-5, atol=0)
     assert load_teacher(path, "mobilenetv2", heads="auxiliary", stem_stride=2).backbone.conv1[0].stride == (2, 2)
     # A run of this library says itself which network it holds.
     path = written(tmp_path, checkpoint(network, backbone="mobilenetv2"))
