@@ -14,6 +14,7 @@ from frskd_fast.mixing import joint_labels
 from frskd_fast.ops import _checks
 from frskd_fast.ops.head_objective import Sources, head_objective
 from frskd_fast.ops.labels import Labels, checked_labels, is_mix, mixed_probabilities
+from frskd_fast.ops.logits import ALONE
 from frskd_fast.reference.logits import Settings
 
 __all__ = [
@@ -140,7 +141,7 @@ class _HSAKDLoss(Loss[Parts]):
         the main heads are those of the upright images; auxiliary heads have `joint` labels or none.
         """
         main, ignored = networks[0], self.ignore_index
-        impl = _dispatch.choose_for("logits", self.impl, main)
+        impl = _dispatch.choose_for("logits", self.impl, main, "" if frozen or len(networks) > heads else ALONE)
         images = _image_labels(targets, main, ignored, impl)
         tensors = [*networks, *frozen]
         places = []

@@ -76,10 +76,12 @@ def _gatherer(annotation: Any) -> Callable[[Iterator[Any]], Any]:
     return lambda flat: make([take(flat) for take in fields])
 
 
-def _version(fake: Callable[..., Any]) -> str:
-    """Changes with the file that holds the fake. Where source files were left out, it is always the same."""
-    source = Path(fake.__code__.co_filename)
-    return f"{zlib.crc32(source.read_bytes()):08x}" if source.is_file() else "no source"
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _version(source: str, operation: str, implementation: str) -> str:
+    """Changes with the file of a fake and with that of the raw functions, which says how much they keep."""
+    files = (source, getattr(_dispatch.raw(operation, implementation), "__file__", None))
+    contents = [Path(file).read_bytes() for file in files if file is not None and Path(file).is_file()]
+    return f"{zlib.crc32(b''.join(contents)):08x}"
 
 
 def register(operation: str, function: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -127,11 +129,12 @@ def register(operation: str, function: str = "") -> Callable[[Callable[P, R]], C
             f"frskd_fast::{name}", lambda *flat, version="": untyped(*gathered(flat)), lib=_library
         )
         operator = getattr(torch.ops.frskd_fast, name).default
-        version = _version(fake)
+        source = fake.__code__.co_filename
 
         @functools.wraps(fake)
         def call(*given: P.args, **_: P.kwargs) -> R:
             if torch.compiler.is_compiling():
+                version = _version(source, operation, typing.cast(str, given[-1]))
                 result: R = operator(*_flatten(given), version=version)
                 return result
             return run(*given)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from frskd_fast.ops import logits
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.labels import kept
 from frskd_fast.reference.combine import weighted_mean
-from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
+from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted, mean_cross_entropy
 
 
 class Sources(NamedTuple):
@@ -77,8 +77,11 @@ def head_objective(tensors: Sequence[Tensor], sources: Sources, settings: Settin
         return total, terms
     _dispatch.record("logits", impl)
     students, teachers, targets, targets_b = sources.heads(tensors)
-    columns = []
+    ces, kds = [], []
     for head, student in enumerate(students):
+        if logits.is_plain_mean(student, teachers, targets, targets_b):
+            ces.append(mean_cross_entropy(student, targets[head], settings.label_smoothing, settings.ignore_index))
+            continue
         ce, _, kd, weight = logits.reference_rows(
             student,
             teachers[head] if teachers else None,
@@ -87,6 +90,7 @@ def head_objective(tensors: Sequence[Tensor], sources: Sources, settings: Settin
             settings,
             detach_teacher=True,
         )
-        columns.append(torch.stack([weighted_mean(ce, weight), kd.sum() / max(kd.numel(), 1)]))
-    terms = torch.stack(columns, 1)
-    return terms.sum(), terms.detach()
+        ces.append(weighted_mean(ce, weight))
+        kds.append(kd.sum() / max(kd.numel(), 1))
+    terms = torch.stack([term.detach() for term in (*ces, *(kds or [torch.zeros_like(ce) for ce in ces]))])
+    return sum(kds, sum(ces[1:], ces[0])), terms.view(2, len(students))
