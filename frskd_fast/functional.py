@@ -291,7 +291,7 @@ def pairwise_cosine(x: Tensor, y: Tensor, eps: float = _similarity.EPSILON, *, i
         >>> pairwise_cosine(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
         [[1.0, 0.0], [0.0, 0.0]]
 
-    Source: the similarity of SSKD (arXiv 2006.07114), section 3.2.
+    Source: the similarity of SSKD (arXiv 2006.07114) and its released code.
     """
     return _similarity.pairwise_cosine(x, y, eps, impl)
 
@@ -335,7 +335,7 @@ def ranked_kd_loss(
         >>> abs(ranked_kd_loss(student, teacher, correct, 1.0, 0.5).item()) < 1e-6
         True
 
-    Source: SSKD (arXiv 2006.07114), section 3.3, as released: a share of the wrong rows, by rank.
+    Source: SSKD (arXiv 2006.07114), as released: a share of the wrong rows, by rank.
     """
     return _ranking.ranked_kd_loss(student_scores, teacher_scores, correct, temperature, ratio, impl)
 

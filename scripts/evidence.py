@@ -6,10 +6,10 @@
     python scripts/evidence.py --check             fail where docs/evidence.md is not what its result files give
 
 Every run is `frskd-fast fit --config RECIPE` in a process of its own, with the overrides that the table names; a run that
-was interrupted goes on. All methods of a study share student, labelled images of a seed, batches, augmentation, optimiser
-and schedule, and those with one recipe the number of steps. A teacher that a recipe needs is trained once, for all seeds.
-Accuracies are those of the student alone on the test images after the last epoch, never of the best. What the logs say is
-kept in bench/results.
+was interrupted goes on. All methods of a study share student, labelled images of a seed, optimiser and form of schedule;
+batches, augmentation and number of epochs are those of each recipe. A run that a recipe needs, such as a teacher, is
+trained once, for all seeds, before and in a process of its own. Accuracies are those of the student alone on the test
+images after the last epoch, never of the best. What the logs say is kept in bench/results.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ RESULTS = ROOT / "bench" / "results"
 SOURCE = re.compile(r"<!-- evidence:source (\S+) -->")
 SCHEMA = "evidence, 1"
 BASELINE = "ce"
+UNMEASURED = "Not measured yet."
 PLAIN = "ClassificationTask"
 
 Document = dict[str, Any]
@@ -63,6 +64,7 @@ STUDIES = {
         "ce": Variant("cross-entropy", recipe="digits_resnet8_plain"),
         "kd": Variant("KD", recipe="digits_kd"),
         "hsakd": Variant("HSAKD", recipe="digits_hsakd"),
+        "hsakd_frozen": Variant("HSAKD, frozen backbone", recipe="digits_hsakd_frozen"),
         "sskd": Variant("SSKD", recipe="digits_sskd"),
         "online": Variant("HSAKD, online pair", recipe="digits_hsakd_online"),
     },
@@ -74,7 +76,7 @@ class Run(NamedTuple):
 
     accuracy: float  # percent
     curve: list[tuple[int, float]]  # (epochs done, percent)
-    seconds: float  # of an epoch, median
+    seconds: float  # of training, all epochs together
     peak: int  # bytes of the process at its largest
     epochs: int
 
@@ -92,22 +94,13 @@ def folder_of(out: Path, variant: str, seed: int) -> Path:
 def train(out: Path, name: str, variant: Variant, seed: int, extra: Sequence[str]) -> None:
     """Run, or continue, one training; its peak memory goes into `process.json`."""
     folder = folder_of(out, name, seed)
-    command = [
-        sys.executable, "-m", "frskd_fast.training", "fit", "--config", variant.recipe, "--run_dir", str(folder),
+    words = [
+        "--config", variant.recipe, "--run_dir", str(folder),
         "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
         "--panels.enabled", "false", "--tensorboard", "false", *variant.overrides, *extra,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    # Output to a file: a pipe nobody reads would fill, and wait4 is what gives the peak.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
-        running = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(running.pid, 0)
-        running.returncode = os.waitstatus_to_exitcode(status)
-    if running.returncode:
-        sys.exit(f"{name}, seed {seed}: the run ended with status {running.returncode}; see {log.name}.")
-    # Kilobytes on Linux, bytes on macOS.
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    train_needed(words)
+    peak = fit(words, folder)
     file = folder / "process.json"
     before = json.loads(file.read_text())["peak"] if file.is_file() else 0
     about = {
@@ -117,6 +110,36 @@ def train(out: Path, name: str, variant: Variant, seed: int, extra: Sequence[str
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     file.write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def train_needed(words: Sequence[str]) -> None:
+    """Train the runs that `--config RECIPE ...` needs and that are not there, each in a process of its own."""
+    from frskd_fast.training.prerequisites import split_off
+    from frskd_fast.training.recipe_files import recipe
+    from frskd_fast.training.run_folder import finished
+
+    _, needed, _ = split_off(["--config", json.dumps(recipe(words[1])), *words[2:]], words[1])
+    for run in needed:
+        if finished(run.folder) is None:
+            train_needed(run.arguments())
+            print(run.recipe, flush=True)
+            fit(run.arguments(), run.folder)
+
+
+def fit(words: Sequence[str], folder: Path) -> int:
+    """`frskd-fast fit WORDS` in a process of its own; its peak memory in bytes."""
+    command = [sys.executable, "-m", "frskd_fast.training", "fit", *words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # Output to a file: a pipe nobody reads would fill, and wait4 is what gives the peak.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
+        running = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(running.pid, 0)
+        running.returncode = os.waitstatus_to_exitcode(status)
+    if running.returncode:
+        sys.exit(f"{folder.name}: the run ended with status {running.returncode}; see {log.name}.")
+    # Kilobytes on Linux, bytes on macOS.
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read(folder: Path) -> Run | None:
@@ -129,7 +152,7 @@ def read(folder: Path) -> Run | None:
     return Run(
         accuracy=curve[-1][1],
         curve=curve,
-        seconds=statistics.median(seconds),
+        seconds=sum(seconds),
         peak=json.loads((folder / "process.json").read_text(encoding="utf-8"))["peak"],
         epochs=len(seconds),
     )
@@ -170,7 +193,18 @@ def verdict(name: str, differences: Sequence[float]) -> str:
         return f"{name} is ahead of cross-entropy by {text} percentage points."
     if mean + half < 0:
         return f"{name} is behind cross-entropy by {-mean:.2f} ± {half:.2f} percentage points."
-    return f"{name} does not differ from cross-entropy beyond the spread: {text} percentage points."
+    return f"{name}: no difference from cross-entropy could be shown, {text} percentage points."
+
+
+def teacher_of(variant: Variant) -> str | None:
+    """The run that a recipe learns from and, where that one's weights come from another run, the other one, as Markdown."""
+    from frskd_fast.training.recipe_files import recipe
+
+    teacher = recipe(variant.recipe).get("teacher")
+    if teacher is None:
+        return None
+    weights = recipe(teacher).get("weights")
+    return f"`{teacher}`" + (f" on `{weights}`" if weights else "")
 
 
 def collect(study: str, out: Path) -> Document:
@@ -200,6 +234,7 @@ def collect(study: str, out: Path) -> Document:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         **{name: about[name] for name in ("python", "machine", "cores")},
         "teachers": teachers,
+        "teacher_of": {variant: teacher_of(STUDIES[study][variant]) for variant in found},
         "runs": found,
     }
 
@@ -240,11 +275,10 @@ def report(document: Document) -> str:
     """The table as Markdown, a verdict for each method, and how it was made."""
     variants = STUDIES[document["study"]]
     baseline = by_seed(document, BASELINE)
-    base_seconds = statistics.median(run.seconds for run in baseline.values())
     lines = [
         "| method | seeds | test accuracy, % (mean ± deviation) | minus cross-entropy (95 % interval, paired) | epochs | "
-        "epoch, ms | of cross-entropy | peak memory, MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "training, s | peak memory, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     verdicts = []
     for variant in document["runs"]:
@@ -254,11 +288,12 @@ def report(document: Document) -> str:
         seconds = statistics.median(run.seconds for run in found.values())
         shared = sorted(set(found) & set(baseline))
         differences = [found[seed].accuracy - baseline[seed].accuracy for seed in shared]
+        teacher = document["teacher_of"][variant]
         lines.append(
-            f"| {variants[variant].title} | {len(values)} | {statistics.fmean(values):.2f}{deviation} | "
+            f"| {variants[variant].title}{f', from {teacher}' if teacher else ''} | {len(values)} | "
+            f"{statistics.fmean(values):.2f}{deviation} | "
             f"{'-' if variant == BASELINE else interval(differences)} | {next(iter(found.values())).epochs} | "
-            f"{1000 * seconds:.0f} | "
-            f"{seconds / base_seconds:.2f}x | {max(run.peak for run in found.values()) / 1e6:.0f} |"
+            f"{seconds:.0f} | {min(run.peak for run in found.values()) / 1e6:.0f} |"
         )
         if variant != BASELINE:
             verdicts.append(f"* {verdict(variants[variant].title, differences)}")
@@ -273,9 +308,13 @@ def report(document: Document) -> str:
             "",
             *verdicts,
             "",
+            "Each interval holds for its own comparison; there is no correction for several comparisons.",
+            "",
             *([f"Runs that others need, each trained once: {teachers}.", ""] if teachers else []),
-            f"{steps}{document['machine']}, {document['cores']} cores. Memory "
-            f"is that of the whole process, Python and PyTorch included. {'; '.join(commands)}.",
+            f"{steps}{document['machine']}, {document['cores']} cores. Training time is that of all epochs, the median over "
+            "the seeds, without that of runs that others need. Memory is that of the whole process, Python and PyTorch "
+            "included: the smallest peak over the seeds, because the process of a first seed may have trained a teacher "
+            f"before. {'; '.join(commands)}.",
             "",
             f"![Test accuracy against epochs: mean over the seeds, and their range]({plot_of(document).name})",
         ]
@@ -339,9 +378,13 @@ def kept(document: Document) -> Path:
 
 
 def check(study: str, content: str) -> None:
-    """Fail unless the tables of a study are those of the files that they name."""
+    """Fail unless the tables of a study are those of the files that they name, or it says that there are none yet."""
     _, between, _ = split(study, content)
     files = [DOCUMENT.parent / name for name in SOURCE.findall(between)]
+    if not files and between.strip() != UNMEASURED:
+        sys.exit(
+            f"{DOCUMENT}: the study {study} names no result file; it must hold its tables, or {UNMEASURED!r} alone."
+        )
     if files and between.strip() != block({file: load(study, file) for file in files}).strip():
         sys.exit(
             f"{DOCUMENT}: the tables of the study {study} are not those of {', '.join(file.name for file in files)}."

@@ -198,6 +198,23 @@ def test_kept_outputs_of_the_teacher_take_its_place(distill: str) -> None:
     torch.testing.assert_close(task(images, labels, halves)["loss"], wanted["loss"], rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_teacher_that_was_woken_runs_in_evaluation_mode(compiled: bool) -> None:
+    """By a loop over all modules, as some trainers have one."""
+    task = distilling("kd")
+    if compiled:
+        task.compile(backend="eager")
+    images, labels = batch(3)
+    wanted = task(images, labels)["teacher_output"]
+    statistics = task.teacher.network.bn1.running_mean.clone()
+    for module in task.modules():
+        module.train()
+    assert task.teacher.network.training and task.teacher.network.bn1.training
+    assert torch.equal(task(images, labels)["teacher_output"], wanted)
+    assert torch.equal(task.teacher.network.bn1.running_mean, statistics)
+    assert not any(module.training for module in task.teacher.modules())
+
+
 def test_states_copies_and_files_agree(tmp_path: Path) -> None:
     images, labels = batch()
     task = distilling("fit")
@@ -296,6 +313,12 @@ def test_one_graph_serves_every_batch(distill: str, mix: float | None) -> None:
     assert compare_compiled("aot_eager", distilling(distill), list(zip((4, 7), mixes, strict=True))) == 1
 
 
+@pytest.mark.parametrize("distill", ["fit", "od"])
+def test_data_parallel_without_the_feature_term(distill: str, tmp_path: Path) -> None:
+    """Its adapters stay unused."""
+    train_in_a_group_of_one(distilling(distill, alpha=1.0, beta=0.0), [batch(2), batch(2)], tmp_path)
+
+
 def test_data_parallel_trains_every_parameter_but_the_teachers(tmp_path: Path) -> None:
     task = distilling("fit")
     train_in_a_group_of_one(task, [batch(), batch()], tmp_path)
@@ -338,6 +361,11 @@ def test_a_step_waits_for_no_device_and_is_captured_in_a_cuda_graph(distill: str
             lambda: DistillationTask(Net(), Teacher(3)),
             ValueError,
             r"\(Teacher\) scores 3 classes, but backbone \(Net\)",
+        ),
+        (
+            lambda: DistillationTask(net := Net(), net),
+            ValueError,
+            r"teacher \(Net\) and backbone \(Net\) have parameters in common",
         ),
         (lambda: DistillationTask(wrn16x2(CLASSES), Teacher(), "fit"), ValueError, "has 2 feature maps, but backbone"),
         (lambda: DistillationTask(Net(), Teacher(), "od"), TypeError, r"backbone \(Net\) takes no argument preact"),

@@ -14,11 +14,15 @@ pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
+from lightning.pytorch import Trainer
 from toy_method import ToyNet, ToyTask
 from training_utils import PLAIN, epochs, small_run, steps, weights
 
+from frskd_fast.models import create_model
 from frskd_fast.tasks import FrozenTeacher
 from frskd_fast.training.cli import expanded, main
+from frskd_fast.training.data import DigitsData
+from frskd_fast.training.module import DistillationModule
 from frskd_fast.training.prerequisites import split_off
 from frskd_fast.training.recipe_files import NEEDED, RecipeError, recipe
 
@@ -92,14 +96,17 @@ def test_an_interrupted_teacher_goes_on(recipes: tuple[str, str], capsys: pytest
 def test_what_has_to_be_run_is_said(recipes: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     student, _ = recipes
     for words, why in (
-        (["fit", "--no-prerequisites", "--data.batch_size", "20"], "With --no-prerequisites"),
-        (["fit", "--trainer.fast_dev_run", "1", "--data.batch_size=20"], "A fast_dev_run does not train it"),
-        (["validate", "--data.batch_size", "20"], "frskd-fast validate trains nothing"),
+        (["fit", "--no-prerequisites", "--data.evaluation_batch_size", "20"], "With --no-prerequisites"),
+        (["fit", "--trainer.fast_dev_run", "1", "--data.evaluation_batch_size=20"], "A fast_dev_run does not train it"),
+        (["validate", "--data.evaluation_batch_size", "20"], "frskd-fast validate trains nothing"),
     ):
         assert main([words[0], "--config", student, *words[1:]]) == 1
         said = capsys.readouterr().err
         assert f"but runs/expert holds no finished one. {why}: run `frskd-fast fit --config " in said
-        assert "expert.yaml --run_dir runs/expert --data.batch_size" in said and "give --task.teacher a path." in said
+        assert (
+            "expert.yaml --run_dir runs/expert --data.evaluation_batch_size" in said
+            and "give --task.teacher a path." in said
+        )
     # Wrong settings are said before anything is trained.
     with pytest.raises(SystemExit):
         main(["fit", "--config", student, "--task.wait", "3"])
@@ -116,6 +123,49 @@ def test_weights_of_a_run_start_another_one(recipes: tuple[str, str], tmp_path: 
     assert changed == {"task.backbone.fc.weight", "task.backbone.fc.bias"}
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"class_path": "frskd_fast.tasks.LinearProbeTask"},
+        {"class_path": "frskd_fast.tasks.SSKDHeadTask"},
+        {"class_path": "frskd_fast.tasks.HSAKDTeacherTask", "init_args": {"freeze_backbone": True}},
+    ],
+    ids=lambda task: task["class_path"].rpartition(".")[2],
+)
+def test_frozen_random_weights_are_refused(task: dict[str, Any], tmp_path: Path) -> None:
+    """Those of a backbone without weights, and those of a classifier for other classes."""
+    data = DigitsData(as_rgb=True)
+    trainer = Trainer(
+        fast_dev_run=1, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, logger=False
+    )
+    with pytest.raises(
+        ValueError, match=r"weights is None, but \w+ freezes parameters of the backbone.*give model.weights"
+    ):
+        trainer.fit(DistillationModule(10, task, "resnet8"), data)
+
+    for classes in (10, 7):
+        torch.save(create_model("resnet8", classes).state_dict(), tmp_path / f"{classes}.pth")
+    module = DistillationModule(10, task, "resnet8", weights=str(tmp_path / "10.pth"))
+    trainer.fit(module, data)
+    # From a checkpoint, which holds the weights, it goes on without the file.
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    trainer.fit(DistillationModule.load_from_checkpoint(tmp_path / "run.ckpt"), data)
+    trainer.fit(DistillationModule(10, task, "resnet8"), data, ckpt_path=str(tmp_path / "run.ckpt"))
+    if "Probe" in task["class_path"]:  # it trains the classifier
+        trainer.fit(DistillationModule(10, task, "resnet8", weights=str(tmp_path / "7.pth")), data)
+    else:
+        with pytest.raises(ValueError, match=r"7.pth\) are those of a network for other classes.*would stay random"):
+            DistillationModule(10, task, "resnet8", weights=str(tmp_path / "7.pth"))
+
+
+def test_a_network_from_elsewhere_may_bring_its_weights() -> None:
+    """Whoever made it knows."""
+    task = "frskd_fast.tasks.LinearProbeTask"
+    assert DistillationModule(10, task, "resnet8").needs_weights
+    assert not DistillationModule(10, task, "training_utils.SmallNet").needs_weights
+    assert not DistillationModule(10, "frskd_fast.tasks.ClassificationTask", "resnet8").needs_weights
+
+
 def split(settings: dict[str, Any], *words: str) -> tuple[dict[str, Any], list[Any]]:
     """The settings with paths in place, and what is needed."""
     result, needed, _ = split_off(["--config", json.dumps(settings), *words], "mine")
@@ -127,6 +177,7 @@ def test_what_is_handed_on(tmp_path: Path) -> None:
     same = {"data": recipe("cifar100_resnet18_plain")["data"], "teacher": "cifar100_resnet18_plain"}
     other = {"data": recipe("imagenet_resnet18_plain")["data"], "teacher": "cifar100_resnet18_plain"}
     words = ["--data.root", "D", "--trainer.devices=2", "--trainer.max_epochs", "3", "--optimizer.lr", "1", "--fresh"]
+    words += ["--data.batch_size", "4"]
     words += [
         "--data.init_args.workers=1",
         "--seed_everything",

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,35 +197,141 @@ def test_recipe_fits_together(name: str) -> None:
         assert one.kind != "weights" or others["backbone"] == settings["model"]["backbone"]
 
 
+def optimizer_of(name: str) -> dict[str, Any]:
+    """The arguments; every recipe here trains by SGD with momentum 0.9."""
+    settings = recipe(name)["optimizer"]
+    arguments = dict(settings["init_args"])
+    assert settings["class_path"] == "torch.optim.SGD" and arguments.pop("momentum") == 0.9, name
+    arguments.setdefault("nesterov", False)
+    return arguments
+
+
+def step_of(network: str) -> float:
+    """The learning rate on CIFAR-100."""
+    return 0.01 if network in SMALL_STEPS else 0.05
+
+
+def schedule_of(name: str) -> tuple[int, list[int]]:
+    """Epochs, and after which of them the learning rate falls to a tenth."""
+    settings = recipe(name)
+    schedule = settings["lr_scheduler"]["init_args"]
+    assert schedule["gamma"] == 0.1, name
+    return settings["trainer"]["max_epochs"], schedule["milestones"]
+
+
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize(("teacher", "student"), pairs(HSAKD_PAIRS))
 def test_pairs_of_hsakd(teacher: str, student: str, joint: bool) -> None:
-    settings = recipe(f"cifar100_{teacher}_{student}_hsakd" + "_joint" * joint)
+    name = f"cifar100_{teacher}_{student}_hsakd" + "_joint" * joint
+    settings = recipe(name)
     assert settings["model"]["backbone"] == student
-    assert settings["optimizer"]["init_args"] == {
-        "lr": 0.01 if student in SMALL_STEPS else 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True,
-    }  # fmt: skip
+    assert optimizer_of(name) == {"lr": step_of(student), "weight_decay": 5e-4, "nesterov": True}
+    assert schedule_of(name) == (240, [150, 180, 210])
     heads = recipe(settings["teacher"])
-    assert heads["model"]["backbone"] == teacher and heads["optimizer"]["init_args"]["lr"] == 0.05
-    assert (heads["trainer"]["max_epochs"], heads["lr_scheduler"]["init_args"]["milestones"]) == (
-        (240, [150, 180, 210]) if joint else (100, [30, 60, 90])
-    )
+    assert heads["model"]["backbone"] == teacher
+    assert optimizer_of(settings["teacher"]) == {"lr": 0.05, "weight_decay": 5e-4, "nesterov": True}
+    assert schedule_of(settings["teacher"]) == ((240, [150, 180, 210]) if joint else (100, [30, 60, 90]))
     assert heads.get("weights") == (None if joint else f"cifar100_{teacher}_plain")
     assert heads["task"].get("init_args", {}) == ({} if joint else {"freeze_backbone": True})
+    for one in (settings, heads):
+        check_hsakds_images(one)
+
+
+def check_hsakds_images(settings: dict[str, Any]) -> None:
+    """64 images, of which the trainer makes the four views."""
+    data = settings["data"]["init_args"]
+    assert (data["batch_size"], data.get("crop_each_view", False)) == (64, False)
+    assert (data["mean"], data["std"]) == ([0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761])
+
+
+ONLINE = [name for name in recipe_names() if name.startswith("cifar100_") and name.endswith("_hsakd_online")]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_online_pairs_of_hsakd(name: str) -> None:
+    settings = recipe(name)
+    network = settings["model"]["backbone"]
+    assert name == f"cifar100_{network}_hsakd_online" and len(ONLINE) == 8
+    assert optimizer_of(name) == {"lr": step_of(network), "weight_decay": 5e-4, "nesterov": True}
+    assert schedule_of(name) == (240, [150, 180, 210])
+    check_hsakds_images(settings)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("imagenet_") and "hsakd" in name])
+def test_imagenet_of_hsakd(name: str) -> None:
+    assert optimizer_of(name) == {"lr": 0.1, "weight_decay": 1e-4, "nesterov": False}
+    assert schedule_of(name) == (100, [30, 60, 90])
+    data = recipe(name)["data"]["init_args"]
+    assert data["batch_size"] == 256 and not data.get("crop_each_view", False)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith("_probe")])
+def test_linear_probes_of_hsakd(name: str) -> None:
+    assert optimizer_of(name) == {"lr": 0.1, "weight_decay": 0.0, "nesterov": True}
+    assert schedule_of(name) == (100, [30, 60, 90])
+    assert recipe(name)["data"]["init_args"]["batch_size"] == 64
 
 
 @pytest.mark.parametrize(("teacher", "student"), pairs(SSKD_PAIRS))
 def test_pairs_of_sskd(teacher: str, student: str) -> None:
-    settings = recipe(f"cifar100_{teacher}_{student}_sskd")
-    assert settings["model"] == {"backbone": student} and settings["trainer"]["max_epochs"] == 240
-    assert settings["optimizer"]["init_args"] == {
-        "lr": 0.01 if student in SMALL_STEPS else 0.05, "momentum": 0.9, "weight_decay": 5e-4,
-    }  # fmt: skip
-    assert settings["data"]["init_args"]["crop_each_view"] and settings["data"]["init_args"]["batch_size"] == 64
+    name = f"cifar100_{teacher}_{student}_sskd"
+    settings = recipe(name)
+    assert settings["model"] == {"backbone": student}
+    assert optimizer_of(name) == {"lr": step_of(student), "weight_decay": 5e-4, "nesterov": False}
+    assert schedule_of(name) == (240, [150, 180, 210])
     head = recipe(settings["teacher"])
     assert head["model"] == {"backbone": teacher} and head["weights"] == f"cifar100_{teacher}_plain"
-    assert (head["trainer"]["max_epochs"], head["lr_scheduler"]["init_args"]["milestones"]) == (60, [30, 45])
-    assert head["optimizer"]["init_args"]["lr"] == 0.05 and head["data"]["init_args"]["crop_each_view"]
+    assert optimizer_of(settings["teacher"]) == {"lr": 0.05, "weight_decay": 5e-4, "nesterov": False}
+    assert schedule_of(settings["teacher"]) == (60, [30, 45])
+    for network, one in ((teacher, recipe(head["weights"])), (student, recipe(f"cifar100_{student}_plain"))):
+        assert one["model"] == {"backbone": network} and one["trainer"]["max_epochs"] == 240
+        assert one["optimizer"]["init_args"]["lr"] == step_of(network)
+    for one in (settings, head):
+        data = one["data"]["init_args"]
+        assert data["crop_each_view"] and data["batch_size"] == 64
+        assert (data["mean"], data["std"]) == ([0.5071, 0.4866, 0.4409], [0.2675, 0.2565, 0.2761])
+
+
+def published() -> dict[str, str]:
+    """The accuracy of each recipe of a pair, of its teachers and of its student alone, from docs/methods/index.md."""
+    text = (Path(__file__).parents[1] / "docs" / "methods" / "index.md").read_text("utf-8")
+    found: dict[str, str] = {}
+    for row in re.findall(r"^\| (\w+) \| (\w+) \| (\d.*) \|$", text, re.MULTILINE):
+        teacher, student, *figures = *row[:2], *row[2].split(" | ")
+        pair = f"cifar100_{teacher}_{student}"
+        if len(figures) == 3:
+            names = [f"cifar100_{teacher}_plain", f"cifar100_{student}_plain", f"{pair}_sskd"]
+        else:
+            alone = "cifar100_mobilenetv2_stem1_plain" if student == "mobilenetv2" else f"{pair}_hsakd without"
+            names = [f"cifar100_{teacher}_hsakd_teacher", f"cifar100_{teacher}_hsakd_joint_teacher", alone]
+            names += [f"{pair}_hsakd", f"{pair}_hsakd_joint"]
+        for name, figure in zip(names, figures, strict=True):
+            assert found.setdefault(name, figure) == figure, name
+    (online,) = re.findall(r"^\| online pair, CIFAR-100 \|.*\| (.*) \|$", text, re.MULTILINE)
+    for one in online.split(", "):
+        network, figure = one.split()
+        found[f"cifar100_{network}_hsakd_online"] = figure
+    (few,) = re.findall(r"^\| part of the labels, CIFAR-100 \|.*\| ([\d., ]+) with", text, re.MULTILINE)
+    for share, figure in zip((25, 50, 75), few.split(", "), strict=True):
+        found[f"cifar100_resnet56_resnet20_hsakd_{share}percent"] = figure
+    (stl10, tinyimagenet) = re.findall(
+        r"^\| linear probe \|.*\| STL-10 ([\d.]+), TinyImageNet ([\d.]+) \|$", text, re.M
+    )[0]
+    return {
+        **found,
+        "stl10_mobilenetv2_hsakd_probe": stl10,
+        "tinyimagenet_mobilenetv2_hsakd_probe": tinyimagenet,
+    }
+
+
+def test_headers_have_the_published_accuracies() -> None:
+    tables = published()
+    assert len(tables) > 60
+    for name, figure in tables.items():
+        recipe_name, without, _ = name.partition(" without")
+        header = "".join(re.findall(r"^#(.*)$", recipe_text(recipe_name)[0], re.MULTILINE))
+        figures = re.findall(r"(\d\d\.\d\d) %", header.partition("Should reach: ")[2])
+        assert figures[1 if without else 0] == figure, name
 
 
 @pytest.mark.parametrize("classes", [10, 100])

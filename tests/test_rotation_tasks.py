@@ -216,6 +216,11 @@ def test_data_parallel_finds_no_unused_parameter(name: str, tmp_path: Path) -> N
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in task.parameters())
 
 
+def test_data_parallel_without_similarities(tmp_path: Path) -> None:
+    """The projection head stays unused."""
+    train_in_a_group_of_one(TASKS["sskd"](similarity_weight=0.0), [views(), views()], tmp_path)
+
+
 def test_sharded_tasks_train_and_evaluate(tmp_path: Path) -> None:
     """FSDP2 in a group of one, whose parameters are sharded all the same."""
     images, labels = views()
@@ -265,6 +270,19 @@ def test_evaluation_measures_heads_and_both_networks() -> None:
             assert list(measured) == (["output", "net2_accuracy"] if name == "hsakd online" else ["output"])
 
 
+def test_a_peer_made_of_trained_weights_has_statistics_of_its_own() -> None:
+    network = Net()
+    network.train()(torch.randn(8, 3, 10, 10))
+    task = HSAKDOnlineTask(network)
+    assert network.bn1.num_batches_tracked == 1 and not torch.equal(network.bn1.running_mean, torch.zeros(4))
+    twin = task.net2.backbone
+    assert twin.bn1.num_batches_tracked == 0 and torch.equal(twin.bn1.running_mean, torch.zeros(4))
+    # A layer that does not train keeps weights and statistics.
+    network.requires_grad_(False)
+    kept = HSAKDOnlineTask(network).net2.backbone
+    assert all(torch.equal(value, kept.state_dict()[name]) for name, value in network.state_dict().items())
+
+
 def test_either_network_of_a_pair_may_be_taken() -> None:
     images, _ = views()
     task = HSAKDOnlineTask(Net(), PreactNet(), which="net2").eval()
@@ -311,6 +329,11 @@ def test_a_teacher_comes_from_the_checkpoint_of_its_own_task(kind: str, tmp_path
         task_of(resnet8(num_classes=CLASSES), str(path), teacher_name="resnet8")
 
 
+def _taught_by_itself(task: Callable[..., Task], network: Any) -> Task:
+    """Plain, the backbone gets heads of its own."""
+    return task(network.backbone, network)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "sentence"),
     [
@@ -328,6 +351,8 @@ def test_a_teacher_comes_from_the_checkpoint_of_its_own_task(kind: str, tmp_path
             "scores 4 classes, but backbone .* scores 3",
         ),
         (lambda: SSKDTask(resnet8(3), ProjectionHead(resnet8(4))), ValueError, "scores 4 classes"),
+        (lambda: _taught_by_itself(HSAKDTask, with_auxiliary_heads(Net())), ValueError, "have parameters in common"),
+        (lambda: _taught_by_itself(SSKDTask, ProjectionHead(Net())), ValueError, "have parameters in common"),
         (lambda: HSAKDOnlineTask(Net(), which="net3"), ValueError, "which is 'net3', but 'net1' or 'net2'"),
         (lambda: HSAKDOnlineTask(Net()).student("first"), ValueError, "which is 'first'"),
         (lambda: HSAKDOnlineTask(Net(), 3), TypeError, "peer is a int"),

@@ -46,7 +46,10 @@ def test_student(impl: str, steps: int | None) -> None:
             lambda parts: [
                 parts[name] for name in ("loss", "ce", "kd", *(f"auxiliary_kd_{head}" for head in (1, 2, 3)))
             ],
+            steps,
         )
+    if stored is None:
+        return
     _compare(task.eval(), stored)
     with torch.no_grad():
         assert_final(task.teacher(stored["images"].double())[0], stored["teacher_eval_logits"])

@@ -78,7 +78,7 @@ class SSKDLoss(Loss[SSKDLossParts]):
         0.2303
         >>> loss.backward()
 
-    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), eq. 6 to 9, as released; ties in a ranking go by index.
+    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), as released; ties in a ranking go by index.
     """
 
     passes = "one"
@@ -276,7 +276,7 @@ class SSKDHeadLoss(Loss[SSKDHeadLossParts]):
         >>> round(loss.item(), 4), accuracy.item()  # ln(1 + 1/e)
         (0.3133, 1.0)
 
-    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), eq. 2 and 3, as released: without the paper's temperature.
+    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), as released: without the paper's temperature.
     """
 
     passes = "one"

@@ -63,10 +63,10 @@ class Task(nn.Module):
             images: as `forward` takes them.
 
         Returns:
-            Tensors whose rows are in the order of the images: as many, or a whole number for each image (4 of each where
-            views are rotations). A name says what a tensor is, as files outlive a run: "logits", "auxiliary_1" (finest
-            first), ..., "projections"; "features_1", ... for feature maps after their ReLU, "preact_features_1", ... for
-            those before it. Names with "features" in them are kept only on request, because they are large.
+            Tensors whose rows are in the order of the images: one row, or a fixed number of rows, for each image (4 of each
+            where views are rotations). A name says what a tensor is, as files outlive a run: "logits", "auxiliary_1" (finest
+            first), ..., "projections"; "features_1", ... for the feature maps, "preact_features_1", ... for those of
+            `preact=True`. Names with "features" in them are kept only on request, because they are large.
         """
         return None
 
@@ -185,9 +185,10 @@ class Task(nn.Module):
 class FrozenTeacher(nn.Module):
     """teacher(images) = network(images), which never learns: a checkpoint holds where it came from, not its weights.
 
-    Whatever `train()` is called on, it stays in evaluation mode; its parameters require no gradients and so reach no
-    optimiser. `state_dict()` has one entry, `source`: path and checksum as text in bytes. A state is loaded only into
-    a task whose teacher has the same checksum.
+    It runs in evaluation mode: `train()` of a task leaves it alone, and a forward pass puts a network that was woken by a
+    `train()` of its own back to sleep. Its parameters require no gradients and so reach no optimiser. `state_dict()` has one
+    entry, `source`: path and checksum as text in bytes. A state is loaded only into a task whose teacher has the same
+    checksum.
 
     Args:
         network: the trained network. It is used, not copied.
@@ -221,7 +222,9 @@ class FrozenTeacher(nn.Module):
         self.train(False)
 
     def forward(self, *arguments: Any, **more: Any) -> Any:
-        """What the network returns. Gradients pass through to what is not frozen."""
+        """What the network returns, in evaluation mode. Gradients pass through to what is not frozen."""
+        if self.network.training:  # by a `train()` of the network itself, as of every module of a task one by one
+            self.network.train(False)
         return self.network(*arguments, **more)
 
     def train(self, mode: bool = True) -> Self:

@@ -64,7 +64,7 @@ class DistillationTask(Task):
         gamma, alpha, beta: the weights; None takes those of the table, which are RepDistiller's.
         temperature: T > 0 of KD; None is 4.
         label_smoothing, ignore_index: of the cross-entropy, as in `KDLoss`.
-        loss: a loss of your own choice instead of `distill` and its settings, called without targets as
+        loss: a custom loss instead of `distill` and its settings, called without targets as
             `loss(student_logits, teacher_logits, student_feats, teacher_feats, return_parts=True)`; gamma * CE(student) is
             added to it, with gamma 1 unless given. A loss with a false `needs_features`, such as `KDLoss`, is called as
             `loss(student_logits, teacher_logits, targets, return_parts=True)` and is the whole objective.
@@ -145,6 +145,9 @@ class DistillationTask(Task):
             channels: Any = getattr(self.backbone, "channels", ())
             loss = like(backbone, kind.for_networks(channels, self.teacher.network, **given))
         self.loss = loss
+        if getattr(loss, "beta", None) == 0.0:
+            # The feature term is not computed then, and DistributedDataParallel would wait for gradients of the adapters.
+            loss.requires_grad_(False)
         if resize is not None:
             loss.resize = resize  # type: ignore[assignment]
         if self._preact:

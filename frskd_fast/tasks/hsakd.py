@@ -126,7 +126,7 @@ class HSAKDTask(Task):
     """loss = CE(upright) + KD(logits) + sum_l KD(head l): a student learns each head of a frozen teacher, on all rotations.
 
     Args:
-        backbone: the student, as for `HSAKDTeacherTask`. Its heads learn with it and are left behind by `student()`.
+        backbone: the student, as for `HSAKDTeacherTask`. Its heads learn with it and are dropped by `student()`.
         teacher: a network with trained heads, as many as the student's: an `AuxiliaryNetwork`, or a file or a run's folder
             that holds one, see `frskd_fast.models.load_teacher`.
         temperature: T > 0 of KD.
@@ -159,7 +159,7 @@ class HSAKDTask(Task):
         >>> task.student().eval()(torch.randn(1, 3, 16, 16)).shape
         torch.Size([1, 10])
 
-    Source: Yang et al., IJCAI 2021 (arXiv 2107.13715), eq. 5 to 8, as released.
+    Source: Yang et al., IJCAI 2021 (arXiv 2107.13715), as released.
     """
 
     views = "rotations"
@@ -245,7 +245,7 @@ class HSAKDOnlineTask(Task):
     Args:
         backbone: the first network, `net1`, as for `HSAKDTeacherTask`.
         peer: the second, `net2`, with as many heads: a network, or the name of one for `create_model`; None takes a copy of
-            the first, in which the initial values of each parameter are shuffled.
+            the first, in which the values of each parameter are shuffled and the running statistics begin anew.
         temperature: T > 0 of KD.
         which: "net1" or "net2": the network that is `backbone`, whose logits are `output`, and that `student()` gives unless
             asked for the other.
@@ -379,6 +379,8 @@ class HSAKDOnlineTask(Task):
 def with_shuffled_weights(network: nn.Module) -> nn.Module:
     """A copy of `network` with the values of each parameter that trains in another order: other weights, alike distributed.
 
+    Running statistics belong to the old weights; where a layer's parameters train, they begin anew.
+
     Example:
         >>> network = nn.Linear(2, 3)
         >>> twin = with_shuffled_weights(network)
@@ -390,6 +392,9 @@ def with_shuffled_weights(network: nn.Module) -> nn.Module:
         if parameter.requires_grad:
             order = torch.randperm(parameter.numel(), device=parameter.device)
             parameter.copy_(parameter.flatten()[order].view(parameter.shape))
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and all(p.requires_grad for p in module.parameters()):
+            module.reset_running_stats()
     return twin
 
 

@@ -31,7 +31,7 @@ class LinearProbeTask(ClassificationTask):
         >>> [name for name, parameter in task.named_parameters() if parameter.requires_grad], task.backbone.training
         (['backbone.fc.weight', 'backbone.fc.bias'], False)
 
-    Source: Yang et al., IJCAI 2021 (arXiv 2107.13715), section 4.4, and its released code.
+    Source: Yang et al., IJCAI 2021 (arXiv 2107.13715), and its released code.
     """
 
     def __init__(

@@ -53,17 +53,32 @@ def frozen_teacher(
     backbone: nn.Module,
     heads: Literal["auxiliary", "projection"] | None = None,
 ) -> FrozenTeacher:
-    """What `load_teacher` gives, frozen, without heads unless they are wanted; out of a file, where the `backbone` is."""
+    """What `load_teacher` gives, frozen, without heads unless they are wanted; out of a file, where the `backbone` is.
+
+    Raises:
+        ValueError: when the teacher has parameters of the `backbone`.
+    """
     if isinstance(teacher, FrozenTeacher):
+        _check_apart(teacher.network, backbone)
         return teacher
     network = load_teacher(teacher, name, heads=heads)
     if heads is None and isinstance(network, AuxiliaryNetwork | ProjectionHead):
         network = network.backbone
+    _check_apart(network, backbone)
     if isinstance(teacher, nn.Module):
         return FrozenTeacher(network)
     frozen = FrozenTeacher(network, str(teacher))  # its checksum is that of the file, whatever the backbone's dtype
     like(backbone, frozen)
     return frozen
+
+
+def _check_apart(teacher: nn.Module, backbone: nn.Module) -> None:
+    learns = {id(parameter) for parameter in backbone.parameters()}
+    if any(id(parameter) in learns for parameter in teacher.parameters()):
+        raise ValueError(
+            f"teacher ({type(teacher).__name__}) and backbone ({type(backbone).__name__}) have parameters in common, but the "
+            "teacher is frozen and the backbone learns; give two networks, such as copy.deepcopy(backbone) for the teacher."
+        )
 
 
 def check_same_classes(student: nn.Module, teacher: nn.Module, name: str = "teacher") -> None:

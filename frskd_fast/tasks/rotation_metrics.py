@@ -34,7 +34,7 @@ def rotation_accuracies(logits: Tensor, head_logits: Sequence[Tensor], targets: 
         >>> {name: value.item() for name, value in parts.items()}
         {'rotation_class_accuracy': 1.0, 'rotation_class_accuracy_1': 1.0, 'joint_accuracy_1': 0.625}
 
-    Source: Yang et al., IJCAI 2021 (arXiv 2107.13715), whose code calls the last two class_acc and ss_acc.
+    Source: Yang et al., IJCAI 2021 (arXiv 2107.13715), and its released code; docs/methods/hsakd.md has its names.
     """
     classes = targets.repeat_interleave(4)
     joint = joint_labels(targets)

@@ -53,7 +53,7 @@ class SSKDHeadTask(Task):
         >>> [name for name, parameter in task.named_parameters() if parameter.grad is not None]
         ['net.proj_head.0.weight', 'net.proj_head.0.bias', 'net.proj_head.2.weight', 'net.proj_head.2.bias']
 
-    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), section 3.2, as released.
+    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), as released.
     """
 
     views = "rotations"
@@ -109,7 +109,7 @@ class SSKDTask(Task):
     A student of a frozen teacher that was given a projection head by `SSKDHeadTask`; the terms are those of `SSKDLoss`.
 
     Args:
-        backbone: the student, as for `SSKDHeadTask`. Its head learns with it and is left behind by `student()`.
+        backbone: the student, as for `SSKDHeadTask`. Its head learns with it and is dropped by `student()`.
         teacher: a network with a trained projection head: a `ProjectionHead`, or a file or a run's folder that holds one, see
             `frskd_fast.models.load_teacher`.
         ce_weight, kd_weight, transformed_weight, similarity_weight: of the terms, as in `SSKDLoss`.
@@ -145,7 +145,7 @@ class SSKDTask(Task):
         >>> task.student().eval()(torch.randn(1, 3, 16, 16)).shape
         torch.Size([1, 10])
 
-    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), section 3.3, as released.
+    Source: Xu et al., ECCV 2020 (arXiv 2006.07114), as released.
     """
 
     views = "rotations"
@@ -187,6 +187,9 @@ class SSKDTask(Task):
             transformed_ratio,
             similarity_ratio,
         )
+        if self.loss.similarity_weight == 0.0:
+            # Projections are not compared then, and DistributedDataParallel would wait for gradients of the head.
+            self.net.proj_head.requires_grad_(False)
         self.channels_last = bool(channels_last)
         if self.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -211,7 +211,6 @@ def _quieten() -> None:
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's calls, not ours
     for message in (
-        r"Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen ones
         r".*isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning's own
         r".*Couldn't infer the batch indices.*",  # predictions come in the order of the data
         r".*recommended to use `self.log.*sync_dist=True.*",  # what is logged has been reduced

@@ -13,7 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import create_model
-from frskd_fast.models.checkpoints import STATE, load_backbone_weights
+from frskd_fast.models.checkpoints import STATE, classes_in, load_file, load_weights, without_heads
+from frskd_fast.models.last_linear import last_linear
 from frskd_fast.tasks import Student, Task
 
 from .class_paths import Settings, build
@@ -40,7 +41,8 @@ class DistillationModule(LightningModule):
         lr_monitor: metric that a schedule with a plateau waits for.
         compile: compile the step with torch.compile.
         weights: file with weights of the backbone to start from, in any form that `frskd-fast export` accepts; the
-            classifier is left out where its number of classes differs.
+            classifier is left out where its number of classes differs, and then the task has to train it. A task that
+            freezes part of the backbone needs this file, unless the backbone brings trained weights of its own.
 
     Attributes:
         task: the task; its keys lead the checkpoint's `state_dict`.
@@ -75,9 +77,21 @@ class DistillationModule(LightningModule):
         # A checkpoint holds the weights themselves; the file need not be there when it is loaded.
         self.save_hyperparameters(ignore=["weights"])
         network = create_model(backbone, num_classes, **(backbone_args or {}))
-        if weights is not None:
-            load_backbone_weights(network, weights, skip_other_classifier=True)
+        random_classifier = weights is not None and _load_all_that_fits(network, weights, num_classes)
+        trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.task: Task = build(task, network)
+        headless = without_heads(network)
+        if random_classifier and not headless.get_submodule(last_linear(headless)).weight.requires_grad:
+            raise ValueError(
+                f"weights ({weights}) are those of a network for other classes, so its classifier was left out, but "
+                f"{type(self.task).__name__} does not train the classifier, which would stay random; give the weights of a "
+                f"network for {num_classes} classes, or a task that trains the classifier."
+            )
+        # A network that a package of the user's or timm makes may come with trained weights.
+        own_weights = bool((backbone_args or {}).get("pretrained")) or ("." in backbone and "timm:" not in backbone)
+        self.needs_weights = (
+            weights is None and not own_weights and not all(parameter.requires_grad for parameter in trainable)
+        )
         student = self.task.student()
         # Then an export has to ask the task for it.
         self.has_own_student = type(student) is not Student or student.backbone is not network
@@ -142,7 +156,15 @@ class DistillationModule(LightningModule):
         return self.task.views == "rotations" and not getattr(data, "crop_each_view", False)
 
     def on_train_start(self) -> None:
-        """Tell the task where it is: Lightning calls no hook for the epoch within which a resumed run goes on."""
+        """Refuse frozen random weights; tell the task where it is.
+
+        Lightning calls no hook for the epoch within which a resumed run goes on. A checkpoint has been loaded by now.
+        """
+        if self.needs_weights:
+            raise ValueError(
+                f"weights is None, but {type(self.task).__name__} freezes parameters of the backbone, which would stay random; "
+                "give model.weights the file of a trained network."
+            )
         if self.trainer.fit_loop.restarted_mid_epoch:
             self.on_train_epoch_start()
 
@@ -277,12 +299,20 @@ class DistillationModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` added."""
+        self.needs_weights = False
         state = checkpoint.get(STATE, {})
         self.seed = state.get("seed", self.seed)
         if "training_means" in state:
             self.training_means = MeanOfParts.restored(state["training_means"]).to(self.device)
             if self.global_rank != 0:  # the file holds the sum over all processes
                 self.training_means.reset()
+
+
+def _load_all_that_fits(network: nn.Module, path: str, num_classes: int) -> bool:
+    """Load the weights in a file; whether the classifier, being for other classes, was left as it is."""
+    content = load_file(path)
+    load_weights(network, content, path, skip_other_classifier=True)
+    return classes_in(content, network) not in (None, num_classes)
 
 
 def step_seed(seed: int, epoch: int, batch: int, rank: int = 0) -> int:

@@ -1,7 +1,7 @@
 """The runs that a recipe needs before its own: found, or trained first, and handed on.
 
-A recipe names them at its top, by the recipe that they follow: `teacher: NAME` and `expert: NAME` are handed to the task as
-its arguments of these names (the run's folder), `weights: NAME` to the model as `weights` (the run's last checkpoint).
+A recipe names them at its top, by recipe name: `teacher: NAME` and `expert: NAME` are handed to the task as its arguments of
+these names (the run's folder), `weights: NAME` to the model as `weights` (the run's last checkpoint).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HANDED_ON = (
     *("trainer.deterministic", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.benchmark"),
     *("tensorboard", "wandb", "panels.enabled", "progress.every_n_steps"),
 )
-OF_THE_DATA = ("root", "workers", "pin_memory", "persistent_workers", "batch_size", "evaluation_batch_size", "decoder")
+OF_THE_DATA = ("root", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size", "decoder")
 
 
 class Needed(NamedTuple):
@@ -103,7 +103,7 @@ def split_off(words: Sequence[str], name: str) -> tuple[list[str], list[Needed],
 
 
 def provide(needed: Sequence[Needed], train: Callable[[list[str]], Any] | None, why_not: str = "") -> None:
-    """See to it that each run is there and finished.
+    """Ensure that each run exists and is finished.
 
     Args:
         needed: as `split_off` returns them.
