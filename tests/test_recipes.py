@@ -124,7 +124,8 @@ def untrained(name: str, folder: Path) -> Path:
 
 def dry_run(name: str, roots: dict[str, Path], folder: Path) -> object:
     data = name.split("_")[0]
-    words = ["--config", name, "--trainer.fast_dev_run", "1", "--data.batch_size", "2", "--trainer.accelerator", "cpu"]
+    words = ["--config", name, "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+    words += ["--data.batch_size", "2", "--data.evaluation_batch_size", "2"]
     words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     if data != "digits":
         words += ["--data.root", str(roots[data]), "--data.workers", "0"]
@@ -132,6 +133,8 @@ def dry_run(name: str, roots: dict[str, Path], folder: Path) -> object:
     for kind in HANDED_TO_TASK:
         if settings.get(kind) is not None:
             words += [f"--task.{kind}", str(untrained(settings[kind], folder))]
+    if settings["data"]["class_path"].endswith("ImageFolderData") and settings["model"]["backbone"] == "resnet18":
+        words += ["--data.image_size", "64"]
     if settings.get("weights") is not None:
         network = create_model(settings["model"]["backbone"], CLASSES[settings["weights"].split("_")[0]])
         torch.save(network.state_dict(), folder / "weights.pth")
@@ -142,7 +145,7 @@ def dry_run(name: str, roots: dict[str, Path], folder: Path) -> object:
 @pytest.mark.parametrize("name", representatives())
 @pytest.mark.filterwarnings("ignore")  # few classes and images are what the synthetic sets are about
 def test_recipe_trains_one_batch(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
-    """The whole settings with a batch of 2, from the reader to the optimiser's step and a validation batch."""
+    """The settings with a batch of 2 and small images, from the reader to the optimiser's step and a validation batch."""
     command_line = dry_run(name, roots, tmp_path)
     assert command_line.trainer.state.finished and command_line.trainer.global_step == 1
     task = recipe(name)["task"]["class_path"].rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""Which rows a teacher is believed: those whose correct column it ranks best. Counted on the device, without gradients."""
+"""Selects the rows on which the student imitates the teacher: those whose correct column the teacher ranks best."""
 
 from __future__ import annotations
 
