@@ -35,7 +35,7 @@ _GPU = Line(("cuda", "triton"))
 
 # The first line that fits decides; (operation, kind of device) -> lines. `ANY` serves those that are not named. Besides the
 # operations there are lines for what is built of several or of none and chosen as a whole: "objective" (FRSKD's loss:
-# attention, logits and combine), "self_teacher", "hints" and "similarity" (cosines).
+# attention, logits and combine), "self_teacher", "hints", "similarity" (cosines) and "moments".
 ANY = ""
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     (ANY, "cpu"): (_CPU,),
@@ -48,8 +48,9 @@ TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     ),
 }
 
-# What a compiler fuses by itself with its neighbours, while a kernel of ours is opaque to it: the means of one head of logits.
-PLAIN_WHEN_TRACED = ("logits_means",)
+# What a compiler fuses by itself with its neighbours, while a kernel of ours is opaque to it: the means of one head of logits;
+# and sums and products of channels, of which it makes fewer passes than eager blocks do.
+PLAIN_WHEN_TRACED = ("logits_means", "moments")
 
 # The layout to which maps are brought before an operation takes many steps: one copy costs far less than planes do.
 MAPS = {("self_teacher", "cpu"): torch.channels_last}

@@ -9,13 +9,18 @@ from torch import Tensor
 from frskd_fast.ops import attention as _attention
 from frskd_fast.ops import fusion as _fusion
 from frskd_fast.ops import logits as _logits
+from frskd_fast.ops import moments as _moments
 from frskd_fast.ops import ranking as _ranking
 from frskd_fast.ops import similarity as _similarity
+from frskd_fast.ops.moments import ChannelMoments
 
 __all__ = [
+    "ChannelMoments",
     "CrossEntropyKD",
+    "adain",
     "attention_map",
     "attention_transfer",
+    "channel_moments",
     "cross_entropy_kd",
     "kd_loss",
     "pairwise_cosine",
@@ -98,6 +103,70 @@ def attention_transfer(
     return _attention.attention_transfer(
         student_feats, teacher_feats, exponent, reduction, resize, detach_teacher, impl
     )
+
+
+def channel_moments(x: Tensor, eps: float = 1e-5, unbiased: bool = True, *, impl: str = "auto") -> ChannelMoments:
+    """mean = mean_hw x, std = sqrt(var_hw x + eps) of each channel of each image.
+
+    Args:
+        x: (N, C, H, W) float32, bfloat16, float16 or float64, any strides.
+        eps: > 0, added to the variance.
+        unbiased: the variance divides by H*W - 1, which takes two pixels or more; ``False`` divides by H*W.
+        impl: ``"reference"`` is the formula, differentiable twice; with all others the gradient is written out.
+
+    Returns:
+        ``ChannelMoments(mean, std)``, each (N, C) float32 (float64 for float64), computed in that dtype.
+
+    Raises:
+        TypeError, ValueError: wrong rank, dtype or eps, or one pixel where ``unbiased``.
+
+    Example:
+        >>> import torch
+        >>> mean, std = channel_moments(torch.tensor([[[[1.0, 3.0]]]]))
+        >>> mean.item(), round(std.item(), 3)
+        (2.0, 1.414)
+
+    Source: the statistics of adaptive instance normalisation (Huang and Belongie, ICCV 2017), as style transfer computes them.
+    """
+    return _moments.channel_moments(x, eps, unbiased, impl)
+
+
+def adain(
+    content: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    eps: float = 1e-5,
+    unbiased: bool = True,
+    *,
+    moments: ChannelMoments | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """std * (content - m) / s + mean with (m, s) = ``channel_moments(content)``: content with other statistics.
+
+    Its mean over the pixels is ``mean`` exactly, and its standard deviation ``std`` but for what ``eps`` adds.
+
+    Args:
+        content: (N, C, H, W) float32, bfloat16, float16 or float64, any strides.
+        mean, std: (N, C), of any floating dtype.
+        eps, unbiased: as in ``channel_moments``.
+        moments: those of ``content``, where they are known already.
+        impl: as in ``channel_moments``.
+
+    Returns:
+        (N, C, H, W) in the dtype and layout of ``content``. Gradients go to all three tensors.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or settings do not fit.
+
+    Example:
+        >>> import torch
+        >>> moved = adain(torch.rand(1, 2, 4, 4), torch.tensor([[5.0, -5.0]]), torch.ones(1, 2))
+        >>> moved.mean(dim=(2, 3)).round()
+        tensor([[ 5., -5.]])
+
+    Source: Huang and Belongie, ICCV 2017, eq. 8.
+    """
+    return _moments.adain(content, mean, std, eps, unbiased, moments, impl)
 
 
 def kd_loss(

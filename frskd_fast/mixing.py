@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from frskd_fast.ops import _checks
-from frskd_fast.ops.labels import is_mix
+from frskd_fast.ops.labels import IGNORED, is_mix
 
 __all__ = ["cutmix", "joint_labels", "mixup", "rotate4"]
 
@@ -153,7 +153,7 @@ def joint_labels(targets: Any, ignore_index: int = -100) -> Any:
 
     Args:
         targets: class indices (N,); ``(targets_a, targets_b, lam)`` of mixup or cutmix; or probabilities (N, K).
-        ignore_index: a class index that stays as it is.
+        ignore_index: a class index that becomes -100 in all four rows, which no joint label is.
 
     Returns:
         Class indices (4N,) out of 4K; ``(joint_a, joint_b, lam)``; or probabilities (4N, 4K) with those of image n in the
@@ -187,7 +187,7 @@ def joint_labels(targets: Any, ignore_index: int = -100) -> Any:
             "(N, K) were wanted."
         )
     labels = targets.long().unsqueeze(1)
-    return (4 * labels + rotations).where(labels != ignore_index, ignore_index).flatten()
+    return (4 * labels + rotations).where(labels != ignore_index, IGNORED).flatten()
 
 
 def _checked_images(images: Any) -> None:

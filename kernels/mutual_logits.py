@@ -21,7 +21,7 @@ _MOST_CLASSES = 1 << 16
 @triton.jit
 def _inverse_valid(targets, rows, ignore_index, STEP: tl.constexpr, ACCUMULATE: tl.constexpr):
     """1 / rows that have a label, 0 where none has."""
-    counts = tl.zeros([STEP], tl.int32)
+    counts = tl.full([STEP], 0, tl.int32)
     for begin in range(0, rows, STEP):
         row = begin + tl.arange(0, STEP)
         label = tl.load(targets + row, mask=row < rows, other=0)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from bench import (  # noqa: E402
+    adain_rows,
     collaborative_step,
     correctness,
     ffl_step,
@@ -72,6 +73,15 @@ def test_case_names_are_unique_over_all_suites() -> None:
     for selection in (Selection(), Selection(quick=True)):
         names = [case.name for suite in SUITES for case in cases_of(suite, selection)]
         assert len(names) == len(set(names)) > 0
+
+
+def test_adain_is_measured_by_itself_and_in_a_step() -> None:
+    transfer, *_, step = adain_rows.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
+    check_original(transfer)
+
+    rows = run_tiny(dataclasses.replace(step, operands=step.tiny, images=2), "eager", "auto")
+    assert list(rows) == ["eager", "auto", *adain_rows.PLAIN]
+    assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
 
 
 def test_full_run_covers_the_documented_shapes_dtypes_and_layouts() -> None:

@@ -87,6 +87,26 @@ def test_kd_is_its_formula(impl: str) -> None:
         loss(student, None)
 
 
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_terms_of_weight_zero_are_not_computed(impl: str) -> None:
+    student, labels = torch.randn(6, CLASSES, requires_grad=True), torch.randint(CLASSES, (6,))
+    broken = torch.full((6, CLASSES), torch.nan)
+    parts = KDLoss(0.5, 0.0, impl=impl)(student, broken, labels, return_parts=True)
+    torch.testing.assert_close(parts.loss, 0.5 * plain_ce(student, labels))
+    assert parts.kd == 0
+    parts = KDLoss(0.0, 1.0, impl=impl)(student, broken.nan_to_num(), labels, return_parts=True)
+    torch.testing.assert_close(parts.loss, plain_kd(student, broken.nan_to_num(), 4.0))
+    assert parts.ce_student == 0
+    for loss, targets in ((KDLoss(0.0, 0.0, impl=impl), labels), (KDLoss(0.5, 0.0, impl=impl), None)):
+        total = loss(student, broken, targets)
+        assert total == 0 and not torch.autograd.grad(total, student)[0].any()
+    for loss in (KDLoss(0.0, 1.0, impl=impl), KDLoss(0.0, 0.0, impl=impl)):
+        with pytest.raises(ValueError, match="targets holds the label"):
+            loss(student, broken, labels + CLASSES)
+        with pytest.raises(ValueError, match="teacher_logits has shape"):
+            loss(student, broken[:, 1:], labels)
+
+
 @pytest.mark.parametrize("distill", DISTILL)
 def test_the_objective_is_its_terms(distill: str) -> None:
     weights = {"gamma": 0.25, "alpha": 0.5, **({} if distill == "kd" else {"beta": 3.0})}
@@ -134,6 +154,7 @@ def test_the_names_have_repdistillers_weights() -> None:
     for name, kind, beta in (("att", FRSKDLoss, 1000.0), ("fit", FitNetLoss, 100.0), ("od", OverhaulLoss, 1e-3)):
         gamma, loss = settings[name]
         assert type(loss) is kind and (gamma, loss.alpha, loss.beta) == (1.0, 0.0, beta)
+    assert distilling(alpha=0.0).may_be_zero == ["kd"] and distilling(gamma=0.0).may_be_zero == ["ce_student"]
     assert distilling("att").may_be_zero == [] and distilling("fit", beta=0.0).may_be_zero == ["feature"]
     fit, od = settings["fit"][1], settings["od"][1]
     assert fit.student_channels == od.student_channels == [4, 6] and fit.teacher_channels == [5, 7]

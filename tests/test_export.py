@@ -220,10 +220,14 @@ def test_students_of_every_variant(tmp_path: Path, settings: dict[str, Any]) -> 
     content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
     module.on_save_checkpoint(content)
     torch.save(content, path)
-    loaded = load_student(path, size=16)
+    loaded = load_student(path, size=16, backbone=module.hparams.backbone)
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(loaded.student(images), module.eval()(images))
+    if "." in module.hparams.backbone:
+        assert load_student(path, size=16, trust=True).num_classes == 7
+        with pytest.raises(ExportError, match="if you trust the file, give --backbone the same"):
+            load_student(path, size=16)
     write_student(loaded, tmp_path / "student.safetensors")
     foreign = load_student(tmp_path / "student.safetensors", backbone=module.hparams.backbone, num_classes=7, size=16)
     assert same_weights(foreign.student.state_dict(), loaded.student.state_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from frskd_fast.losses import HSAKDTeacherLoss
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead, with_auxiliary_heads
 from frskd_fast.tasks import (
+    AdaINTask,
     ClassificationTask,
     CollaborativeTeachingTask,
     DistillationTask,
@@ -88,7 +89,7 @@ class Aside(Task):
 
 
 def trained(task: Task, guard: Guard | None = None, steps: int = 4, lr: float = 0.1) -> None:
-    """A loop of one's own; the guard looks at its first three steps."""
+    """A hand-written loop, whose first three steps the guard looks at."""
     guard = Guard(task) if guard is None else guard
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     images = rotate4(images) if task.views == "rotations" else images
@@ -120,6 +121,7 @@ METHODS = {
     "hsakd online": HSAKDOnlineTask,
     "sskd head": SSKDHeadTask,
     "sskd": lambda network: SSKDTask(network, ProjectionHead(ToyNet())),
+    "adain": lambda network: AdaINTask(network, ToyNet(width=8)),
     "collaborative": lambda network: CollaborativeTeachingTask(network, ToyNet(width=8), ToyNet()),
     "hints from a network": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
 }
@@ -183,6 +185,35 @@ def test_hooks_are_gone_after_the_first_step() -> None:
     assert task.loss._forward_pre_hooks
     trained(task, guard, steps=1)
     assert not task.loss._forward_pre_hooks
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_leaves_no_hooks_in_the_task(steps: int) -> None:
+    """One that ends before its first batch, and one whose step returns no terms, as with manual optimisation."""
+    pytest.importorskip("lightning")
+    from frskd_fast.training.guard import RunGuard
+    from frskd_fast.training.module import DistillationModule
+
+    module: Any = DistillationModule(10, {"class_path": "frskd_fast.tasks.build_frskd"}, "ToyNet")
+    guard, trainer = RunGuard(), cast(Any, None)
+    guard.on_train_start(trainer, module)
+    assert module.task.loss._forward_pre_hooks
+    if steps:
+        guard.on_train_batch_end(trainer, module, None, None, 0)
+    else:
+        guard.on_train_end(trainer, module)
+    assert not module.task.loss._forward_pre_hooks
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_loss_gets_no_hook(in_place: bool) -> None:
+    task: Any = build_frskd(ToyNet())
+    if in_place:
+        task.loss.compile()
+    else:
+        task.loss = torch.compile(task.loss)
+    Guard(task)
+    assert not any(module._forward_pre_hooks for module in task.modules())
 
 
 def test_nothing_is_read_from_the_device_before_the_last_of_the_steps() -> None:

@@ -231,6 +231,29 @@ def test_every_kind_of_target(name: str, heads: int, impl: str) -> None:
         assert frskd_fast.last_impl()["logits"] == impl
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("ignored", [255, 3, -1])  # 255 is also the joint label of class 63, turned three times
+@pytest.mark.parametrize("name", CASES)
+def test_an_ignored_label_is_no_joint_label(name: str, ignored: int, impl: str) -> None:
+    case = CASES[name]
+    leaves = leaves_of(case, networks_of(case, images=4, classes=100), torch.float64)
+    labels, other = torch.tensor([63, 0, -100, 1]), torch.tensor([1, 63, 2, -100])
+    renamed, renamed_other = (side.masked_fill(side == -100, ignored) for side in (labels, other))
+    for given, wanted in (
+        (renamed, labels),
+        ((renamed, renamed_other, 0.3), (labels, other, 0.3)),
+        ((renamed, renamed_other, torch.tensor(0.3)), (labels, other, torch.tensor(0.3))),
+    ):
+        parts = case.build(ignore_index=ignored, impl=impl)(*case.arguments(leaves), given, return_parts=True)
+        truth = case.build(impl=impl)(*case.arguments(leaves), wanted, return_parts=True)
+        torch.testing.assert_close(tuple(parts), tuple(truth), **EXACT)
+        torch.testing.assert_close(gradients_of(parts.loss, leaves), gradients_of(truth.loss, leaves), **EXACT)
+    # 300 is beyond the classes and among the joint labels, -100 is an ignored label elsewhere.
+    for wrong in (300, -100):
+        with pytest.raises(ValueError, match=f"targets holds the label {wrong}, but .*or ignore_index={ignored}"):
+            case.build(ignore_index=ignored, impl=impl)(*case.arguments(leaves), labels.new_full((4,), wrong))
+
+
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -366,7 +389,7 @@ def test_settings_and_what_tasks_are_told() -> None:
 def test_inputs_that_do_not_fit_are_refused() -> None:
     student, teacher = networks_of(CASES["offline"])
     z, auxiliary, z_t, auxiliary_t = student[0], student[1:], teacher[0], teacher[1:]
-    labels = torch.tensor([4, 0, 3, 2, 5])
+    labels, lam = torch.tensor([4, 0, 3, 2, 5]), torch.tensor(0.3)
     offline, stage, online = HSAKDLoss(), HSAKDTeacherLoss(), HSAKDOnlineLoss()
     cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: offline(z[:5], z_t, auxiliary, auxiliary_t, labels), ValueError, r"student_logits has shape \(5, 6\)"),
@@ -410,6 +433,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         (lambda: stage(z, auxiliary, "cat"), TypeError, "targets is a str"),
         (lambda: stage(z, auxiliary, labels + 3), ValueError, "holds the label 7, but with 6 classes"),
         (lambda: stage(z, auxiliary, (labels, labels, 1.5)), ValueError, r"targets\[2\] \(lam\) is 1.5"),
+        (lambda: stage(z, auxiliary, (labels, labels[:3], lam)), ValueError, r"targets\[1\] has shape \(3,\)"),
+        (lambda: stage(z, auxiliary, (labels.double(), labels, lam)), TypeError, r"targets\[0\] has dtype"),
+        (lambda: stage(z, auxiliary, (labels, labels + 3, lam)), ValueError, r"targets\[1\] holds the label 7"),
         (lambda: online(z, [auxiliary, auxiliary_t], labels), TypeError, "logits has type Tensor"),
         (lambda: online([z, z_t], [auxiliary], labels), TypeError, "aux has 1 entries"),
         (lambda: online([z, z_t], [auxiliary, []], labels), ValueError, r"aux\[1\] has 0 heads, but aux\[0\] has 3"),

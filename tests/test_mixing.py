@@ -128,7 +128,9 @@ def test_joint_labels() -> None:
     labels = torch.tensor([3, -100, 1], dtype=torch.int32)
     wanted = [12, 13, 14, 15, *[-100] * 4, 4, 5, 6, 7]
     assert joint_labels(labels).tolist() == wanted and joint_labels(labels).dtype == torch.int64
-    assert joint_labels(torch.tensor([2, 0]), ignore_index=0).tolist() == [8, 9, 10, 11, 0, 0, 0, 0]
+    assert joint_labels(torch.tensor([2, 0]), ignore_index=0).tolist() == [8, 9, 10, 11, *[-100] * 4]
+    # 255 is also the joint label of class 63, turned by 270 degrees.
+    assert joint_labels(torch.tensor([63, 255]), ignore_index=255).tolist() == [252, 253, 254, 255, *[-100] * 4]
     first, second, lam = joint_labels((labels, labels.flip(0), 0.3))
     assert first.tolist() == wanted and second.tolist() == wanted[8:] + wanted[4:8] + wanted[:4] and lam == 0.3
     probabilities = torch.rand(3, 5)

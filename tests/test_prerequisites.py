@@ -172,10 +172,12 @@ def test_circles_and_unknown_recipes_are_sentences(tmp_path: Path) -> None:
 
 
 def shortened(name: str, folder: Path) -> str:
-    """A recipe file of one step by a recipe of the package, and of those that it needs."""
-    trainer = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "check_val_every_n_epoch": 1}
+    """A recipe file of two steps by a recipe of the package, and of those that it needs."""
+    # The number 1 would be read as 1.0, all batches.
+    trainer = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 2, "check_val_every_n_epoch": 1}
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     settings: dict[str, Any] = {"base": name, "trainer": trainer, "panels": {"enabled": False}, "tensorboard": False}
+    settings["data"] = {"init_args": {"batch_size": 4, "evaluation_batch_size": 4}}
     for kind in NEEDED:
         if recipe(name).get(kind) is not None:
             settings[kind] = Path(shortened(recipe(name)[kind], folder)).name
@@ -188,6 +190,7 @@ def shortened(name: str, folder: Path) -> str:
     ("name", "before"),
     [
         ("digits_kd", ["digits_resnet20_plain"]),
+        ("digits_adain", ["digits_resnet20_plain"]),
         ("digits_hsakd", ["digits_hsakd_teacher"]),
         ("digits_sskd", ["digits_resnet20_plain", "digits_sskd_head"]),
         ("digits_collaborative", ["digits_resnet20_plain"]),
@@ -198,7 +201,7 @@ def test_stages_on_the_bundled_images(
 ) -> None:
     """Each run takes up what the one before has left; its student validates and can be exported."""
     monkeypatch.chdir(tmp_path)
-    words = ["--config", shortened(name, tmp_path), "--data.evaluation_batch_size", "20"]
+    words = ["--config", shortened(name, tmp_path)]
     assert main(["fit", *words]) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == sorted([*before, name])
     for run in before[1:]:  # the head stands on the backbone that was trained before it

@@ -57,7 +57,7 @@ WANTED = (
     | {f"{data}_resnet18_{method}" for data in ("tinyimagenet", "cub200", "mit67", "stanford40", "dogs") for method in (
         "plain", "frskd", "frskd_sla")}
     | {f"imagenet_resnet{depth}_{method}" for depth in (18, 34) for method in ("plain", "frskd")}
-    | {"digits", "digits_kd", "digits_sskd", "digits_hsakd", "digits_hsakd_online", "digits_collaborative"}
+    | {"digits", "digits_kd", "digits_sskd", "digits_hsakd", "digits_hsakd_online", "digits_adain", "digits_collaborative"}
     | {f"cifar{classes}_wrn_40_{width}_wrn_16_{width}_collaborative" for classes in (10, 100) for width in (1, 2)}
     | {f"cifar100_{net}_hsakd_online" for net in (
         "wrn_40_2", "wrn_40_1", "resnet56", "resnet32x4", "vgg13", "mobilenetv2", "shufflenetv1", "shufflenetv2")}
@@ -123,7 +123,8 @@ def untrained(name: str, folder: Path) -> Path:
 
 def dry_run(name: str, roots: dict[str, Path], folder: Path) -> object:
     data = name.split("_")[0]
-    words = ["--config", name, "--trainer.fast_dev_run", "1", "--data.batch_size", "2", "--trainer.accelerator", "cpu"]
+    words = ["--config", name, "--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+    words += ["--data.batch_size", "2", "--data.evaluation_batch_size", "2"]
     words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     if data != "digits":
         words += ["--data.root", str(roots[data]), "--data.workers", "0"]
@@ -131,6 +132,8 @@ def dry_run(name: str, roots: dict[str, Path], folder: Path) -> object:
     for kind in HANDED_TO_TASK:
         if settings.get(kind) is not None:
             words += [f"--task.{kind}", str(untrained(settings[kind], folder))]
+    if settings["data"]["class_path"].endswith("ImageFolderData") and settings["model"]["backbone"] == "resnet18":
+        words += ["--data.image_size", "64"]
     if settings.get("weights") is not None:
         network = create_model(settings["model"]["backbone"], CLASSES[settings["weights"].split("_")[0]])
         torch.save(network.state_dict(), folder / "weights.pth")
@@ -141,7 +144,7 @@ def dry_run(name: str, roots: dict[str, Path], folder: Path) -> object:
 @pytest.mark.parametrize("name", representatives())
 @pytest.mark.filterwarnings("ignore")  # few classes and images are what the synthetic sets are about
 def test_recipe_trains_one_batch(name: str, roots: dict[str, Path], tmp_path: Path) -> None:
-    """The whole settings with a batch of 2, from the reader to the optimiser's step and a validation batch."""
+    """The settings with a batch of 2 and small images, from the reader to the optimiser's step and a validation batch."""
     command_line = dry_run(name, roots, tmp_path)
     assert command_line.trainer.state.finished and command_line.trainer.global_step == 1
     task = recipe(name)["task"]["class_path"].rsplit(".", 1)[-1]
@@ -222,6 +225,27 @@ def test_pairs_of_sskd(teacher: str, student: str) -> None:
     assert head["model"] == {"backbone": teacher} and head["weights"] == f"cifar100_{teacher}_plain"
     assert (head["trainer"]["max_epochs"], head["lr_scheduler"]["init_args"]["milestones"]) == (60, [30, 45])
     assert head["optimizer"]["init_args"]["lr"] == 0.05 and head["data"]["init_args"]["crop_each_view"]
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_settings_of_ffl(classes: int) -> None:
+    settings = recipe(f"cifar{classes}_resnet32_ffl")
+    assert settings["model"] == {"backbone": "frskd_fast.models.FFLResNet", "backbone_args": {"depth": 32}}
+    assert settings["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+    assert (settings["trainer"]["max_epochs"], settings["lr_scheduler"]["init_args"]["milestones"]) == (300, [150, 225])
+    data = settings["data"]["init_args"]
+    assert (data["classes"], data["batch_size"], data["padding_mode"]) == (classes, 128, "reflect")
+    for name, wanted in (("mean", (129.3, 124.1, 112.4)), ("std", (68.2, 65.4, 70.4))):
+        assert data[name] == pytest.approx([value / 255 for value in wanted], abs=1e-6)
+
+
+@pytest.mark.parametrize(("teacher", "student"), pairs(SSKD_PAIRS))
+def test_pairs_of_adain(teacher: str, student: str) -> None:
+    settings, alone = recipe(f"cifar100_{teacher}_{student}_adain"), recipe(f"cifar100_{student}_plain")
+    assert settings["model"] == {"backbone": student} and settings["teacher"] == f"cifar100_{teacher}_plain"
+    assert settings["task"]["init_args"] == {"image_shape": [3, 32, 32]}
+    assert settings["optimizer"]["init_args"]["lr"] == (0.01 if student in SMALL_STEPS else 0.05)
+    assert {**settings, **dict.fromkeys(("task", "teacher"))} == {**alone, **dict.fromkeys(("task", "teacher"))}
 
 
 @pytest.mark.parametrize("width", [1, 2])

@@ -192,14 +192,15 @@ def test_the_distillation_alone_takes_what_the_original_hands_to_its_criterion(k
     torch.testing.assert_close(got, gradients, rtol=1e-9, atol=1e-11)
 
 
-def test_label_smoothing_and_ignored_labels_hold_for_every_cross_entropy() -> None:
-    loss = built("att", label_smoothing=0.1, ignore_index=-1).double()
+@pytest.mark.parametrize("ignored", [-1, 17])  # 17 is also the joint label of class 4, turned once
+def test_label_smoothing_and_ignored_labels_hold_for_every_cross_entropy(ignored: int) -> None:
+    loss = built("att", label_smoothing=0.1, ignore_index=ignored).double()
     upright, rotated = outputs(3), outputs(12)
-    labels = torch.tensor([4, -1, 2])
+    labels = torch.tensor([4, ignored, 2])
 
     def cross_entropy(logits: Tensor, is_joint: bool) -> Tensor:
-        targets = joint_labels(labels, -1) if is_joint else labels
-        return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=0.1)
+        targets = joint_labels(labels, ignored) if is_joint else labels
+        return F.cross_entropy(logits, targets, ignore_index=-100 if is_joint else ignored, label_smoothing=0.1)
 
     wanted = plain_sla(loss, upright, rotated, cross_entropy)
     parts = called(loss, upright, rotated, labels, return_parts=True)

@@ -14,8 +14,9 @@ from numerics import assert_close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from frskd_fast import functional
+from frskd_fast import _dispatch, functional
 from frskd_fast.losses import SSKDHeadLoss, SSKDLoss
+from frskd_fast.ops import logits as ops_logits
 from frskd_fast.reference.ranking import rank_of, rank_of_labelled, row_weights
 
 IMPLS = ["reference", "cpu"]
@@ -134,16 +135,22 @@ def test_ranks_and_kept_rows_of_the_original() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("case", "ratios"), [("sskd_default", (1.0, 0.75)), ("sskd_half", (0.5, 0.5))])
 def test_stored_losses_and_gradients(case: str, ratios: tuple[float, float], impl: str) -> None:
+    """Stored in float32: ours in that dtype is no further from float64 than the original's numbers."""
     golden = load_golden(case)
     loss = SSKDLoss(transformed_ratio=ratios[0], similarity_ratio=ratios[1], impl=impl)
     names = ("student_logits", "teacher_logits", "student_proj", "teacher_proj")
-    given = [golden[name].clone().requires_grad_() for name in names]
-    parts = loss(*given, golden["targets"], return_parts=True)
-    wanted = tuple(golden[name] for name in ("loss", "ce", "kd", "tf", "ss"))
-    torch.testing.assert_close(tuple(part.detach() for part in parts), wanted, rtol=2e-6, atol=0)
-    gradients = torch.autograd.grad(parts.loss, (given[0], given[2]))
-    stored = golden["grad.student_logits"], golden["grad.student_proj"]
-    torch.testing.assert_close(gradients, stored, rtol=2e-5, atol=2e-7)
+
+    def leaves(dtype: torch.dtype) -> list[Tensor]:
+        return [golden[name].to(dtype, copy=True).requires_grad_() for name in names]
+
+    given, exact = leaves(torch.float32), leaves(torch.float64)
+    ours = loss(*given, golden["targets"], return_parts=True)
+    truth = original_sskd(loss, exact, golden["targets"])
+    for name, part, true in zip(("loss", "ce", "kd", "tf", "ss"), ours, truth.values(), strict=True):
+        assert_close(part, golden[name].reshape(()), true, name)
+    gradients = (torch.autograd.grad(total, side[::2]) for total, side in ((ours.loss, given), (truth["loss"], exact)))
+    for name, gradient, true in zip(("student_logits", "student_proj"), *gradients, strict=True):
+        assert_close(gradient, golden[f"grad.{name}"], true, name)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -304,11 +311,12 @@ def test_projections_of_zero_and_of_any_size(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_images_without_a_label(impl: str) -> None:
     given = outputs(3, 7, (6, 9))
-    labelled, targets = torch.tensor([4, 1, 2]), torch.tensor([4, -100, 2])
-    for settings in ({}, {"kd_temperature": 2.0}):
+    labelled = torch.tensor([4, 1, 2])
+    for settings in ({}, {"kd_temperature": 2.0}, {"ignore_index": 1}, {"ignore_index": 255}):
         loss = SSKDLoss(impl=impl, **settings)
+        targets = torch.tensor([4, loss.ignore_index, 2])
         parts, wanted = loss(*given, targets, return_parts=True), original_sskd(loss, given, labelled)
-        ce = F.cross_entropy(given[0][::4], targets)
+        ce = F.cross_entropy(given[0][::4], targets, ignore_index=loss.ignore_index)
         torch.testing.assert_close(parts.ce, ce.detach())
         rest = wanted["loss"] + loss.ce_weight * (ce - wanted["ce"])
         gradients = (torch.autograd.grad(total, given[::2], retain_graph=True) for total in (parts.loss, rest))
@@ -320,8 +328,41 @@ def test_images_without_a_label(impl: str) -> None:
         kept = original_kept(teacher[[1, 2, 3, 5, 6, 7, 9, 10, 11]], labelled.repeat_interleave(3), 0.5)
         rows = torch.tensor([1, 2, 3, 5, 6, 7, 9, 10, 11])[kept]
         torch.testing.assert_close(ranked.transformed, divergence(given[0][rows], given[1][rows], 4.0).detach())
-        none = loss(*given, torch.full((3,), -100), return_parts=True)
+        none = loss(*given, torch.full((3,), loss.ignore_index), return_parts=True)
         assert none.ce == 0 and none.loss.isfinite()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_label_smoothing(impl: str) -> None:
+    given, targets = outputs(3, 7, (6, 9)), torch.tensor([4, -100, 2])
+    for temperature in (4.0, 2.0):
+        loss = SSKDLoss(label_smoothing=0.2, kd_temperature=temperature, impl=impl)
+        ce = loss(*given, targets, return_parts=True).ce
+        torch.testing.assert_close(ce, F.cross_entropy(given[0][::4], targets, label_smoothing=0.2).detach())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_images_and_no_terms(impl: str) -> None:
+    targets = torch.tensor([4, 0, 2])
+    nothing = SSKDLoss(0.0, 0.0, 0.0, 0.0, impl=impl)
+    for loss, images in ((SSKDLoss(impl=impl), 0), (SSKDLoss(transformed_ratio=0.5, impl=impl), 0), (nothing, 3)):
+        given = outputs(images, 7, (6, 9), torch.float16)
+        parts = loss(*given, targets[:images], return_parts=True)
+        assert (
+            parts.loss.dtype == torch.float32 and not any(parts) and not any(part.requires_grad for part in parts[1:])
+        )
+        for gradient, leaf in zip(torch.autograd.grad(parts.loss, given[::2]), given[::2], strict=True):
+            assert gradient.shape == leaf.shape and not gradient.any()
+    projections = torch.randn(0, 6, requires_grad=True)
+    parts = SSKDHeadLoss(impl=impl)(projections, return_parts=True)
+    assert parts.loss == 0 and parts.accuracy == 0
+    assert torch.autograd.grad(parts.loss, projections)[0].shape == (0, 6)
+    # Without the term that compares them, projections need not be there.
+    alone = SSKDLoss(similarity_weight=0.0, impl=impl)
+    given = outputs(3, 7, (6, 9))
+    assert torch.equal(alone(*given[:2], None, None, targets), alone(*given, targets))
+    alone.ce_weight = alone.kd_weight = alone.transformed_weight = 0.0
+    assert not torch.autograd.grad(alone(*given[:2], None, None, targets), given[0])[0].any()
 
 
 class _Counter(TorchDispatchMode):
@@ -365,8 +406,16 @@ def test_one_graph_for_every_batch() -> None:
     )
 
 
-def test_no_number_is_read() -> None:
-    """A tensor on the device "meta" has none, and says so where one is asked for."""
+@pytest.mark.parametrize("path", ["reference", "kernels"])
+def test_no_number_is_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor on the device "meta" has none, and says so where one is asked for.
+
+    The kernels themselves are replaced by the fakes that `torch.compile` traces.
+    """
+    if path == "kernels":
+        monkeypatch.setattr(_dispatch, "choose", lambda *_, **__: "cuda")
+        for name in ("forward", "backward", "combine"):
+            monkeypatch.setattr(ops_logits, name, getattr(ops_logits, name).__wrapped__)
     given = [torch.empty(12, size, device="meta", requires_grad=True) for size in (7, 7, 6, 9)]
     targets, correct = (torch.zeros(rows, dtype=torch.int64, device="meta") for rows in (3, 12))
     SSKDLoss(transformed_ratio=0.5)(*given, targets, return_parts=True).loss.backward()
@@ -397,6 +446,31 @@ def test_invariants() -> None:
     torch.testing.assert_close(frozen, parts.loss)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_is_seen_also_in_a_row_that_is_left_out(impl: str) -> None:
+    given, targets = outputs(4, 7, (6, 9)), torch.tensor([4, 0, 2, 2])
+    settings = {"transformed_ratio": 0.0, "similarity_ratio": 0.0, "impl": impl}
+    with torch.no_grad():
+        given[1][1::4].scatter_(1, targets.unsqueeze(1), -1e3)  # no class is right in the rows 4n + 1
+        given[3][1::4] = -given[3][::4]  # and no image
+        assert SSKDLoss(**settings)(*given, targets).isfinite()
+        for index, name in ((0, "transformed"), (2, "similarity")):
+            spoilt = [tensor.clone() for tensor in given]
+            spoilt[index][1, 0] = math.nan
+            assert getattr(SSKDLoss(**settings)(*spoilt, targets, return_parts=True), name).isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_cosines_of_vectors_whose_squares_are_no_numbers(impl: str) -> None:
+    """Lengths beyond float32 count as infinite: the cosines are 0."""
+    large = torch.full((8, 6), 1e20, dtype=torch.bfloat16, requires_grad=True)
+    cosines = functional.pairwise_cosine(large, torch.ones_like(large), impl=impl)
+    loss = SSKDHeadLoss(impl=impl)(large)
+    assert not cosines.any() and loss.item() == pytest.approx(math.log(2))
+    for total in (cosines.sum(), loss):
+        assert not torch.autograd.grad(total, large)[0].any()
+
+
 def test_a_row_that_is_left_out_may_be_infinite() -> None:
     teacher = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
     student = torch.tensor([[2.0, 0.0, 0.0], [0.0, -math.inf, 2.0]], requires_grad=True)
@@ -413,16 +487,14 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     targets = torch.tensor([3, 1])
     correct = torch.zeros(8, dtype=torch.int64)
     cosine, ranked = functional.pairwise_cosine, functional.ranked_kd_loss
+    no_weights = {"ce_weight": 0.0, "kd_weight": 0.0, "similarity_weight": 0.0}
+    ranking_alone = SSKDLoss(**no_weights, transformed_ratio=0.5)
+    nothing = SSKDLoss(**no_weights, transformed_weight=0.0)
     cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (
             lambda: loss(z_s[:7], z_t[:7], h_s, h_t, targets),
             ValueError,
             "student_logits has shape .* four rows for each",
-        ),
-        (
-            lambda: loss(z_s[:0], z_t[:0], h_s[:0], h_t[:0], targets[:0]),
-            ValueError,
-            "student_logits has shape .* four rows",
         ),
         (lambda: loss(z_s, z_t[:4], h_s, h_t, targets), ValueError, "teacher_logits has shape"),
         (lambda: loss(z_s, None, h_s, h_t, targets), TypeError, "teacher_logits is None"),
@@ -431,7 +503,13 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         (lambda: loss(z_s, z_t, h_s, h_t.float(), targets), TypeError, "teacher_projections has dtype torch.float32"),
         (lambda: loss(z_s, z_t, h_s.to("meta"), h_t, targets), ValueError, "student_projections is on meta"),
         (lambda: loss(z_s, z_t, h_s, h_t, correct), ValueError, "targets has shape"),
-        (lambda: loss(z_s, z_t, h_s, h_t, targets.double()), TypeError, "targets has dtype"),
+        (lambda: loss(z_s, z_t, h_s, h_t, targets.double()), TypeError, "targets has dtype .* nor probabilities"),
+        (lambda: loss(z_s, z_t, h_s, h_t, None), TypeError, "targets is a NoneType, but class indices"),
+        (lambda: loss(z_s, z_t, h_s, h_t, (targets, targets, 0.5)), TypeError, "targets is a tuple, .* neither a mix"),
+        (lambda: ranking_alone(z_s, z_t, h_s, h_t, targets + 7), ValueError, "targets holds the label 10"),
+        (lambda: nothing(z_s, z_t, h_s, h_t, targets - 4), ValueError, "targets holds the label -1"),
+        (lambda: loss(z_s, z_t, None, h_t, targets), TypeError, "student_projections is a NoneType"),
+        (lambda: loss(z_s, z_t, h_s, None, targets), TypeError, "teacher_projections is a NoneType"),
         (lambda: loss(z_s, z_t, h_s, h_t, targets + 7), ValueError, "targets holds the label"),
         (lambda: head(h_s[:6]), ValueError, "projections has 6 rows, but four for each image"),
         (lambda: head([h_s]), TypeError, "projections is a list"),
@@ -447,6 +525,8 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         (lambda: ranked(z_s, z_t, correct, 0.0), ValueError, "temperature is 0.0"),
         (lambda: SSKDLoss(similarity_ratio=-0.1), ValueError, "similarity_ratio is -0.1"),
         (lambda: SSKDLoss(ce_weight=math.nan), ValueError, "ce_weight is nan"),
+        (lambda: SSKDLoss(label_smoothing=1.5), ValueError, "label_smoothing is 1.5"),
+        (lambda: SSKDLoss(ignore_index=0.5), ValueError, "ignore_index is 0.5"),
         (lambda: SSKDLoss(impl="fast"), ValueError, "impl"),
     ]
     for call, error, sentence in cases:

@@ -323,7 +323,9 @@ def test_wrong_arguments_are_refused(build: Callable[[], Any], error: type[Excep
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignored", [(), (1,), (0, 1, 2, 3)])
-def test_mixed_labels_as_probabilities_are_the_same_objective(smoothing: float, ignored: tuple[int, ...]) -> None:
+def test_mixed_labels_as_probabilities_are_the_same_objective(
+    smoothing: float, ignored: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     loss = FRSKDLoss(label_smoothing=smoothing)
     student, teacher = torch.randn(4, CLASSES, requires_grad=True), torch.randn(4, CLASSES)
     maps = [torch.randn(4, 2, 3, 3)]
@@ -338,7 +340,12 @@ def test_mixed_labels_as_probabilities_are_the_same_objective(smoothing: float, 
     torch.testing.assert_close(
         torch.autograd.grad(got.loss, student), torch.autograd.grad(wanted.loss, student), rtol=1e-5, atol=1e-6
     )
-    assert mixed_probabilities((first + 7, second, 0.3), student)[0].isnan().all() or len(ignored) == 4
+    for wrong in ((first, second.clamp_min(0) + 7, 0.3), (second.clamp_min(0) + 7, second, 0.3)):
+        with pytest.raises(ValueError, match=r"targets\[\d\] holds the label"):
+            mixed_probabilities(wrong, student)
+        with monkeypatch.context() as traced:  # where labels are not looked at
+            traced.setattr(torch.compiler, "is_compiling", lambda: True)
+            assert mixed_probabilities(wrong, student).isnan().all()
 
 
 def compare_compiled(

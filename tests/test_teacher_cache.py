@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,15 @@ pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
+from lightning.pytorch.plugins import Precision
 from toy_method import ToyNet
-from training_utils import process, same_weights, small_run, steps, weights
+from training_utils import PLAIN, process, same_weights, small_run, steps, weights
 
 from frskd_fast import functional
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import ProjectionHead, with_auxiliary_heads
 from frskd_fast.tasks import (
+    AdaINTask,
     ClassificationTask,
     CollaborativeTeachingTask,
     DistillationTask,
@@ -32,8 +38,12 @@ from frskd_fast.tasks import (
 )
 from frskd_fast.training.cli import main
 from frskd_fast.training.data import ArrayReader, CIFARData, DigitsData
+from frskd_fast.training.data.errors import MissingDataError
+from frskd_fast.training.data.folder import FileReader
 from frskd_fast.training.data.loader import Request
-from frskd_fast.training.teacher_outputs import TeacherOutputs
+from frskd_fast.training.module import DistillationModule
+from frskd_fast.training.teacher_cache import TeacherCache
+from frskd_fast.training.teacher_outputs import MAGIC, TeacherOutputs
 
 assert ClassificationTask  # by the name of this module
 FLIPPED = "test_teacher_cache.FlippedDigits"
@@ -124,17 +134,29 @@ def ran(arguments: list[str]) -> int:
     return KeptTask.seen - before
 
 
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `KeptTask` whose teacher runs in each epoch."""
+    folder = tmp_path_factory.mktemp("teacher") / "without"
+    assert ran(words(folder)) == 2 * 100
+    return folder
+
+
 @pytest.mark.parametrize("task", ["KeptTask", "TurnedTask"])
-def test_the_teacher_runs_in_the_first_epoch_alone_and_the_losses_are_the_same(task: str, tmp_path: Path) -> None:
+def test_the_teacher_runs_in_the_first_epoch_alone_and_the_losses_are_the_same(
+    task: str, without: Path, tmp_path: Path
+) -> None:
     cache, views = str(tmp_path / "cache"), 4 if task == "TurnedTask" else 1
-    assert ran(words(tmp_path / "without", task)) == views * 2 * 100
+    if views == 4:
+        without = tmp_path / "without"
+        assert ran(words(without, task)) == views * 2 * 100
     # One blank image shows what the teacher hands out.
     assert ran(words(tmp_path / "cold", task, teacher_cache=cache)) == views * (100 + 1)
     assert ran(words(tmp_path / "warm", task, teacher_cache=cache)) == views
     (file,) = Path(cache).iterdir()
     # The teacher sees the images in the same batches in the first epoch, where the bits are the same, and in other ones later.
     for name in ("cold", "warm"):
-        for expected, row in zip(steps(tmp_path / "without"), steps(tmp_path / name), strict=True):
+        for expected, row in zip(steps(without), steps(tmp_path / name), strict=True):
             for key, value in row.items():
                 assert float(value) == pytest.approx(float(expected[key]), rel=1e-4), (name, key)
     assert steps(tmp_path / "warm") == steps(tmp_path / "cold")
@@ -147,12 +169,12 @@ def test_the_teacher_runs_in_the_first_epoch_alone_and_the_losses_are_the_same(t
 
 def test_both_looks_of_a_flipped_image_are_kept(tmp_path: Path) -> None:
     arguments = {"data": FLIPPED, "teacher_cache": str(tmp_path / "cache")}
-    first = ran(words(tmp_path / "first", trainer__max_epochs=8, **arguments))
+    first = ran(words(tmp_path / "first", trainer__max_epochs=5, **arguments))
     assert 180 < first <= 201
-    assert ran(words(tmp_path / "second", trainer__max_epochs=8, **arguments)) == 1
+    assert ran(words(tmp_path / "second", trainer__max_epochs=5, **arguments)) == 1
     assert steps(tmp_path / "first") == steps(tmp_path / "second")
     without = {name: value for name, value in arguments.items() if name != "teacher_cache"}
-    assert main(words(tmp_path / "without", trainer__max_epochs=8, **without)) == 0
+    assert main(words(tmp_path / "without", trainer__max_epochs=5, **without)) == 0
     last, expected = steps(tmp_path / "first")[-1], steps(tmp_path / "without")[-1]
     assert float(last["kd"]) == pytest.approx(float(expected["kd"]), rel=1e-3)
 
@@ -291,6 +313,94 @@ def test_every_setting_has_a_file_of_its_own(tmp_path: Path) -> None:
     )
 
 
+def test_weights_that_were_loaded_after_the_teacher_was_frozen_begin_another_file(tmp_path: Path) -> None:
+    task, images = task_and_images()
+    first = TeacherOutputs(tmp_path, task, images, keys=10)
+    first(images, KEYS)
+    with torch.no_grad():
+        task.teacher.network.fc.bias.add_(1.0)
+    second = TeacherOutputs(tmp_path, task, images, keys=10)
+    assert second.path != first.path
+    torch.testing.assert_close(second(images, KEYS)["logits"], task.teacher_outputs(images)["logits"])
+
+
+def test_another_version_of_the_library_begins_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, images = task_and_images()
+    first = TeacherOutputs(tmp_path, task, images, keys=10)
+    monkeypatch.setattr("frskd_fast.__version__", "99.0")
+    assert TeacherOutputs(tmp_path, task, images, keys=10).path != first.path
+
+
+def test_image_files_are_told_apart_by_folder_size_and_time(tmp_path: Path) -> None:
+    def fingerprint(root: Path) -> str:
+        return FileReader(str(root), [("one.png", 0)], (8, 8), 8, decoder="pil").fingerprint()
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.png").write_bytes(b"pixels")
+        os.utime(tmp_path / name / "one.png", (1, 1))
+    first = fingerprint(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert fingerprint(tmp_path / "link") == first != fingerprint(tmp_path / "b")
+    os.utime(tmp_path / "a" / "one.png", (2, 2))
+    assert fingerprint(tmp_path / "a") != first
+    (tmp_path / "a" / "one.png").write_bytes(b"more pixels")
+    os.utime(tmp_path / "a" / "one.png", (1, 1))
+    assert fingerprint(tmp_path / "a") != first
+    reader = FileReader(str(tmp_path / "a"), [("one.png", 0), ("two.png", 0)], (8, 8), 8, decoder="pil")
+    with pytest.raises(MissingDataError, match=r"two\.png is in the list of images but could not be found"):
+        reader.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 4}, "samples is 4, but images has 6 rows and a whole number of them for each was wanted"),
+        ({"keys": 0}, "keys must be at least 1"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    task, images = task_and_images()
+    with pytest.raises(ValueError, match=sentence):
+        TeacherOutputs(tmp_path, task, images, **{"keys": 10, **settings})
+
+
+def test_a_refusal_in_one_process_reaches_the_others(tmp_path: Path) -> None:
+    """Both raise, where one alone would leave the other waiting for it."""
+    both, problems = threading.Barrier(2), [False, False]
+
+    class Strategy:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def reduce_boolean_decision(self, decision: bool) -> bool:
+            problems[self.rank] = not decision
+            both.wait(10)
+            result = not any(problems)
+            both.wait(10)
+            return result
+
+    def start(rank: int) -> Any:
+        cache = TeacherCache(str(tmp_path))
+        cache._keys = 10, {}
+        trainer: Any = types.SimpleNamespace(
+            datamodule=types.SimpleNamespace(channels=3, image_size=(8, 8)),
+            precision_plugin=Precision(),
+            precision="32-true",
+            num_nodes=1,
+            local_rank=rank,
+            strategy=Strategy(rank),
+        )
+        module = DistillationModule(10, PLAIN, "ToyNet")
+        cache.on_fit_start(trainer, module)
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = [future.exception(60) for future in [pool.submit(start, rank) for rank in (0, 1)]]
+    assert "has no frozen teacher" in str(errors[0])
+    assert str(errors[1]) == "The teacher cache was refused by another process, which says why."
+
+
 def test_bfloat16_outputs_are_kept_as_they_are(tmp_path: Path) -> None:
     task, images = task_and_images()
     with torch.autocast("cpu", torch.bfloat16):
@@ -362,6 +472,14 @@ def test_a_torn_file_is_built_anew_and_a_foreign_one_is_left_alone(tmp_path: Pat
         (b"", "was cut off in its header"),
         (bytes(damaged), "is damaged in its header"),
         (whole[:40] + b"\n" + whole[41:], "is damaged in its header"),
+        (
+            b"%s 1 %s 2\n[]" % (MAGIC, hashlib.sha256(b"[]").hexdigest().encode()) + bytes(5000),
+            "is damaged in its header",
+        ),
+        (
+            b"%s 1 %s 2\n{]" % (MAGIC, hashlib.sha256(b"{]").hexdigest().encode()) + bytes(5000),
+            "is damaged in its header",
+        ),
     ):
         path.unlink()  # mapped by `outputs`
         path.write_bytes(content)
@@ -442,6 +560,7 @@ def test_a_warm_cache_does_not_wait_for_the_device(tmp_path: Path) -> None:
 
 
 METHODS: dict[str, Any] = {
+    "adain": lambda network: AdaINTask(network, ToyNet(width=8)),
     "kd": lambda network: DistillationTask(network, ToyNet()),
     "hints": lambda network: DistillationTask(network, ToyNet(width=8), "fit"),
     "hsakd": lambda network: HSAKDTask(network, with_auxiliary_heads(ToyNet())),
@@ -465,7 +584,7 @@ def test_methods_with_a_frozen_teacher_lose_the_same_by_what_was_kept(method: st
         torch.testing.assert_close(found[name], value)
 
 
-def test_two_processes_that_are_killed_leave_a_file_that_can_be_used(tmp_path: Path) -> None:
+def test_two_processes_that_are_killed_leave_a_file_that_can_be_used(without: Path, tmp_path: Path) -> None:
     """Each has written its images of the first batch, and one those of the second."""
     cache = str(tmp_path / "cache")
     two = {"trainer__strategy": "ddp", "trainer__devices": 2, "trainer__max_epochs": 1, "data__batch_size": 10}
@@ -474,6 +593,5 @@ def test_two_processes_that_are_killed_leave_a_file_that_can_be_used(tmp_path: P
     (file,) = Path(cache).iterdir()
     assert 1 + 100 - 40 <= ran(words(tmp_path / "one", teacher_cache=cache)) <= 1 + 100 - 20
     assert list(Path(cache).iterdir()) == [file], "the same file"
-    assert main(words(tmp_path / "without")) == 0
-    for expected, row in zip(steps(tmp_path / "without"), steps(tmp_path / "one"), strict=True):
+    for expected, row in zip(steps(without), steps(tmp_path / "one"), strict=True):
         assert float(row["kd"]) == pytest.approx(float(expected["kd"]), rel=1e-4)

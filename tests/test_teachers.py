@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import toy_method
 from torch import Tensor, nn
 
 from frskd_fast.models import (
@@ -110,6 +111,22 @@ def test_a_resnet_with_other_spellings(tmp_path: Path) -> None:
     }
     assert "layer2.0.shortcut.0.weight" in state and "linear.bias" in state
     assert same(load_teacher(written(tmp_path, under("module.", state)), "cifarresnet18"), network)
+
+
+def test_hsakds_mobilenet_is_hsakds_with_its_heads(tmp_path: Path) -> None:
+    """The stride of its first convolution is in no file."""
+    network = trained("mobilenetv2_aux").eval()
+    images = torch.randn(2, 3, 16, 16)
+    path = written(tmp_path, {"net": under("module.", network.state_dict())})
+    for name in ("mobilenetv2", "MobileNetV2", "mobilenetv2_aux"):
+        with_heads = load_teacher(path, name, heads="auxiliary")
+        # Untrained, its logits are small.
+        torch.testing.assert_close(with_heads(images), network(images), rtol=1e-5, atol=0)
+    assert load_teacher(path, "mobilenetv2", heads="auxiliary", stem_stride=2).backbone.conv1[0].stride == (2, 2)
+    # A run of this library says itself which network it holds.
+    path = written(tmp_path, checkpoint(network, backbone="mobilenetv2"))
+    for given in (None, "mobilenetv2"):
+        assert load_teacher(path, given, heads="auxiliary").backbone.conv1[0].stride == (2, 2)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "task.", "task.net."])
@@ -224,8 +241,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """A package timm, whose networks have 6 classes; what is returned fills with whether its weights were wanted."""
     pretrained: list[bool] = []
 
-    def create(name: str, num_classes: int = 6, pretrained_: bool = False, **arguments: Any) -> nn.Module:
-        pretrained.append(arguments.get("pretrained", False))
+    def create(name: str, num_classes: int = 6, **arguments: Any) -> nn.Module:
+        pretrained.append(arguments.pop("pretrained", False))
+        assert arguments.keys() <= {"drop_rate"}
         return Timm(num_classes)
 
     module: Any = types.ModuleType("timm")
@@ -254,6 +272,45 @@ def test_weights_fine_tuned_with_timm(asked: list[bool], tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"of which auxiliary_classifier\.block_extractor1"):
         load_teacher(written(tmp_path, model.state_dict()), "timm:toy", heads="auxiliary")
     assert not any(asked)
+
+
+def test_a_file_does_not_make_timm_load_anything(asked: list[bool], tmp_path: Path) -> None:
+    """Neither one from elsewhere nor the run of a network that began with timm's weights."""
+    arguments = {
+        "pretrained": True,
+        "pretrained_cfg": {"url": "u"},
+        "checkpoint_path": "p",
+        "cache_dir": "c",
+        "drop_rate": 0.1,
+    }
+    content = checkpoint(adapt_backbone(Timm(7)), backbone="timm:toy", backbone_args=arguments)
+    path = written(tmp_path, content)
+    assert load_teacher(path).num_classes == load_teacher(path, "timm:toy").num_classes == 7
+    assert not any(asked)
+
+
+def test_nothing_is_imported_because_a_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_of_a_file.py").write_text("from toy_method import ToyNet\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network, name = toy_method.ToyNet(7), "module_of_a_file.ToyNet"
+    path = written(tmp_path, checkpoint(network, backbone=name))
+    with pytest.raises(CheckpointError, match=f"names {name} as its network"):
+        load_teacher(path)
+    assert "module_of_a_file" not in sys.modules
+    assert same(load_teacher(path, name), network.eval())
+
+
+def test_the_classes_of_a_network_whose_constructor_reads_numbers(tmp_path: Path) -> None:
+    network = Reading(7)
+    assert same(load_teacher(written(tmp_path, network.state_dict()), "test_teachers.Reading"), network.eval())
+
+
+class Reading(toy_method.ToyNet):
+    """It cannot be made on the meta device."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        assert torch.ones(1).item() == 1
 
 
 def test_an_adapted_network_from_its_own_names_and_its_adapters(tmp_path: Path) -> None:
@@ -305,12 +362,27 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a call": (
         lambda folder: load_teacher(written(folder, checkpoint(trained(), backbone="fractions.Fraction"))),
         CheckpointError,
-        r"names fractions\.Fraction as its network, of which nothing says .*; if you trust the file, give name the same\.",
+        r"names fractions\.Fraction as its network, which runs code .*; if you trust the file, give name the same\.",
     ),
-    "no call": (
-        lambda folder: load_teacher(written(folder, checkpoint(trained(), backbone="math.pi"))),
+    "a call by a function of this library": (
+        lambda folder: load_teacher(written(folder, checkpoint(trained(), backbone="frskd_fast.models.load_teacher"))),
         CheckpointError,
-        r"names math\.pi as its network",
+        r"names frskd_fast\.models\.load_teacher as its network",
+    ),
+    "a download": (
+        lambda folder: load_teacher(written(folder, checkpoint(trained(), backbone="timm:hf-hub:someone/net"))),
+        CheckpointError,
+        "names timm:hf-hub:someone/net as its network, which runs code or is downloaded",
+    ),
+    "no name of a network": (
+        lambda folder: load_teacher(written(folder, checkpoint(trained(), backbone=3))),
+        CheckpointError,
+        r"has 3 as its backbone with the arguments \{\}, but a name and a mapping were wanted",
+    ),
+    "no classes": (
+        lambda folder: load_teacher(written(folder, trained().state_dict()), "resnet8", 0),
+        ValueError,
+        "num_classes must be at least 1",
     ),
     "no source": (lambda folder: load_teacher(3), TypeError, "source is a int, but a module, a path or"),  # type: ignore[arg-type]
     "no heads": (

@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from frskd_fast.models import create_model
 from frskd_fast.models._checks import check_features
 
-# Name -> the original's name in the golden files, parameters for 100 classes where the original's were counted.
-NETWORKS: dict[str, tuple[str, int | None]] = {
-    "resnet8": ("resnet8", None),
-    "resnet14": ("resnet14", None),
-    "resnet20": ("resnet20", 278_324),
-    "resnet32": ("resnet32", None),
-    "resnet44": ("resnet44", None),
-    "resnet56": ("resnet56", 861_620),
-    "resnet110": ("resnet110", None),
-    "resnet8x4": ("resnet8x4", 1_233_540),
-    "resnet32x4": ("resnet32x4", 7_433_860),
-    "cifar_resnet50": ("ResNet50", 23_705_252),
-    "wrn_16_1": ("wrn_16_1", None),
-    "wrn_16_2": ("wrn_16_2", 703_284),
-    "wrn_40_1": ("wrn_40_1", 569_780),
-    "wrn_40_2": ("wrn_40_2", 2_255_156),
-    "vgg8": ("vgg8", 3_965_028),
-    "vgg11": ("vgg11_bn", None),
-    "vgg13": ("vgg13", 9_462_180),
-    "vgg16": ("vgg16_bn", None),
-    "vgg19": ("vgg19_bn", None),
+# Name -> the original's name in the golden files.
+NETWORKS = {
+    "resnet8": "resnet8",
+    "resnet14": "resnet14",
+    "resnet20": "resnet20",
+    "resnet32": "resnet32",
+    "resnet44": "resnet44",
+    "resnet56": "resnet56",
+    "resnet110": "resnet110",
+    "resnet8x4": "resnet8x4",
+    "resnet32x4": "resnet32x4",
+    "cifar_resnet50": "ResNet50",
+    "wrn_16_1": "wrn_16_1",
+    "wrn_16_2": "wrn_16_2",
+    "wrn_40_1": "wrn_40_1",
+    "wrn_40_2": "wrn_40_2",
+    "vgg8": "vgg8",
+    "vgg11": "vgg11_bn",
+    "vgg13": "vgg13",
+    "vgg16": "vgg16_bn",
+    "vgg19": "vgg19_bn",
 }
 WITH_LAYOUT = [
     *("resnet8", "resnet20", "resnet56", "resnet8x4", "resnet32x4", "cifar_resnet50"),
@@ -68,18 +68,11 @@ def thinned(feature: Tensor) -> Tensor:
 def test_layout_is_the_originals(name: str) -> None:
     with torch.device("meta"):
         network = create_model(name, 100)
-    layout = state_dict_layout(f"SSKD wrapper({NETWORKS[name][0]})")
+    layout = state_dict_layout(f"SSKD wrapper({NETWORKS[name]})")
     backbone = {key.removeprefix("backbone."): shape for key, shape in layout.items() if key.startswith("backbone.")}
     assert [(key, list(value.shape)) for key, value in network.state_dict().items()] == list(backbone.items())
     # The order of parameters decides which one an optimiser's state belongs to.
     assert [key for key, _ in network.named_parameters()] == parameter_names(backbone)
-
-
-@pytest.mark.parametrize(("name", "wanted"), [(name, count) for name, (_, count) in NETWORKS.items() if count])
-def test_parameter_counts(name: str, wanted: int) -> None:
-    with torch.device("meta"):
-        network = create_model(name, 100)
-    assert sum(parameter.numel() for parameter in network.parameters()) == wanted
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -87,9 +80,9 @@ def test_what_a_network_says_of_itself(name: str) -> None:
     with torch.device("meta"):
         network: Any = create_model(name, 7)
         features, logits = network(torch.zeros(2, 3, 32, 32))
+        assert type(create_model(NETWORKS[name], 7)) is type(network)
     check_features(features, network.channels)
     assert features[0].shape[2:] == (32, 32) and logits.shape == (2, network.num_classes) == (2, 7)
-    assert type(create_model(NETWORKS[name][0], 7)) is type(network)
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "cifarresnet18", "resnet18", "resnet34", "resnet50", "wrn16x2"])
@@ -142,7 +135,7 @@ MORE: dict[str, tuple[str, int, Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("name", MORE)
 def test_a_network_meets_the_originals_numbers(name: str) -> None:
-    golden = load_golden(f"sskd_net_{NETWORKS[name][0]}")
+    golden = load_golden(f"sskd_net_{NETWORKS[name]}")
     module, position, between = MORE[name]
     network = Recorded(create_model(name, 10), module)
     fill_parameters(network)
@@ -150,10 +143,11 @@ def test_a_network_meets_the_originals_numbers(name: str) -> None:
     images = golden["images"].double()
     with torch.no_grad():
         found = network(images)
-        eval_logits = network.eval()(images)["logits"]
     for key in ("logits", "feature", "proj"):
         torch.testing.assert_close(found[key], golden[key], rtol=1e-9, atol=1e-11)
     if "eval_logits" in golden:
+        with torch.no_grad():
+            eval_logits = network.eval()(images)["logits"]
         torch.testing.assert_close(eval_logits, golden["eval_logits"], rtol=1e-9, atol=1e-11)
         maps = list(found["features"])
         maps.insert(position, between(found["more"]))

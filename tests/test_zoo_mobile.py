@@ -14,12 +14,7 @@ from frskd_fast.models import ProjectionHead, create_model
 
 # Our name, and the original's.
 NAMES = {"mobilenetv2": "MobileNetV2", "shufflenetv1": "ShuffleV1", "shufflenetv2": "ShuffleV2"}
-# Parameters of the network and of HSAKD's heads at 100 classes, and channels of the maps.
-KNOWN = {
-    "mobilenetv2": (812_836, 4_671_496, [12, 16, 48, 160]),
-    "shufflenetv1": (949_258, 3_118_740, [240, 480, 960]),
-    "shufflenetv2": (1_355_528, 4_519_988, [116, 232, 464]),
-}
+CHANNELS = {"mobilenetv2": [12, 16, 48, 160], "shufflenetv1": [240, 480, 960], "shufflenetv2": [116, 232, 464]}
 HSAKD_NAMES = {**NAMES, "mobilenetv2": "mobilenetV2"}
 
 
@@ -42,7 +37,6 @@ def test_layout_is_the_originals(name: str) -> None:
         network = ProjectionHead(create_model(name))
     layout = state_dict_layout(f"SSKD wrapper({NAMES[name]})")
     assert [(key, list(value.shape)) for key, value in network.state_dict().items()] == list(layout.items())
-    assert sum(parameter.numel() for parameter in network.backbone.parameters()) == KNOWN[name][0]
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2", "shufflenetv1"])
@@ -69,7 +63,6 @@ def test_layout_with_heads_is_the_originals(name: str) -> None:
         network = create_model(f"{HSAKD_NAMES[name]}_aux")
     layout = state_dict_layout(f"HSAKD {HSAKD_NAMES[name]}_aux")
     assert [(key, list(value.shape)) for key, value in network.state_dict().items()] == list(layout.items())
-    assert sum(parameter.numel() for parameter in network.auxiliary_classifier.parameters()) == KNOWN[name][1]
     assert type(network.backbone) is type(create_model(name, 2))
 
 
@@ -112,7 +105,7 @@ def test_heads_start_as_the_originals(name: str) -> None:
 def test_maps_before_their_relu_and_other_sizes(name: str) -> None:
     torch.manual_seed(0)
     network = create_model(name, 7).eval()
-    channels = KNOWN[name][2]
+    channels = CHANNELS[name]
     assert network.channels == channels and network.num_classes == 7
     for size in (32, 45):
         images = torch.randn(2, 3, size, size)

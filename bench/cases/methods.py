@@ -1,8 +1,8 @@
-"""HSAKD, SSKD, FFL, CollaborativeTeaching: each loss by itself, and a whole training step.
+"""The methods: each loss by itself, and a whole training step.
 
 A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. The networks of
-HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. The steps of the others are in
-bench/ffl_step.py and bench/collaborative_step.py.
+HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. Other methods' rows are in bench/ffl_step.py,
+bench/collaborative_step.py and bench/adain_rows.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import collaborative_step, ffl_step, inputs, originals
+from bench import adain_rows, collaborative_step, ffl_step, inputs, originals
 from bench.call import tensors_in
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
@@ -404,5 +404,5 @@ def step_cases(selection: Selection) -> Iterator[Case]:
 
 def cases(selection: Selection) -> list[Case]:
     """The losses, then the steps."""
-    steps = step_cases, ffl_step.cases, collaborative_step.cases
-    return [*loss_cases(selection), *(case for of_method in steps for case in of_method(selection))]
+    more = step_cases, ffl_step.cases, collaborative_step.cases, adain_rows.cases
+    return [*loss_cases(selection), *(case for of_method in more for case in of_method(selection))]

@@ -36,7 +36,8 @@ std::vector<Head> heads_of(const LogitsHeads& given) {
 }
 
 bool same(const Map& one, const Map& other) {
-  return one.data == other.data && one.stride_n == other.stride_n && one.stride_c == other.stride_c;
+  return one.data == other.data && one.channels == other.channels && one.height == other.height &&
+         one.width == other.width && one.stride_n == other.stride_n && one.stride_c == other.stride_c;
 }
 
 bool same_labels(const Head& one, const Head& other) {
@@ -49,7 +50,8 @@ void join_exchanged(std::vector<Head>& heads) {
   for (Head& head : heads) {
     if (head.is_exchanged || head.student.height * head.student.width != 1) continue;
     for (Head* other = &head + 1; other != heads.data() + heads.size(); ++other) {
-      if (other->is_exchanged || !same(head.student, other->teacher) || !same(head.teacher, other->student)) continue;
+      if (other->is_exchanged || head.batch != other->batch) continue;
+      if (!same(head.student, other->teacher) || !same(head.teacher, other->student)) continue;
       if (!same_labels(head, *other)) continue;
       head.exchanged = other;
       other->is_exchanged = true;

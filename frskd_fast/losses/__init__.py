@@ -1,5 +1,6 @@
 """Distillation losses as ``nn.Module``s, one file per method."""
 
+from frskd_fast.losses.adain import AdaINLoss, AdaINLossParts
 from frskd_fast.losses.collaborative import CollaborativeTeachingLoss, CollaborativeTeachingLossParts, CTKDLoss
 from frskd_fast.losses.ffl import FFLLoss, FFLLossParts
 from frskd_fast.losses.frskd import FRSKDLoss, FRSKDLossParts
@@ -17,6 +18,8 @@ from frskd_fast.losses.sla import SLALoss, SLALossParts
 from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
 __all__ = [
+    "AdaINLoss",
+    "AdaINLossParts",
     "CTKDLoss",
     "CollaborativeTeachingLoss",
     "CollaborativeTeachingLossParts",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, attention, logits, objective
 from frskd_fast.ops.labels import checked_labels
+from frskd_fast.reference.dtypes import accumulate_dtype
 from frskd_fast.reference.logits import Settings
 
 Parts = TypeVar("Parts", bound=tuple[Any, ...])
@@ -66,6 +67,12 @@ def declared(loss: nn.Module, name: str) -> Any:
         False
     """
     return getattr(loss, name, getattr(Loss, name))
+
+
+def zero_of(rows: Tensor) -> Tensor:
+    """0 as a function of `rows`, whose gradient is zeros whatever they hold: a loss of no terms or of no images."""
+    zero: Tensor = rows[:0].sum(dtype=accumulate_dtype(rows.dtype))
+    return zero
 
 
 class FRSKDLossParts(NamedTuple):
@@ -159,10 +166,16 @@ class DistillationLoss(Loss[FRSKDLossParts]):
         return parts if return_parts else parts.loss
 
     def logit_terms(
-        self, student_logits: Tensor, teacher_logits: Tensor, targets: Any = None, reduction: str = "batchmean"
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Any = None,
+        reduction: str = "batchmean",
+        ignore_index: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """CE(student), CE(teacher), both 0 without targets, and KD, which does not reach the teacher."""
-        settings = self.temperature, self.label_smoothing, self.ignore_index, reduction, True, self.impl
+        ignored = self.ignore_index if ignore_index is None else ignore_index
+        settings = self.temperature, self.label_smoothing, ignored, reduction, True, self.impl
         return logits.logit_losses(student_logits, teacher_logits, targets, *settings)
 
     def feature_rows(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor | None:

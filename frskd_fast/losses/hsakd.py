@@ -13,7 +13,7 @@ from frskd_fast.losses.base import Loss, Parts
 from frskd_fast.mixing import joint_labels
 from frskd_fast.ops import _checks
 from frskd_fast.ops.head_objective import Sources, head_objective
-from frskd_fast.ops.labels import Labels, checked_labels, is_mix, mixed_probabilities
+from frskd_fast.ops.labels import IGNORED, Labels, checked_labels, is_mix, mixed_probabilities
 from frskd_fast.ops.logits import ALONE
 from frskd_fast.reference.logits import Settings
 
@@ -97,28 +97,37 @@ def _check_alike(
 
 
 def _image_labels(targets: Any, logits: Tensor, ignore_index: int, impl: str) -> Labels:
-    """`targets` of the N images, checked against `logits` (4N, K)."""
+    """`targets` of the N images, checked against `logits` (4N, K), in which ignored labels are `IGNORED`."""
     upright = logits[::4]
     if is_mix(targets) and isinstance(targets[2], Tensor):
         targets = mixed_probabilities(targets, upright, ignore_index)
     if targets is None:
         raise TypeError("targets is None, but the class indices (N,) of the images before their rotation were wanted.")
-    return checked_labels(targets, (upright,), False, ignore_index, check_range=_dispatch.is_plain(impl))
+    renamed = ignore_index != IGNORED
+    labels = checked_labels(targets, (upright,), False, ignore_index, renamed or _dispatch.is_plain(impl))
+    if not renamed or labels.first[0].is_floating_point():
+        return labels
+
+    def rename(indices: Tensor) -> Tensor:
+        # Any other negative label is wrong, and stays so.
+        return indices.clamp_min(-1).masked_fill(indices == ignore_index, IGNORED)
+
+    return Labels(tuple(map(rename, labels.first)), tuple(map(rename, labels.second)), labels.mix)
 
 
-def _upright(targets: Tensor, ignore_index: int) -> Tensor:
+def _upright(targets: Tensor) -> Tensor:
     """Labels (4N,) of which only those of the upright images count; of probabilities (N, K) the same in (4N, K)."""
     if targets.is_floating_point():
         # A row of zeros has no cross-entropy, but is one of the 4N rows of the mean, of which N were meant.
         return F.pad(4.0 * targets.unsqueeze(1), (0, 0, 0, 3)).flatten(0, 1)
-    return F.pad(targets.unsqueeze(1), (0, 3), value=ignore_index).flatten()
+    return F.pad(targets.unsqueeze(1), (0, 3), value=IGNORED).flatten()
 
 
-def _none_of(targets: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+def _none_of(targets: Tensor, logits: Tensor) -> Tensor:
     """Labels for `logits` of which none counts."""
     if targets.is_floating_point():
         return targets.new_zeros((1, 1)).expand(logits.shape)
-    return targets.new_full(logits.shape[:1], ignore_index)
+    return targets.new_full(logits.shape[:1], IGNORED)
 
 
 class _HSAKDLoss(Loss[Parts]):
@@ -140,24 +149,24 @@ class _HSAKDLoss(Loss[Parts]):
         `networks` are the logits of one network or of two that teach each other, `frozen` those of a teacher. The labels of
         the main heads are those of the upright images; auxiliary heads have `joint` labels or none.
         """
-        main, ignored = networks[0], self.ignore_index
+        main = networks[0]
         impl = _dispatch.choose_for("logits", self.impl, main, "" if frozen or len(networks) > heads else ALONE)
-        images = _image_labels(targets, main, ignored, impl)
+        images = _image_labels(targets, main, self.ignore_index, impl)
         tensors = [*networks, *frozen]
         places = []
         for labels in (*images.first, *images.second):
             # One tensor for the main heads, one for the auxiliary heads.
             places.append(([len(tensors)] + [len(tensors) + 1] * (heads - 1)) * (len(networks) // heads))
-            tensors.append(_upright(labels, ignored))
+            tensors.append(_upright(labels))
             if heads > 1:
-                tensors.append(joint_labels(labels, ignored) if joint else _none_of(labels, networks[1], ignored))
+                tensors.append(joint_labels(labels) if joint else _none_of(labels, networks[1]))
         teachers: Sequence[int] = ()
         if frozen:
             teachers = range(heads, 2 * heads)
         elif len(networks) > heads:
             teachers = (*range(heads, 2 * heads), *range(heads))
         sources = Sources(len(networks), teachers, places[0], places[1] if images.second else ())
-        settings = Settings(images.mix, 0.0, ignored, self.temperature)
+        settings = Settings(images.mix, 0.0, IGNORED, self.temperature)
         loss, terms = head_objective(tensors, sources, settings, impl)
         return loss, terms.view(2, len(networks) // heads, heads)
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor, nn
 
 from frskd_fast import _dispatch
-from frskd_fast.losses.base import Loss
+from frskd_fast.losses.base import Loss, zero_of
 from frskd_fast.ops import _checks, logits
+from frskd_fast.ops.labels import checked_labels
 
 __all__ = ["KDLoss", "KDLossParts"]
 
@@ -30,8 +31,8 @@ class KDLoss(Loss[KDLossParts]):
     Arithmetic is float32 (float64 for float64 inputs) whatever the dtype of the inputs.
 
     Args:
-        gamma: weight of the cross-entropy, finite. RepDistiller's recipe: 0.1.
-        alpha: weight of KD, finite. RepDistiller's recipe: 0.9.
+        gamma: weight of the cross-entropy, finite; 0 skips it. RepDistiller's recipe: 0.1.
+        alpha: weight of KD, finite; 0 skips it. RepDistiller's recipe: 0.9.
         temperature: T > 0 of both softmaxes. RepDistiller's recipe: 4.
         impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
         label_smoothing: in [0, 1], of the cross-entropy.
@@ -93,8 +94,18 @@ class KDLoss(Loss[KDLossParts]):
         """
         if teacher_logits is None:
             raise TypeError("teacher_logits is None, but the teacher's logits were wanted.")
+        teacher: Any = teacher_logits.detach() if isinstance(teacher_logits, Tensor) else teacher_logits
+        if self.alpha == 0.0 or self.gamma == 0.0:
+            # Without its input a term is 0 and not computed.
+            logits.checked_logits(student_logits, teacher, "")
+            if self.gamma == 0.0:
+                checked_labels(targets, (student_logits,), False, self.ignore_index, check_range=True)
+                targets = None
+            if self.alpha == 0.0:
+                teacher = None
         settings = self.temperature, self.label_smoothing, self.ignore_index, "batchmean", True, self.impl
-        teacher = teacher_logits.detach() if isinstance(teacher_logits, Tensor) else teacher_logits
         ce, _, kd = logits.logit_losses(student_logits, teacher, targets, *settings)
         loss = self.gamma * ce + self.alpha * kd
+        if teacher is None and targets is None:
+            loss = zero_of(student_logits)
         return KDLossParts(loss, ce.detach(), kd.detach()) if return_parts else loss

@@ -19,7 +19,7 @@ from frskd_fast.losses.frskd import FRSKDLoss
 from frskd_fast.losses.hints import wide_range
 from frskd_fast.mixing import joint_labels
 from frskd_fast.ops import _checks, attention
-from frskd_fast.ops.labels import is_mix, mixed_probabilities
+from frskd_fast.ops.labels import IGNORED, is_mix, mixed_probabilities
 from frskd_fast.reference.dtypes import accumulate_dtype
 
 PASSES = ("two", "one")
@@ -288,12 +288,11 @@ class SLALoss(Loss[SLALossParts]):
             return zero, zero, zero
         joint_targets = joint_labels(targets, self.ignore_index)
         if is_mix(targets) and isinstance(targets[2], Tensor):
-            settings = self.ignore_index, self.label_smoothing
-            targets = mixed_probabilities(targets, student_logits, *settings)
-            joint_targets = mixed_probabilities(joint_targets, joint_student, *settings)
+            targets = mixed_probabilities(targets, student_logits, self.ignore_index, self.label_smoothing)
+            joint_targets = mixed_probabilities(joint_targets, joint_student, IGNORED, self.label_smoothing)
         ce_student, ce_teacher, _ = self.distillation.logit_terms(student_logits, teacher_logits, targets)
         joint_ce_student, joint_ce_teacher, _ = self.distillation.logit_terms(
-            joint_student, joint_teacher, joint_targets
+            joint_student, joint_teacher, joint_targets, ignore_index=IGNORED
         )
         return ce_student, ce_teacher, joint_ce_student + joint_ce_teacher
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from frskd_fast import _dispatch
-from frskd_fast.losses.base import Loss
+from frskd_fast.losses.base import Loss, zero_of
 from frskd_fast.ops import _checks, logits, ranking, similarity
-from frskd_fast.ops.labels import class_indices
-from frskd_fast.reference.dtypes import accumulate_dtype
+from frskd_fast.ops.labels import IGNORED, class_indices
+from frskd_fast.reference.logits import check_label_range
 from frskd_fast.reference.ranking import rank_of
 
 __all__ = ["SSKDHeadLoss", "SSKDHeadLossParts", "SSKDLoss", "SSKDLossParts"]
@@ -59,6 +59,9 @@ class SSKDLoss(Loss[SSKDLossParts]):
         kd_temperature, transformed_temperature, similarity_temperature: T > 0 of the terms KD, KD_rotated, KD_similarity.
         transformed_ratio, similarity_ratio: share in [0, 1] of the rows on which the teacher is wrong that the student still
             learns; all on which it is right are kept.
+        label_smoothing: in [0, 1], of CE.
+        ignore_index: class index whose images do not count in CE. The other terms keep them; where rotated rows are ranked by
+            class, theirs rank last.
         impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
@@ -103,6 +106,9 @@ class SSKDLoss(Loss[SSKDLossParts]):
         similarity_temperature: float = 0.5,
         transformed_ratio: float = 1.0,
         similarity_ratio: float = 0.75,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -115,89 +121,104 @@ class SSKDLoss(Loss[SSKDLossParts]):
         self.similarity_temperature = _checks.positive_number(similarity_temperature, "similarity_temperature")
         self.transformed_ratio = _checks.unit_interval(transformed_ratio, "transformed_ratio")
         self.similarity_ratio = _checks.unit_interval(similarity_ratio, "similarity_ratio")
+        self.label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
+        self.ignore_index = _checks.whole_number(ignore_index, "ignore_index")
         self.impl = _dispatch.check_name(impl, "the argument impl")
 
     def forward(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor,
-        student_projections: Tensor,
-        teacher_projections: Tensor,
+        student_projections: Tensor | None,
+        teacher_projections: Tensor | None,
         targets: Tensor,
         *,
         return_parts: bool = False,
     ) -> Tensor | SSKDLossParts:
-        """Return the loss as a float32 (float64) scalar, or its parts; a part of weight 0 is 0.
+        """Return the loss as a float32 (float64) scalar, or its parts; a part of weight 0, or of no images, is 0.
 
         Args:
             student_logits: (4N, K) raw logits; float32, bfloat16, float16 or float64, any strides.
             teacher_logits: (4N, K), same dtype and device.
             student_projections: (4N, D) of the student's projection head; its dtype may be another, but float64 only with
-                logits in float64.
-            teacher_projections: (4N, E) of the teacher's.
-            targets: class indices (N,). An image labelled -100 counts in all terms but CE, and where rotated rows are ranked by
-                class, it ranks last.
+                logits in float64. May be None where ``similarity_weight`` is 0.
+            teacher_projections: (4N, E) of the teacher's, or None, too.
+            targets: class indices (N,).
             return_parts: return ``SSKDLossParts`` instead of the scalar.
         """
         self._check(student_logits, teacher_logits, student_projections, teacher_projections)
-        targets = class_indices(targets, student_logits[::4], "targets")
-        similar = None
-        if self.similarity_weight != 0.0:
-            similar = similarity.view_divergence(
-                student_projections, teacher_projections, self.similarity_temperature, self.similarity_ratio, self.impl
-            )
-        terms = (*self._class_terms(student_logits, teacher_logits.detach(), targets), similar)
-        weights = (self.ce_weight, self.kd_weight, self.transformed_weight, self.similarity_weight)
+        upright = student_logits[::4]
+        targets = class_indices(targets, upright, "targets", "class indices (int64), neither a mix nor probabilities,")
+        if self.ce_weight == 0.0:  # or else they are checked where the cross-entropy reads them
+            check_label_range(targets, upright.shape[1], self.ignore_index, "targets")
+        terms: dict[str, Tensor] = {}
+        if upright.shape[0] > 0:
+            terms = self._class_terms(student_logits, teacher_logits.detach(), targets)
+            if self.similarity_weight != 0.0:
+                terms["similarity"] = similarity.view_divergence(
+                    student_projections,
+                    teacher_projections,
+                    self.similarity_temperature,
+                    self.similarity_ratio,
+                    self.impl,
+                )
         loss: Tensor | None = None
-        for weight, term in zip(weights, terms, strict=True):
-            if term is not None:
-                loss = weight * term if loss is None else loss.add(term, alpha=weight)
-        if loss is None or (return_parts and any(term is None for term in terms)):
-            absent = student_logits.new_zeros((), dtype=accumulate_dtype(student_logits.dtype))
-            loss = absent if loss is None else loss
+        for name, term in terms.items():
+            weight = getattr(self, f"{name}_weight")
+            loss = weight * term if loss is None else loss.add(term, alpha=weight)
+        if loss is None:
+            loss = zero_of(student_logits)
+            if student_projections is not None:
+                loss = loss + zero_of(student_projections)
         if not return_parts:
             return loss
-        return SSKDLossParts(loss, *(absent if term is None else term.detach() for term in terms))
+        names = SSKDLossParts._fields[1:]
+        return SSKDLossParts(loss, *(terms[name].detach() if name in terms else loss.new_zeros(()) for name in names))
 
-    def _class_terms(
-        self, student: Tensor, teacher: Tensor, targets: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """CE, KD, KD_rotated; None for those of weight 0."""
-        upright_wanted = self.ce_weight != 0.0 or self.kd_weight != 0.0
-        rotated_wanted = self.transformed_weight != 0.0
+    def _class_terms(self, student: Tensor, teacher: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """CE, KD and KD_rotated by name, without those of weight 0."""
+        wants_ce, wants_kd = self.ce_weight != 0.0, self.kd_weight != 0.0
+        wants_upright, wants_rotated = wants_ce or wants_kd, self.transformed_weight != 0.0
         settings = self.label_smoothing, self.ignore_index
         ce = kd = transformed = None
-        if upright_wanted and rotated_wanted and self.kd_temperature == self.transformed_temperature:
+        if wants_upright and wants_rotated and self.kd_temperature == self.transformed_temperature:
             # One read of all rows, of which the rotated ones have no label.
             labels = None
-            if self.ce_weight != 0.0:
+            if wants_ce:
                 labels = targets.new_full(student.shape[:1], self.ignore_index)
                 labels[::4] = targets
             ce_rows, _, kd_rows = logits.logit_losses(
                 student, teacher, labels, self.kd_temperature, *settings, "none", True, self.impl
             )
-            if self.ce_weight != 0.0:
+            if wants_ce:
                 ce = ce_rows.sum() / (targets != self.ignore_index).sum().clamp_min(1)
             by_view = kd_rows.unflatten(0, (targets.shape[0], 4))
             kd, *rotations = by_view.mean(0).unbind()
             if self.transformed_ratio == 1.0:
                 transformed = (rotations[0] + rotations[1] + rotations[2]) / 3
             else:
-                correct = targets.unsqueeze(1)
-                transformed = ranking.kept_mean(by_view[:, 1:], _rotated(teacher), correct, self.transformed_ratio)
+                transformed = ranking.ranked_mean(
+                    by_view[:, 1:], _rotated(teacher), self._correct(targets), self.transformed_ratio
+                )
         else:
-            if upright_wanted:
+            if wants_upright:
                 ce, _, kd = logits.logit_losses(
-                    student[::4], teacher[::4] if self.kd_weight != 0.0 else None,
-                    targets if self.ce_weight != 0.0 else None, self.kd_temperature, *settings, "batchmean", True, self.impl,
+                    student[::4], teacher[::4] if wants_kd else None, targets if wants_ce else None, self.kd_temperature,
+                    *settings, "batchmean", True, self.impl,
                 )  # fmt: skip
-            if rotated_wanted:
-                correct = targets.unsqueeze(1)
+            if wants_rotated:
                 transformed = ranking.divergence(
-                    _rotated(student), _rotated(teacher), correct, self.transformed_temperature, self.transformed_ratio,
-                    self.impl,
+                    _rotated(student), _rotated(teacher), self._correct(targets), self.transformed_temperature,
+                    self.transformed_ratio, self.impl,
                 )  # fmt: skip
-        return (ce if self.ce_weight != 0.0 else None, kd if self.kd_weight != 0.0 else None, transformed)
+        terms = (("ce", ce, wants_ce), ("kd", kd, wants_kd), ("transformed", transformed, wants_rotated))
+        return {name: term for name, term, wanted in terms if wanted and term is not None}
+
+    def _correct(self, targets: Tensor) -> Tensor:
+        """The class by which the rotated rows of each image are ranked, (N, 1); none where the label is ignored."""
+        if self.ignore_index >= 0:
+            targets = targets.masked_fill(targets == self.ignore_index, IGNORED)
+        return targets.unsqueeze(1)
 
     def _check(
         self, student_logits: Any, teacher_logits: Any, student_projections: Any, teacher_projections: Any
@@ -206,7 +227,7 @@ class SSKDLoss(Loss[SSKDLossParts]):
         if teacher_logits is None:
             raise TypeError("teacher_logits is None, but the teacher's logits were wanted.")
         rows = student_logits.shape[0]
-        if student_logits.dim() != 2 or rows == 0 or rows % 4 != 0:
+        if student_logits.dim() != 2 or rows % 4 != 0:
             raise ValueError(
                 f"student_logits has shape {tuple(student_logits.shape)}, but (4N, K), four rows for each image in the "
                 "order of mixing.rotate4, was wanted."
@@ -215,6 +236,8 @@ class SSKDLoss(Loss[SSKDLossParts]):
             (student_projections, "student_projections"),
             (teacher_projections, "teacher_projections"),
         ):
+            if projections is None and self.similarity_weight == 0.0:
+                continue
             _checks.floating_tensor(projections, name)
             if projections.shape[:1] != (rows,):
                 raise ValueError(
@@ -269,9 +292,12 @@ class SSKDHeadLoss(Loss[SSKDHeadLossParts]):
         Args:
             projections: (4N, D), row 4n + r of image n turned r times; float32, bfloat16, float16 or float64, any strides.
             return_parts: return ``SSKDHeadLossParts``; its ``accuracy`` is the share of the 3N rotated rows whose largest
-                cosine is that with their own image.
+                cosine is that with their own image; 0 of no rows.
         """
         cosines = similarity.cosines_of_views(projections, "projections", self.impl)
+        if projections.shape[0] == 0:
+            zero = zero_of(projections)
+            return SSKDHeadLossParts(zero, zero.detach()) if return_parts else zero
         images = torch.arange(cosines.shape[0], device=cosines.device).unsqueeze(1)
         loss: Tensor = logits.logit_losses(
             cosines, None, images.expand(-1, 3), 1.0, 0.0, -100, "batchmean", True, self.impl

@@ -35,6 +35,7 @@ from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .self_teacher import BiFPN, BiFPNc
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from .tails import tail
 from .teachers import load_teacher
 from .vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
 from .wide_resnet import WideResNet, wrn16x2
@@ -86,6 +87,7 @@ __all__ = [
     "resnet110",
     "shufflenetv1",
     "shufflenetv2",
+    "tail",
     "vgg8",
     "vgg11",
     "vgg13",

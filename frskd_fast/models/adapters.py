@@ -127,7 +127,7 @@ class TimmBackbone(AdaptedBackbone):
 
         Raises:
             ImportError: without timm, saying how to install it.
-            ValueError: for a name that timm does not know, with those that are spelt alike.
+            ValueError: for a name that timm does not know, with those of a similar spelling.
         """
         try:
             import timm

@@ -186,7 +186,7 @@ class AuxiliaryNetwork(nn.Module):
 
 
 def with_auxiliary_heads(
-    backbone: nn.Module, num_classes: int | None = None, *, detach_features: bool = False
+    backbone: nn.Module, num_classes: int | None = None, *, detach_features: bool | None = None
 ) -> AuxiliaryNetwork:
     """`AuxiliaryNetwork(backbone, its auxiliary classifier)` for any backbone with `.channels`.
 
@@ -206,11 +206,12 @@ def with_auxiliary_heads(
         backbone: `backbone(images) -> (features, logits)` with `.channels`; `adapt_backbone` makes one of other networks. An
             `AuxiliaryNetwork` is returned as it is.
         num_classes: number of classes K; None takes `backbone.num_classes`.
-        detach_features: see `AuxiliaryNetwork`.
+        detach_features: see `AuxiliaryNetwork`; None is False, or what an `AuxiliaryNetwork` has.
 
     Raises:
         TypeError: when the backbone has no `channels`.
-        ValueError: when the number of classes is not known, or is another than that of the heads that are there.
+        ValueError: when the number of classes is not known, or heads that are there have another number of classes or another
+            `detach_features`.
 
     Example:
         >>> from frskd_fast.models import adapt_backbone
@@ -228,6 +229,11 @@ def with_auxiliary_heads(
                 f"num_classes is {num_classes}, but the heads of this network were built for {backbone.num_classes} "
                 "classes; pass its backbone to get new ones."
             )
+        if detach_features not in (None, backbone.detach_features):
+            raise ValueError(
+                f"detach_features is {detach_features}, but this network has heads with detach_features="
+                f"{backbone.detach_features} and is returned as it is; set network.detach_features instead."
+            )
         return backbone
     if num_classes is None:
         num_classes = getattr(backbone, "num_classes", None)
@@ -243,7 +249,7 @@ def with_auxiliary_heads(
     reference = next((p for p in backbone.parameters() if p.is_floating_point()), None)
     if reference is not None:
         classifier.to(reference.device, reference.dtype)
-    return AuxiliaryNetwork(backbone, classifier, detach_features)
+    return AuxiliaryNetwork(backbone, classifier, bool(detach_features))
 
 
 def _general_classifier(backbone: nn.Module, num_classes: int) -> AuxiliaryClassifier:
@@ -261,21 +267,20 @@ def _general_classifier(backbone: nn.Module, num_classes: int) -> AuxiliaryClass
             return Bottleneck(in_channels, width // Bottleneck.expansion, stride)
         return BasicBlock(in_channels, width, stride)
 
-    extractors = remaining_stages(channels, residual_block, ReLUSequential)
-    initialise_convolutions(nn.ModuleList(extractors))
     stages = _stages_of(backbone)
     if stages is None:
-        classifier = AuxiliaryClassifier(extractors, channels[-1], num_classes, final_relu=True)
+        extractors = remaining_stages(channels, residual_block, ReLUSequential)
+        initialise_convolutions(nn.ModuleList(extractors))
     else:
         later, shape_keeping = stages
-        copied: list[nn.Module] = [
-            nn.Sequential(*(_fresh_copy(stage) for stage in later[level:])) for level in range(len(later))
-        ]
+        extractors = [nn.Sequential(*(_fresh_copy(stage) for stage in later[level:])) for level in range(len(later))]
         if shape_keeping:
-            last: nn.Module = nn.Sequential(*map(_fresh_copy, shape_keeping))
+            extractors.append(nn.Sequential(*map(_fresh_copy, shape_keeping)))
         else:
-            last = nn.Sequential(extractors[-1], nn.ReLU())
-        classifier = AuxiliaryClassifier([*copied, last], channels[-1], num_classes)
+            last = residual_block(len(channels) - 1, channels[-1], 1)
+            initialise_convolutions(last)
+            extractors.append(nn.Sequential(last, nn.ReLU()))
+    classifier = AuxiliaryClassifier(extractors, channels[-1], num_classes, final_relu=stages is None)
     initialise_linears(nn.ModuleList(child for child in classifier.children() if isinstance(child, nn.Linear)))
     return classifier
 

@@ -224,7 +224,7 @@ def load_weights(
         weights = {name: value for name, value in weights.items() if name not in classifier}
         own = {name: value for name, value in own.items() if name not in classifier}
         other = [name for name in other if name not in classifier]
-    # A counter that older files lack; it starts from 0.
+    # A counter that older files lack; the network keeps its own, 0 in a fresh one.
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     heads = {name.partition(".")[0] for name in missing}
     if heads and heads <= {*HEADS} and heads.isdisjoint(name.partition(".")[0] for name in weights):

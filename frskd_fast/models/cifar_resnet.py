@@ -122,7 +122,7 @@ def _basic(depth: int, num_classes: int, widen: int = 1) -> CIFARResNet:
 
 @register_model
 def resnet8(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-8 for 32 x 32 images: 83,892 parameters for 100 classes.
+    """ResNet-8 for 32 x 32 images.
 
     Example:
         >>> resnet8(num_classes=10).channels
@@ -133,7 +133,7 @@ def resnet8(num_classes: int = 100) -> CIFARResNet:
 
 @register_model
 def resnet14(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-14 for 32 x 32 images: 181,108 parameters for 100 classes.
+    """ResNet-14 for 32 x 32 images.
 
     Example:
         >>> resnet14(num_classes=10).channels
@@ -144,7 +144,7 @@ def resnet14(num_classes: int = 100) -> CIFARResNet:
 
 @register_model
 def resnet20(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-20 for 32 x 32 images: 278,324 parameters for 100 classes.
+    """ResNet-20 for 32 x 32 images.
 
     Example:
         >>> resnet20(num_classes=10).channels
@@ -155,7 +155,7 @@ def resnet20(num_classes: int = 100) -> CIFARResNet:
 
 @register_model
 def resnet32(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-32 for 32 x 32 images: 472,756 parameters for 100 classes.
+    """ResNet-32 for 32 x 32 images.
 
     Example:
         >>> resnet32(num_classes=10).channels
@@ -166,7 +166,7 @@ def resnet32(num_classes: int = 100) -> CIFARResNet:
 
 @register_model
 def resnet44(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-44 for 32 x 32 images: 667,188 parameters for 100 classes.
+    """ResNet-44 for 32 x 32 images.
 
     Example:
         >>> resnet44(num_classes=10).channels
@@ -177,7 +177,7 @@ def resnet44(num_classes: int = 100) -> CIFARResNet:
 
 @register_model
 def resnet56(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-56 for 32 x 32 images: 861,620 parameters for 100 classes.
+    """ResNet-56 for 32 x 32 images.
 
     Example:
         >>> resnet56(num_classes=10).channels
@@ -188,7 +188,7 @@ def resnet56(num_classes: int = 100) -> CIFARResNet:
 
 @register_model
 def resnet110(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-110 for 32 x 32 images: 1,736,564 parameters for 100 classes.
+    """ResNet-110 for 32 x 32 images.
 
     Example:
         >>> resnet110(num_classes=10).channels
@@ -199,7 +199,7 @@ def resnet110(num_classes: int = 100) -> CIFARResNet:
 
 @register_model
 def resnet8x4(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-8, four times as wide, for 32 x 32 images: 1,233,540 parameters for 100 classes.
+    """ResNet-8, four times as wide, for 32 x 32 images.
 
     Example:
         >>> resnet8x4(num_classes=10).channels
@@ -210,7 +210,7 @@ def resnet8x4(num_classes: int = 100) -> CIFARResNet:
 
 @register_model
 def resnet32x4(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-32, four times as wide, for 32 x 32 images: 7,433,860 parameters for 100 classes.
+    """ResNet-32, four times as wide, for 32 x 32 images.
 
     Example:
         >>> resnet32x4(num_classes=10).channels
@@ -221,7 +221,7 @@ def resnet32x4(num_classes: int = 100) -> CIFARResNet:
 
 @register_model(aliases=["ResNet50"])
 def cifar_resnet50(num_classes: int = 100) -> CIFARResNet:
-    """ResNet-50 with a 3x3 stem of stride 1 and no max-pool, for 32 x 32 images: 23,705,252 parameters for 100 classes.
+    """ResNet-50 with a 3x3 stem of stride 1 and no max-pool, for 32 x 32 images.
 
     Example:
         >>> cifar_resnet50(num_classes=10).channels

@@ -155,7 +155,7 @@ class CIFARWideResNet(nn.Module):
 
 @register_model
 def wrn_16_1(num_classes: int = 100) -> CIFARWideResNet:
-    """WRN-16-1 for 32 x 32 images: 180,916 parameters for 100 classes.
+    """WRN-16-1 for 32 x 32 images.
 
     Example:
         >>> wrn_16_1(num_classes=10).channels
@@ -166,7 +166,7 @@ def wrn_16_1(num_classes: int = 100) -> CIFARWideResNet:
 
 @register_model
 def wrn_16_2(num_classes: int = 100) -> CIFARWideResNet:
-    """WRN-16-2 for 32 x 32 images: 703,284 parameters for 100 classes.
+    """WRN-16-2 for 32 x 32 images.
 
     Example:
         >>> wrn_16_2(num_classes=10).channels
@@ -177,7 +177,7 @@ def wrn_16_2(num_classes: int = 100) -> CIFARWideResNet:
 
 @register_model
 def wrn_40_1(num_classes: int = 100) -> CIFARWideResNet:
-    """WRN-40-1 for 32 x 32 images: 569,780 parameters for 100 classes.
+    """WRN-40-1 for 32 x 32 images.
 
     Example:
         >>> wrn_40_1(num_classes=10).channels
@@ -188,7 +188,7 @@ def wrn_40_1(num_classes: int = 100) -> CIFARWideResNet:
 
 @register_model
 def wrn_40_2(num_classes: int = 100) -> CIFARWideResNet:
-    """WRN-40-2 for 32 x 32 images: 2,255,156 parameters for 100 classes.
+    """WRN-40-2 for 32 x 32 images.
 
     Example:
         >>> wrn_40_2(num_classes=10).channels

@@ -150,7 +150,7 @@ class MobileNetV2(nn.Module):
 
 @register_model(aliases=["MobileNetV2", "mobilenetV2"])
 def mobilenetv2(num_classes: int = 100, stem_stride: int = 2) -> MobileNetV2:
-    """MobileNetV2 of half width for 32 x 32 images: 812,836 parameters for 100 classes. `stem_stride`: see `MobileNetV2`.
+    """MobileNetV2 of half width for 32 x 32 images. `stem_stride`: see `MobileNetV2`.
 
     Example:
         >>> mobilenetv2(num_classes=10).channels
@@ -161,7 +161,7 @@ def mobilenetv2(num_classes: int = 100, stem_stride: int = 2) -> MobileNetV2:
 
 @register_model(aliases=["MobileNetV2_aux", "mobilenetV2_aux"])
 def mobilenetv2_aux(num_classes: int = 100, stem_stride: int = 1) -> AuxiliaryNetwork:
-    """`mobilenetv2` with HSAKD's auxiliary heads and, as there, a stem of stride 1; 4,671,496 more parameters.
+    """`mobilenetv2` with HSAKD's auxiliary heads and, as there, a stem of stride 1.
 
     Example:
         >>> mobilenetv2_aux(num_classes=10).heads

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
@@ -29,7 +28,7 @@ def register_model(*, aliases: Sequence[str]) -> Callable[[Builder], Builder]: .
 def register_model(
     builder: Builder | None = None, *, aliases: Sequence[str] = ()
 ) -> Builder | Callable[[Builder], Builder]:
-    """Decorate a function or class, called with `num_classes`, that `create_model` shall know by its name.
+    """Decorate a function or class that `create_model` calls with `num_classes` when its name is asked for.
 
     Args:
         builder: the function or class.
@@ -89,7 +88,7 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
         `_aux` an `AuxiliaryNetwork`, `(images) -> (logits, auxiliary logits)`.
 
     Raises:
-        ValueError: when no such network is known, naming those that are spelt alike.
+        ValueError: when no such network is known, naming those with a similar spelling.
         ImportError: when the import path or timm cannot be imported.
 
     Example:
@@ -137,13 +136,3 @@ def imported(path: str, argument: str = "", wanted: str = "a function or class")
             f"{argument}{path!r} cannot be imported ({error}); give the path of {wanted} in a package that Python finds "
             "(its folder may have to be in PYTHONPATH)."
         ) from error
-
-
-def makes(path: str, kind: type) -> bool:
-    """Whether the class with this import path is a `kind`, or the function says that it returns one."""
-    function = imported(path)
-    try:
-        made = function if isinstance(function, type) else typing.get_type_hints(function).get("return")
-    except (TypeError, NameError):  # nothing that can be called, or a hint that only a type checker knows
-        return False
-    return isinstance(made, type) and issubclass(made, kind)

@@ -260,7 +260,7 @@ class ShuffleNetV2(_ShuffleNet):
 
 @register_model(aliases=["ShuffleV1"])
 def shufflenetv1(num_classes: int = 100) -> ShuffleNetV1:
-    """ShuffleNet V1 with three groups for 32 x 32 images: 949,258 parameters for 100 classes.
+    """ShuffleNet V1 with three groups for 32 x 32 images.
 
     Example:
         >>> shufflenetv1(num_classes=10).channels
@@ -271,7 +271,7 @@ def shufflenetv1(num_classes: int = 100) -> ShuffleNetV1:
 
 @register_model(aliases=["ShuffleV2"])
 def shufflenetv2(num_classes: int = 100) -> ShuffleNetV2:
-    """ShuffleNet V2 of width 1 for 32 x 32 images: 1,355,528 parameters for 100 classes.
+    """ShuffleNet V2 of width 1 for 32 x 32 images.
 
     Example:
         >>> shufflenetv2(num_classes=10).channels

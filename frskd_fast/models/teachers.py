@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from .adapters import TimmBackbone
 from .auxiliary import with_auxiliary_heads
 from .checkpoints import LAST, PREVIOUS, CheckpointError, classes_in, load_file, load_weights, without_heads
 from .projection import ProjectionHead
-from .registry import create_model, makes
+from .registry import create_model
 
 TIMM = "timm:"
 
@@ -33,40 +34,72 @@ def described(
     num_classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     options: tuple[str, str] = ("name", "num_classes"),
+    trusted: bool = False,
 ) -> Described:
     """The network in a checkpoint, as given, else as the trainer of this library wrote it down, else as the weights show.
+
+    A checkpoint makes no code run and starts no download: a name in it that would do either has to be given, too, and
+    arguments that say where timm finds weights are left out, as the weights are in the file.
 
     Args:
         content, path: what `load_file(path)` gave.
         name, num_classes, arguments: of `create_model`. Arguments in the file are those of the network that it names.
         options: what errors call name and num_classes.
+        trusted: take any name that the file gives.
 
     Raises:
-        CheckpointError: when the file says nothing, or names something that makes no network.
+        CheckpointError: when the file says nothing, or names what has to be given.
         ValueError, TypeError, ImportError: of `create_model`.
     """
     settings = content.get("hyper_parameters")
     settings = settings if isinstance(settings, Mapping) else {}
+    named, its_arguments = settings.get("backbone"), settings.get("backbone_args") or {}
+    if not isinstance(named, str | None) or not isinstance(its_arguments, Mapping):
+        raise CheckpointError(
+            f"The checkpoint {path} has {named!r} as its backbone with the arguments {its_arguments!r}, but a name and a "
+            "mapping were wanted; was it written by another program?"
+        )
     arguments = dict(arguments or {})
-    if name in (None, settings.get("backbone")):
-        arguments = {**(settings.get("backbone_args") or {}), **arguments}
+    if name in (None, named):
+        arguments = {**{key: value for key, value in its_arguments.items() if not _names_weights(key)}, **arguments}
     if name is None:
-        name = settings.get("backbone")
+        name = named
         if name is None:
             raise CheckpointError(
                 f"The checkpoint {path} does not say which network it holds; give {options[0]} a name that "
                 "frskd_fast.models.create_model knows."
             )
-        # A file from elsewhere could name anything that Python can call.
-        if "." in name and not name.startswith(TIMM) and not makes(name, nn.Module):
+        if not trusted and needs_trust(name):
             raise CheckpointError(
-                f"The checkpoint {path} names {name} as its network, of which nothing says that it makes a torch.nn.Module; if "
-                f"you trust the file, give {options[0]} the same."
+                f"The checkpoint {path} names {name} as its network, which runs code or is downloaded; if you trust the file, "
+                f"give {options[0]} the same."
             )
-    classes = num_classes or settings.get("num_classes") or classes_in(content, create_model(name, **arguments))
-    if classes is None:
+    if num_classes is None:
+        num_classes = settings.get("num_classes")
+    if num_classes is None:
+        num_classes = classes_in(content, _without_values(name, arguments))
+    if num_classes is None:
         raise CheckpointError(f"The number of classes in {path} was not found; give {options[1]}.")
-    return Described(name, arguments, int(classes))
+    return Described(name, arguments, int(num_classes))
+
+
+def needs_trust(name: str) -> bool:
+    """Whether to make the network called `name` calls what an import path leads to, or asks a hub for it."""
+    return ":" in name.removeprefix(TIMM) if name.startswith(TIMM) else "." in name
+
+
+def _names_weights(argument: str) -> bool:
+    """Whether timm reads by this argument what to load, and from where."""
+    return argument.startswith("pretrained") or argument in ("checkpoint_path", "cache_dir")
+
+
+def _without_values(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The network without values in its tensors, which takes no time, where its constructor reads none of them."""
+    try:
+        with torch.device("meta"):
+            return create_model(name, **arguments)
+    except RuntimeError:
+        return create_model(name, **arguments)
 
 
 def load_teacher(
@@ -86,8 +119,10 @@ def load_teacher(
     | the folder of a run of `frskd-fast fit` | those of its `last.ckpt`, which says which network it holds |
     | `"timm:NAME"` | timm's network with timm's weights, which timm may download |
 
-    Files of `frskd-fast fit` and `frskd-fast export` say themselves which network they hold. For weights that were
-    fine-tuned with timm, give their file and `name="timm:NAME"`. Files are read with `weights_only=True`.
+    Files of `frskd-fast fit` and `frskd-fast export` say themselves which network they hold; where that is an import path,
+    give the same `name`, as no file makes code run by itself. For weights that were fine-tuned with timm, give their file and
+    `name="timm:NAME"`. Files are read with `weights_only=True`; but PyTorch unpickles the `.metadata` of a folder of shards,
+    which can run code: load only folders that you trust.
 
     Args:
         source: see the table.
@@ -95,6 +130,8 @@ def load_teacher(
         num_classes: number of classes K; None reads it from the source.
         heads: return the network with its heads, trained: "auxiliary" as an `AuxiliaryNetwork` (HSAKD), "projection" as a
             `ProjectionHead` (SSKD). None: those that `name` says ("wrn_40_2_aux"), else none, even where the file has some.
+            HSAKD's MobileNetV2 has another stride than the others', which its weights do not show: "auxiliary" and
+            "mobilenetv2_aux" give HSAKD's network, "mobilenetv2" alone that of RepDistiller and SSKD.
         arguments: further arguments of the network.
 
     Raises:
@@ -125,12 +162,19 @@ def load_teacher(
         return _from_timm(str(source), name, num_classes, heads, arguments)
     path = _checkpoint(Path(source))
     content = load_file(path)
+    if heads == "auxiliary" and name is not None and not _names_network(content) and not {".", ":"} & {*name}:
+        name = name.removesuffix("_aux") + "_aux"  # another network than the one without heads, where one is registered
     found = described(content, path, name, num_classes, arguments)
     network = create_model(found.name, found.num_classes, **found.arguments)
     if heads is not None or name is None:
         network = _with_heads(network, heads)
     load_weights(network, content, path)
     return network.eval()
+
+
+def _names_network(content: Mapping[str, Any]) -> bool:
+    settings = content.get("hyper_parameters")
+    return isinstance(settings, Mapping) and settings.get("backbone") is not None
 
 
 def _with_heads(network: nn.Module, heads: str | None) -> nn.Module:

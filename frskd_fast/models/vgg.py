@@ -123,7 +123,7 @@ class VGG(nn.Module):
 
 @register_model(aliases=["vgg8_bn"])
 def vgg8(num_classes: int = 100) -> VGG:
-    """VGG-8 with BatchNorm, for 32 x 32 images: 3,965,028 parameters for 100 classes.
+    """VGG-8 with BatchNorm, for 32 x 32 images.
 
     Example:
         >>> vgg8(num_classes=10).channels
@@ -134,7 +134,7 @@ def vgg8(num_classes: int = 100) -> VGG:
 
 @register_model(aliases=["vgg11_bn"])
 def vgg11(num_classes: int = 100) -> VGG:
-    """VGG-11 with BatchNorm, for 32 x 32 images: 9,277,284 parameters for 100 classes.
+    """VGG-11 with BatchNorm, for 32 x 32 images.
 
     Example:
         >>> vgg11(num_classes=10).channels
@@ -145,7 +145,7 @@ def vgg11(num_classes: int = 100) -> VGG:
 
 @register_model(aliases=["vgg13_bn"])
 def vgg13(num_classes: int = 100) -> VGG:
-    """VGG-13 with BatchNorm, for 32 x 32 images: 9,462,180 parameters for 100 classes.
+    """VGG-13 with BatchNorm, for 32 x 32 images.
 
     Example:
         >>> vgg13(num_classes=10).channels
@@ -156,7 +156,7 @@ def vgg13(num_classes: int = 100) -> VGG:
 
 @register_model(aliases=["vgg16_bn"])
 def vgg16(num_classes: int = 100) -> VGG:
-    """VGG-16 with BatchNorm, for 32 x 32 images: 14,774,436 parameters for 100 classes.
+    """VGG-16 with BatchNorm, for 32 x 32 images.
 
     Example:
         >>> vgg16(num_classes=10).channels
@@ -167,7 +167,7 @@ def vgg16(num_classes: int = 100) -> VGG:
 
 @register_model(aliases=["vgg19_bn"])
 def vgg19(num_classes: int = 100) -> VGG:
-    """VGG-19 with BatchNorm, for 32 x 32 images: 20,086,692 parameters for 100 classes.
+    """VGG-19 with BatchNorm, for 32 x 32 images.
 
     Example:
         >>> vgg19(num_classes=10).channels

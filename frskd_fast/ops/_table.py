@@ -76,12 +76,15 @@ def _gatherer(annotation: Any) -> Callable[[Iterator[Any]], Any]:
     return lambda flat: make([take(flat) for take in fields])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _version(source: str, operation: str, implementation: str) -> str:
     """Changes with the file of a fake and with that of the raw functions, which says how much they keep."""
     files = (source, getattr(_dispatch.raw(operation, implementation), "__file__", None))
     contents = [Path(file).read_bytes() for file in files if file is not None and Path(file).is_file()]
     return f"{zlib.crc32(b''.join(contents)):08x}"
+
+
+# As `_dispatch.choose`: a traced graph takes it as a constant, and calling torch.compiler here would import the compiler.
+_version._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def register(operation: str, function: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -47,11 +47,10 @@ class _HeadObjective(torch.autograd.Function):
         ctx.save_for_backward(*saved, *tensors)
         ctx.call = sources, settings, impl
         rows = heads.students[0].shape[0]
-        sums = saved.losses.view(4 * sources.students, rows).sum(1).view(4, sources.students)
+        terms = saved.losses.view(4, sources.students, rows)[::2].sum(2)
         # The cross-entropies count the rows that have a label, the divergences all of them.
-        sums[0].mul_(saved.inverse_valid)
-        sums[2].div_(max(rows, 1))
-        terms = sums[::2]
+        terms[0].mul_(saved.inverse_valid)
+        terms[1].div_(max(rows, 1))
         ctx.mark_non_differentiable(terms)
         return terms.sum(), terms
 

@@ -12,6 +12,9 @@ from frskd_fast.ops import _checks
 from frskd_fast.reference.dtypes import accumulate_dtype
 from frskd_fast.reference.logits import check_label_range
 
+# What ignored labels become where labels of images are made into others: no joint label is negative.
+IGNORED = -100
+
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -34,17 +37,20 @@ class Labels(NamedTuple):
         return Labels(tuple(map(kept, self.first)), tuple(map(kept, self.second)), self.mix)
 
 
-def class_indices(target: Tensor, logits: Tensor, name: str) -> Tensor:
-    """`target` as int64; raises unless it holds one class index for each row of the logits."""
-    wanted = (logits.shape[0], *logits.shape[2:])
+def class_indices(target: Any, logits: Tensor, name: str, wanted: str | None = None) -> Tensor:
+    """`target` as int64; raises unless it holds one index for each row of the logits.
+
+    `wanted` is what the errors say was; None are class indices or probabilities.
+    """
+    wanted = wanted or f"class indices (int64) or probabilities of shape {tuple(logits.shape)}"
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name} is a {type(target).__name__}, but {wanted} were wanted.")
     if target.dtype not in _LABEL_DTYPES:
-        raise TypeError(
-            f"{name} has dtype {target.dtype}, but class indices (int64) or probabilities of shape {tuple(logits.shape)} "
-            "were wanted; cast labels with .long()."
-        )
-    if tuple(target.shape) != wanted:
+        raise TypeError(f"{name} has dtype {target.dtype}, but {wanted} were wanted; cast labels with .long().")
+    shape = (logits.shape[0], *logits.shape[2:])
+    if tuple(target.shape) != shape:
         raise ValueError(
-            f"{name} has shape {tuple(target.shape)}, but one class index for each row, shape {wanted}, was wanted."
+            f"{name} has shape {tuple(target.shape)}, but one class index for each row, shape {shape}, was wanted."
         )
     if target.device != logits.device:
         raise ValueError(
@@ -135,15 +141,20 @@ def mixed_probabilities(
     and the mean over probabilities by N; the difference goes into t.
     """
     classes = logits.shape[1]
+    first, second, mix = targets
+    first, second = class_indices(first, logits, "targets[0]"), class_indices(second, logits, "targets[1]")
+    check_label_range(first, classes, ignore_index, "targets[0]")
+    check_label_range(second, classes, ignore_index, "targets[1]")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     positions = torch.arange(classes, device=logits.device)
 
     def one_hot(labels: Tensor) -> Tensor:
         # As everywhere on a device, where reading them would synchronise, labels that are no class give NaN.
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        return (labels.unsqueeze(1) == positions).to(dtype).masked_fill(wrong.unsqueeze(1), float("nan"))
+        counts = labels != ignore_index
+        wrong = counts & ((labels < 0) | (labels >= classes))
+        ones = (labels.unsqueeze(1) == positions) & counts.unsqueeze(1)
+        return ones.to(dtype).masked_fill(wrong.unsqueeze(1), float("nan"))
 
-    first, second, mix = targets
     probabilities: Tensor = mix * one_hot(first) + (1 - mix) * one_hot(second)
     weight = probabilities.sum(1, keepdim=True)
     total = weight.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +13,16 @@ from frskd_fast.reference.logits import check_label_range
 from frskd_fast.reference.ranking import rank_of_labelled, row_weights
 
 
-def kept_mean(rows: Tensor, teacher_scores: Tensor, correct: Tensor, ratio: float) -> Tensor:
+def kept_mean(rows: Tensor, weights: Tensor) -> Tensor:
+    """sum_m weights[m] * rows[m]; (M,), (M,). A row of weight 0 may be infinite, but NaN in any row is seen in the mean."""
+    left_out = (rows == math.inf).logical_and_(weights == 0)
+    return rows.masked_fill(left_out, 0.0).dot(weights)
+
+
+def ranked_mean(rows: Tensor, teacher_scores: Tensor, correct: Tensor, ratio: float) -> Tensor:
     """The mean of `rows` (N, ...) over those that are kept, given the scores (N, K, ...) that rank them."""
     ranks = rank_of_labelled(teacher_scores.detach().movedim(1, -1), correct)
-    weights = row_weights(ranks.flatten(), ratio, rows.dtype)
-    # A row that is left out may be infinite.
-    return rows.flatten().masked_fill(weights == 0, 0.0).dot(weights)
+    return kept_mean(rows.flatten(), row_weights(ranks.flatten(), ratio, rows.dtype))
 
 
 def divergence(
@@ -28,7 +33,7 @@ def divergence(
     kd = logits.logit_losses(student_scores, teacher_scores, None, temperature, 0.0, -100, reduction, True, impl)[2]
     if ratio != 1.0:
         assert correct is not None
-        kd = kept_mean(kd, teacher_scores, correct, ratio)
+        kd = ranked_mean(kd, teacher_scores, correct, ratio)
     value: Tensor = kd
     return value
 
@@ -45,8 +50,6 @@ def ranked_kd_loss(
             )
     _checks.same(student_scores, "student_scores", teacher_scores, "teacher_scores")
     ratio = _checks.unit_interval(ratio, "ratio")
-    if not isinstance(correct, Tensor):
-        raise TypeError(f"correct is a {type(correct).__name__}, but a torch.Tensor of column indices (M,) was wanted.")
-    correct = class_indices(correct, student_scores, "correct")
+    correct = class_indices(correct, student_scores, "correct", "column indices (M,), int64,")
     check_label_range(correct, student_scores.shape[1], -100, "correct")
     return divergence(student_scores, teacher_scores, correct, temperature, ratio, impl)

@@ -40,20 +40,21 @@ def _lengths(vectors: Tensor, eps: float) -> _Lengths:
     return _Lengths(lengths, lengths.clamp_min(eps).reciprocal_())
 
 
+def _scaled(vectors: Tensor, lengths: _Lengths) -> Tensor:
+    """u_i = a_i x_i. Before the products, which of large vectors are infinite, and of small ones 0."""
+    return vectors.to(lengths.inverse.dtype) * lengths.inverse.unsqueeze(1)
+
+
 def _shrinking(products: Tensor, lengths: _Lengths, eps: float) -> Tensor:
     """s_i (M, 1), of sum_j G_ij c_ij (M,), which is overwritten."""
-    return products.mul_(lengths.inverse).mul_(lengths.inverse).masked_fill_(lengths.lengths < eps, 0.0).unsqueeze(1)
-
-
-def _cosines(x: Tensor, y: Tensor, inverse_x: Tensor, inverse_y: Tensor) -> Tensor:
-    return torch.mm(x, y.t()).mul_(inverse_x.unsqueeze(1)).mul_(inverse_y)
+    return products.masked_fill_(lengths.lengths < eps, 0.0).unsqueeze(1)
 
 
 class _Cosines(torch.autograd.Function):
-    """c_ij = a_i b_j <x_i, y_j> with a_i = 1 / max(||x_i||, eps), b_j likewise.
+    """c_ij = <u_i, v_j> with u_i = a_i x_i, a_i = 1 / max(||x_i||, eps), and v_j likewise of y_j.
 
-    With G = dL/dc and Q_ij = a_i b_j G_ij, dL/dx_i = sum_j Q_ij y_j + (da_i/dx_i) sum_j b_j G_ij <x_i, y_j>, and da_i/dx_i is
-    -a_i^3 x_i where ||x_i|| >= eps, else 0. So dL/dx = Q y - diag(s) x with s_i = a_i^2 sum_j G_ij c_ij, and dL/dy alike.
+    With G = dL/dc, dL/dx_i = a_i sum_j G_ij v_j + (da_i/dx_i) sum_j G_ij <x_i, v_j>, and da_i/dx_i is -a_i^3 x_i where
+    ||x_i|| >= eps, else 0. So dL/dx_i = a_i (sum_j G_ij v_j - s_i u_i) with s_i = sum_j G_ij c_ij or 0, and dL/dy alike.
     Besides x and y, only what has the size of c is kept.
     """
 
@@ -62,7 +63,7 @@ class _Cosines(torch.autograd.Function):
         dtype = accumulate_dtype(x.dtype)
         wide_x, wide_y = x.to(dtype), y.to(dtype)
         lengths_x, lengths_y = _lengths(wide_x, eps), _lengths(wide_y, eps)
-        cosines = _cosines(wide_x, wide_y, lengths_x.inverse, lengths_y.inverse)
+        cosines = torch.mm(_scaled(wide_x, lengths_x), _scaled(wide_y, lengths_y).t())
         ctx.save_for_backward(x, y, cosines, *lengths_x, *lengths_y)
         ctx.eps = eps
         return cosines
@@ -72,17 +73,18 @@ class _Cosines(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, y, cosines, *lengths = ctx.saved_tensors
         lengths_x, lengths_y = _Lengths(*lengths[:2]), _Lengths(*lengths[2:])
-        wide_x, wide_y = x.to(cosines.dtype), y.to(cosines.dtype)
-        products = grads[0] * cosines
-        scaled = (grads[0] * lengths_x.inverse.unsqueeze(1)).mul_(lengths_y.inverse)
+        scaled_x, scaled_y = _scaled(x, lengths_x), _scaled(y, lengths_y)
+        grad, products = grads[0], grads[0] * cosines
         with _without_autocast(x.device.type):
             gradient_x = gradient_y = None
             if ctx.needs_input_grad[1]:
                 shrinking = _shrinking(products.sum(1), lengths_x, ctx.eps)
-                gradient_x = (wide_x * shrinking).addmm_(scaled, wide_y, beta=-1.0).to(x.dtype)
+                gradient_x = (scaled_x * shrinking).addmm_(grad, scaled_y, beta=-1.0)
+                gradient_x = gradient_x.mul_(lengths_x.inverse.unsqueeze(1)).to(x.dtype)
             if ctx.needs_input_grad[2]:
                 shrinking = _shrinking(products.sum(0), lengths_y, ctx.eps)
-                gradient_y = (wide_y * shrinking).addmm_(scaled.t(), wide_x, beta=-1.0).to(y.dtype)
+                gradient_y = (scaled_y * shrinking).addmm_(grad.t(), scaled_x, beta=-1.0)
+                gradient_y = gradient_y.mul_(lengths_y.inverse.unsqueeze(1)).to(y.dtype)
         return None, gradient_x, gradient_y
 
 
@@ -90,20 +92,20 @@ def _view_cosines(x: Tensor) -> tuple[Tensor, _Lengths]:
     """Cosines of x (4N, D) with its upright rows x[::4], (4N, N)."""
     wide = x.to(accumulate_dtype(x.dtype))
     lengths = _lengths(wide, EPSILON)
-    return _cosines(wide, wide[::4], lengths.inverse, lengths.inverse[::4]), lengths
+    scaled = _scaled(wide, lengths)
+    return torch.mm(scaled, scaled[::4].t()), lengths
 
 
 def _view_cosines_backward(grad: Tensor, x: Tensor, cosines: Tensor, lengths: _Lengths) -> Tensor:
     """dL/dx, that of `_Cosines` for both sides: what the upright rows get as such is added where it belongs."""
-    wide = x.to(cosines.dtype)
+    scaled = _scaled(x, lengths)
     products = grad * cosines
     shrinking = products.sum(1)
     shrinking[::4] += products.sum(0)
-    scaled = (grad * lengths.inverse.unsqueeze(1)).mul_(lengths.inverse[::4])
     with _without_autocast(x.device.type):
-        gradient = (wide * _shrinking(shrinking, lengths, EPSILON)).addmm_(scaled, wide[::4], beta=-1.0)
-        gradient[::4].addmm_(scaled.t(), wide)
-    return gradient.to(x.dtype)
+        gradient = (scaled * _shrinking(shrinking, lengths, EPSILON)).addmm_(grad, scaled[::4], beta=-1.0)
+        gradient[::4].addmm_(grad.t(), scaled)
+    return gradient.mul_(lengths.inverse.unsqueeze(1)).to(x.dtype)
 
 
 class _CosinesOfViews(torch.autograd.Function):
@@ -146,7 +148,7 @@ class _ViewDivergence(torch.autograd.Function):
         saved = logits.forward(Heads([cosines], [teacher_cosines], [], []), settings, impl)
         ctx.save_for_backward(student, cosines, *lengths, teacher_cosines, weights, *saved)
         ctx.settings = settings, impl
-        return saved[0][2].dot(weights)
+        return ranking.kept_mean(saved[0][2], weights)
 
     @staticmethod
     @once_differentiable
@@ -212,7 +214,7 @@ def view_divergence(student: Any, teacher: Any, temperature: float, ratio: float
 def _checked_views(value: Any, name: str) -> None:
     _checked_vectors(value, name)
     rows = value.shape[0]
-    if rows == 0 or rows % 4 != 0:
+    if rows % 4 != 0:
         raise ValueError(
             f"{name} has {rows} rows, but four for each image were wanted, in the order of mixing.rotate4."
         )

@@ -1,4 +1,4 @@
-"""Which rows a teacher is believed: those whose correct column it ranks best. Counted on the device, without gradients."""
+"""Selects the rows on which the student imitates the teacher: those whose correct column the teacher ranks best."""
 
 from __future__ import annotations
 
@@ -36,5 +36,6 @@ def row_weights(ranks: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
     wrong = (ranks > 0).sum(dtype=torch.float64)
     kept = (wrong * ratio).floor_().sub_(wrong).add_(rows)
     by_position = (torch.arange(rows, device=ranks.device) < kept) / kept.clamp_min(1.0).to(dtype)
-    # A permutation writes every row.
+    # The only sort. Counting the rows before each row is as good and writes M x M numbers: on one CPU thread, for the 192
+    # rotated rows of 64 images, 60 us against 4 us. A permutation writes every row.
     return by_position.scatter(0, ranks.argsort(stable=True), by_position)

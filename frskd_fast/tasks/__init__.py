@@ -1,5 +1,6 @@
 """Networks and loss of one method in one `nn.Module`: `task(images, targets)` returns a dict with the loss."""
 
+from .adain import AdaINTask
 from .base import FrozenTeacher, Student, Task
 from .classification import ClassificationTask
 from .collaborative import CollaborativeTeachingTask
@@ -12,6 +13,7 @@ from .rotation_metrics import rotation_accuracies
 from .sskd import SSKDHeadTask, SSKDTask
 
 __all__ = [
+    "AdaINTask",
     "ClassificationTask",
     "CollaborativeTeachingTask",
     "DistillationTask",

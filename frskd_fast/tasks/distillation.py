@@ -156,8 +156,11 @@ class DistillationTask(Task):
 
     @property
     def may_be_zero(self) -> list[str]:  # type: ignore[override]
-        """`feature`, where its weight is 0 and it is not computed."""
-        return ["feature"] if getattr(self.loss, "beta", None) == 0.0 else []
+        """Terms that are not computed, because their weight is 0."""
+        terms = {"feature": "beta"}
+        if isinstance(self.loss, KDLoss):
+            terms = {"ce_student": "gamma", "kd": "alpha"}
+        return [term for term, weight in terms.items() if getattr(self.loss, weight, None) == 0.0]
 
     @property
     def _preact(self) -> bool:

@@ -30,8 +30,8 @@ class Guard:
       one of the steps. Where the task has terms that may be zero, only the student's network is looked at, because the
       modules of such a term may get none.
     * The student's outputs that a loss is given, in the first step: they must require gradients. Arguments of a
-      `losses.base.Loss` whose names begin with "student" are looked at, unless the task is compiled or a part of its backbone
-      is frozen.
+      `losses.base.Loss` whose names begin with "student" are looked at, unless the task or the loss is compiled or a part of
+      the backbone is frozen.
 
     What is found stays on the device; it is read once, after the last of the steps. So a step costs a few small kernels
     three times, and nothing after that. With several processes, all of them have to call; what is zero in one of them alone
@@ -67,9 +67,8 @@ class Guard:
         self._never = torch.zeros((), dtype=torch.bool, device=self._device)
         self._seen: dict[tuple[str, str], Tensor] = {}
         self._detached: list[str] = []
-        compiled = getattr(task, "_compiled_call_impl", None) is not None
         whole = all(parameter.requires_grad for parameter in task.backbone.parameters())
-        losses = [module for module in task.modules() if isinstance(module, Loss)] if whole and not compiled else []
+        losses = list(_losses_not_compiled(task)) if whole else []
         self._hooks = [loss.register_forward_pre_hook(self._see_arguments, with_kwargs=True) for loss in losses]
 
     @property
@@ -86,11 +85,15 @@ class Guard:
         self.see_gradients()
         self.end_step()
 
-    def see_terms(self, parts: Mapping[str, Any]) -> None:
-        """Look at the scalars of one batch."""
+    def close(self) -> None:
+        """Take away the hooks of the losses, which the first batch does as well."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def see_terms(self, parts: Mapping[str, Any]) -> None:
+        """Look at the scalars of one batch."""
+        self.close()
         if self._detached:
             raise ZeroTermError(
                 f"{', '.join(self._detached)} requires no gradient, so the loss does not teach the student by it: it was "
@@ -172,6 +175,16 @@ def modules_to_reach(task: Task) -> dict[str, list[nn.Parameter]]:
         if parameters and (module is task.backbone or not task.may_be_zero):
             found[name] = parameters
     return found
+
+
+def _losses_not_compiled(module: nn.Module) -> Iterator[Loss[Any]]:
+    """Every loss in `module` whose calls run hooks as Python: a compiled call would trace them."""
+    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        return
+    if isinstance(module, Loss):
+        yield module
+    for child in module.children():
+        yield from _losses_not_compiled(child)
 
 
 def _parts(module: nn.Module, backbone: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

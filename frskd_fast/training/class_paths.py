@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from frskd_fast.models.registry import imported
@@ -53,13 +53,3 @@ def _resolved(value: Any) -> Any:
     if isinstance(value, list):
         return [_resolved(item) for item in value]
     return build(value) if isinstance(value, Mapping) and "class_path" in value else value
-
-
-def paths_in(value: Any) -> Iterator[str]:
-    """Every import path that `build` would call for these settings, those of arguments too."""
-    if isinstance(value, list):
-        for item in value:
-            yield from paths_in(item)
-    elif isinstance(value, Mapping) and "class_path" in value:
-        yield class_path(value)
-        yield from paths_in(list(arguments_in(value).values()))

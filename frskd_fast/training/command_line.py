@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
+from frskd_fast.models.teachers import needs_trust
 from frskd_fast.tasks import Task
 
 from .beginning import Beginning, Interrupt
@@ -290,7 +291,10 @@ class CommandLine(LightningCLI):
                 "frskd-fast validate with the same options gives the accuracy of the student."
             )
         say(f"Records and checkpoints: {folder} (steps.csv, epochs.csv, last.ckpt).")
-        say(f"The student alone: frskd-fast export --checkpoint {folder / 'last.ckpt'} --out student.safetensors")
+        trust = " --trust" if self.model.has_own_student or needs_trust(self.model.hparams.backbone) else ""
+        say(
+            f"The student alone: frskd-fast export --checkpoint {folder / 'last.ckpt'} --out student.safetensors{trust}"
+        )
 
     def begin(self, work: Callable[..., Any], **kwargs: Any) -> None:
         """Call one of the trainer's methods; a mistake found before the first batch is a sentence."""

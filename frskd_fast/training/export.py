@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from frskd_fast.models import create_model
 from frskd_fast.models.checkpoints import STATE, load_file, load_weights
-from frskd_fast.models.registry import makes
 from frskd_fast.models.teachers import described
 from frskd_fast.tasks import Student
 
-from .class_paths import build, paths_in
+from .class_paths import build, class_path
 
 FORMATS = (".safetensors", ".pt2", ".onnx")
 
@@ -52,6 +51,7 @@ def load_student(
     num_classes: int | None = None,
     size: int | Sequence[int] | None = None,
     channels: int | None = None,
+    trust: bool = False,
 ) -> Export:
     """student(images) = logits, in evaluation mode, out of a checkpoint of this library or of another program.
 
@@ -62,6 +62,7 @@ def load_student(
         size: side, or height and width, of the images to export for; None takes the training's, else 32 (224 for the
             networks with an ImageNet stem).
         channels: of the images; None takes the training's, else 3.
+        trust: call what the checkpoint names by import path: its network, and the task where that makes the student.
 
     Returns:
         The student and what is known about its images.
@@ -71,14 +72,14 @@ def load_student(
     """
     try:
         content = load_file(path)
-        found = described(content, path, backbone, num_classes, options=("--backbone", "--num_classes"))
+        found = described(content, path, backbone, num_classes, None, ("--backbone", "--num_classes"), trust)
         network = create_model(found.name, found.num_classes, **found.arguments)
         settings = content.get("hyper_parameters", {})
         state = content[STATE] if isinstance(content.get(STATE), Mapping) else {}
         about = state.get("images", {})
         name = found.name
         if state.get("own_student") and backbone is None:
-            student = _own_student(content, network)
+            student = _own_student(content, network, trust)
             name = name if student.backbone is network else type(student.backbone).__name__
         else:
             load_weights(network, content, path)
@@ -101,16 +102,16 @@ def load_student(
     )
 
 
-def _own_student(content: Mapping[str, Any], network: nn.Module) -> Student:
+def _own_student(content: Mapping[str, Any], network: nn.Module, trust: bool) -> Student:
     """What the task in a checkpoint's settings, built anew with its weights, gives as its student."""
     settings = content["hyper_parameters"]["task"]
-    settings = {"class_path": settings} if isinstance(settings, str) else settings
     advice = "give --backbone the name of a network whose weights are to be exported without the task."
+    if not trust:
+        raise ExportError(
+            f"The checkpoint's student is made by its task, {class_path(settings)}, so code that the file names would run; "
+            f"give --trust if you trust the file, or {advice}"
+        )
     try:
-        # A file from elsewhere could name anything that Python can call.
-        unfit = [path for path in paths_in(settings) if not makes(path, nn.Module)]
-        if unfit:
-            raise ExportError(f"The checkpoint's task is made by {unfit[0]}, which makes no torch.nn.Module; {advice}")
         task = build(settings, network)
         state = content["state_dict"]
         task.load_state_dict({name.removeprefix("task."): state[name] for name in state if name.startswith("task.")})
@@ -252,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_classes", type=int, help="where the checkpoint does not say")
     parser.add_argument("--size", type=int, nargs="+", help="side, or height and width, of the images")
     parser.add_argument("--channels", type=int, help="channels of the images")
+    parser.add_argument("--trust", action="store_true", help="call classes that the checkpoint names by import path")
     options = parser.parse_args(arguments)
     if options.size is not None and len(options.size) > 2:
         parser.error(f"--size has {len(options.size)} numbers, but a side, or height and width, were wanted.")
@@ -263,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_classes=options.num_classes,
             size=size,
             channels=options.channels,
+            trust=options.trust,
         )
         difference, limit = write_student(loaded, options.out)
     except ExportError as error:

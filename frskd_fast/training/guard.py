@@ -43,14 +43,21 @@ class RunGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at the terms, and judge the last of the first steps."""
-        if self.guard is None or not isinstance(outputs, Mapping):
+        if self.guard is None:
             return
         try:
-            self.guard.see_terms(outputs)
+            # A step may return something else, and its gradients count all the same.
+            self.guard.see_terms(outputs if isinstance(outputs, Mapping) else {})
             if self._stepped:
                 self.guard.end_step()
         except ZeroTermError as error:
             raise Refusal(str(error)) from error
         self._stepped = False
         if self.guard.done:
+            self.guard = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave nothing in the task, however short the run was."""
+        if self.guard is not None:
+            self.guard.close()
             self.guard = None

@@ -44,7 +44,7 @@ def recipe_text(name: str, beside: Path | None = None) -> tuple[str, Path | None
         beside: the folder of the file that names this one.
 
     Raises:
-        RecipeError: naming those that are spelt alike.
+        RecipeError: naming those with a similar spelling.
     """
     for folder in (beside, Path()):
         if folder is not None and (folder / name).is_file():

@@ -70,21 +70,27 @@ class TeacherCache(Callback):
         if trainer.num_nodes > 1:
             settings["node"] = trainer.node_rank
         for turn in (True, False):
+            problem: Exception | None = None
             # The first process of a node makes the file.
             if (trainer.local_rank == 0) == turn:
-                with trainer.precision_plugin.forward_context():
-                    self.outputs = TeacherOutputs(
-                        self.folder,
-                        pl_module.task,
-                        images,
-                        samples=1,
-                        keys=keys,
-                        settings=settings,
-                        features=self.features,
-                        half=self.half,
-                        create=turn,
-                    )
-            trainer.strategy.barrier("TeacherCache")
+                try:
+                    with trainer.precision_plugin.forward_context():
+                        self.outputs = TeacherOutputs(
+                            self.folder,
+                            pl_module.task,
+                            images,
+                            samples=1,
+                            keys=keys,
+                            settings=settings,
+                            features=self.features,
+                            half=self.half,
+                            create=turn,
+                        )
+                except Exception as error:
+                    problem = error
+            # All processes meet here, those with a problem, too: nobody waits for one that has ended.
+            if not trainer.strategy.reduce_boolean_decision(problem is None):
+                raise problem or ValueError("The teacher cache was refused by another process, which says why.")
         assert self.outputs is not None
         pl_module.teacher_outputs = self.outputs
         if trainer.is_global_zero:

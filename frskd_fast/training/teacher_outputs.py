@@ -17,7 +17,10 @@ import numpy.typing
 import torch
 from torch import Tensor
 
+import frskd_fast
+from frskd_fast.ops._checks import check_positive_integer
 from frskd_fast.tasks import FrozenTeacher, Task
+from frskd_fast.tasks.base import checksum
 
 from .checkpoints import flush_folder
 
@@ -61,11 +64,14 @@ class TeacherOutputs:
     cut off when a process or the machine ended counts as missing and is computed again; processes may share a file.
     Records are written rounded, and what is given back on the way is rounded alike, so all epochs see the same numbers.
 
+    What decides the content is the weights and layers of the teacher, as they are now, the images and this library's version.
+    Where the code of a teacher's class changes and none of these does, remove the file.
+
     Args:
         folder: where the file lies, under a name that follows from everything that decides its content.
         task: its `teacher_outputs` computes what is missing, and its `FrozenTeacher`s give the checksum.
         images: a batch as the task takes it in training; only shape, dtype and device matter.
-        samples: how many images those are: `images` may hold several views of each.
+        samples: how many images those are: `images` may hold several views of each; None: one each.
         keys: number of keys; a key is an image under one augmentation, such as flipped or not.
         settings: what decides the pixels that a key stands for, as values of JSON.
         features: keep feature maps, too, which are large.
@@ -76,11 +82,12 @@ class TeacherOutputs:
         path: of the file.
         fields: what a record holds.
         is_new: whether the file was not there.
-        computed: images over which the teacher has run so far, here.
-        damaged: records found to be cut off or altered so far, and computed again.
+        computed: number of images over which this object has run the teacher.
+        damaged: number of records that it found cut off or altered, and computed again.
 
     Raises:
-        ValueError: a sentence: no frozen teacher, feature maps without `features`, another program's file, a full disk.
+        ValueError: a sentence: no frozen teacher, feature maps without `features`, another program's file, a full disk,
+            `samples` that do not divide the rows of `images`.
 
     Example:
         >>> import tempfile
@@ -114,13 +121,20 @@ class TeacherOutputs:
     ) -> None:
         self.task = task
         samples = images.shape[0] if samples is None else samples
+        check_positive_integer("samples", samples)
+        check_positive_integer("keys", keys)
+        if images.shape[0] % samples:
+            raise ValueError(
+                f"samples is {samples}, but images has {images.shape[0]} rows and a whole number of them for each was wanted."
+            )
         self.views = images.shape[0] // samples
         self.fields = fields_of(task, images, samples, features, half)
         self.keys = keys
         self.computed = self.damaged = 0
         teachers = {
-            # The layers, too, without addresses in memory: a stride or a slope is in no state.
-            name: [module.checksum, _digest(re.sub("0x[0-9a-f]+", "", str(module.network)))]
+            # Of what will run: weights may have been loaded since the teacher was frozen. The layers, too, without addresses
+            # in memory: a stride or a slope is in no state.
+            name: [checksum(module.network), _digest(re.sub("0x[0-9a-f]+", "", str(module.network)))]
             for name, module in task.named_modules()
             if isinstance(module, FrozenTeacher)
         }
@@ -128,6 +142,7 @@ class TeacherOutputs:
         header = json.loads(
             json.dumps(
                 {
+                    "library": frskd_fast.__version__,
                     "teachers": teachers,
                     "views": task.views,
                     "images": [self.views, *images.shape[1:], str(images.dtype)],
@@ -138,8 +153,8 @@ class TeacherOutputs:
                 sort_keys=True,
             )
         )
-        checksum = next(iter(teachers.values()))[0]
-        name = f"teacher-{checksum[:12]}-{_digest(json.dumps(header, sort_keys=True))[:16]}.outputs"
+        first = next(iter(teachers.values()))[0]
+        name = f"teacher-{first[:12]}-{_digest(json.dumps(header, sort_keys=True))[:16]}.outputs"
         self.path = Path(folder) / name
         self.words = 1 + sum(field.words for field in self.fields)
         self.is_new = not self.path.exists()
@@ -305,14 +320,24 @@ def _problem_with(path: Path, beginning: bytes, size: int) -> str | None:
             "cache another folder."
         )
     content = content[: int(words[2])] if len(words) == 3 and words[2].isdigit() else b""
-    if hashlib.sha256(content).hexdigest().encode() not in words:
+    theirs = _header(content) if hashlib.sha256(content).hexdigest().encode() in words else None
+    if theirs is None:
         return "is damaged in its header"
-    theirs, ours = (json.loads(text) for text in (content, beginning.partition(b"\n")[2]))
+    ours = json.loads(beginning.partition(b"\n")[2])
     others = ", ".join(name for name in ours if ours[name] != theirs.get(name))
     raise ValueError(
         f"{path} holds outputs of another teacher or other images ({others} differ); it was renamed. Move it away, or give "
         "the teacher cache another folder."
     )
+
+
+def _header(content: bytes) -> dict[str, Any] | None:
+    """What stands in a header, where it is one."""
+    try:
+        header = json.loads(content)
+    except ValueError:
+        return None
+    return header if isinstance(header, dict) else None
 
 
 def _create(path: Path, beginning: bytes, size: int) -> None:

@@ -87,7 +87,9 @@ class LogitsProblem:
     differentiated: tuple[bool, bool] = (True, True)  # the student's logits, the teacher's
     change: Callable[[Operands], None] | None = None  # in place, before the layout
     may_refuse: bool = False  # on the CPU, in a sentence about a label
-    exchanged: bool = False  # as many heads again, on the same tensors with student and teacher exchanged
+    arranged: Callable[[Operands], Operands] | None = (
+        None  # heads that are views of these tensors, in the place of theirs
+    )
     gradient_scale: float = 0.0  # of the terms that cancel where the gradient is 0
 
     def operands(self, device: str) -> Operands:
@@ -122,9 +124,8 @@ class LogitsProblem:
         students = [LAYOUTS[self.student_layout](student.to(device)) for student in students]
         teachers = [LAYOUTS[self.teacher_layout](teacher.to(device)) for teacher in teachers]
         targets = [moved(target) for target in targets]
-        if self.exchanged:
-            return Operands(students + teachers, teachers + students, targets * 2)
-        return Operands(students, teachers, targets)
+        operands = Operands(students, teachers, targets)
+        return operands if self.arranged is None else self.arranged(operands)
 
     def _ours(self, operands: Operands, implementation: str) -> list[Tensor]:
         several = len(operands.students) > 1
@@ -338,6 +339,24 @@ def _maxima_apart(operands: Operands) -> None:
     operands.students[0][0, -1], operands.teachers[0][0, 3] = 22.0, 24.0
 
 
+def _exchanged(operands: Operands) -> Operands:
+    """As many heads again, on the same tensors with student and teacher exchanged."""
+    students, teachers, targets = operands
+    return Operands(students + teachers, teachers + students, targets * 2)
+
+
+def _exchanged_parts(cut: tuple[slice, ...], part_first: bool) -> Callable[[Operands], Operands]:
+    """A second head on a part of the same tensors, student and teacher exchanged: same address, same strides, fewer numbers."""
+
+    def arrange(operands: Operands) -> Operands:
+        (student,), (teacher,), targets = operands
+        heads = [(student, teacher, targets), (teacher[cut], student[cut], [target[cut[:1]] for target in targets])]
+        students, teachers, labels = zip(*(heads[::-1] if part_first else heads), strict=True)
+        return Operands(list(students), list(teachers), [label for of_head in labels for label in of_head])
+
+    return arrange
+
+
 _HEADS: tuple[Shape, ...] = ((4, 5), (2, 3, 2, 2), (16, 20), (1, 1), (3, 2))
 _MANY_HEADS = tuple((2 + head % 2, 2 + 40 * head) for head in range(19))  # more than one launch holds
 # Heads of so many rows count their labels in launches of their own; a small one beside them does not.
@@ -399,14 +418,25 @@ def _special() -> Iterator[LogitsProblem]:
         shapes = ((6, 43),) if kind == SECOND_LABELS else ((6, 10), (6, 43))
         yield make(f"exchanged heads, {kind}, {dtype}, {smoothing}, {differentiated}", shapes, kind, dtype,
                    smoothing=smoothing, temperature=3.0, reduction="none" if len(shapes) == 1 else "batchmean",
-                   detach_teacher=True, differentiated=differentiated, exchanged=True)  # fmt: skip
+                   detach_teacher=True, differentiated=differentiated, arranged=_exchanged)  # fmt: skip
+    everything = slice(None)
+    for part, shape, kind, cut in (
+        ("rows", (8, 10), "labels", (slice(4),)),
+        ("classes", (8, 10), "none", (everything, slice(5))),
+        ("pixels", (8, 10, 1, 2), "none", (everything, everything, everything, slice(1))),
+    ):
+        for part_first in (False, True):
+            order = "first" if part_first else "last"
+            yield make(f"exchanged heads, some {part} alone {order}", (shape,), kind, reduction="none",
+                       temperature=3.0, detach_teacher=True, differentiated=(True, False),
+                       arranged=_exchanged_parts(cut, part_first))  # fmt: skip
     for where, change in (
         ("maxima apart", _maxima_apart),
         ("the first masked", _masked(slice(0, 1024), 4500)),
         ("some masked", _masked(slice(3000, 3100), 4500)),
     ):
         yield make(f"exchanged heads in tiles, {where}", ((2, 5000), (2, 5000)), temperature=3.0,
-                   detach_teacher=True, differentiated=(True, False), exchanged=True, change=change)  # fmt: skip
+                   detach_teacher=True, differentiated=(True, False), arranged=_exchanged, change=change)  # fmt: skip
     for kind in ("labels", "probabilities", "none"):
         yield make(f"means of many rows, {kind}", _MANY_ROWS, kind, reduction="batchmean", detach_teacher=True)
     for kind in ("labels", SECOND_LABELS):

@@ -215,10 +215,19 @@ class FileReader(Reader):
         return 1 if self.augmentation == "none" else 0
 
     def fingerprint(self) -> str:
-        """Of the paths, the size and the decoder; the files are not read, so it does not see that their content changed."""
+        """Of the paths, size and time of change of each file, the size of the images and the decoder; nothing is read."""
         decoder = "torchvision" if self._decode_with_torchvision else "pil"
-        digest = hashlib.sha256(f"{self.size} {self.resize} {decoder} {self.on_corrupt} {self._paths.dtype}".encode())
-        digest.update(self._paths.tobytes())
+        root = os.path.realpath(self.root)
+        digest = hashlib.sha256(f"{root} {self.size} {self.resize} {decoder} {self.on_corrupt}".encode())
+        for row in range(len(self)):
+            name = self.name(row)
+            try:
+                status = os.stat(name)
+            except OSError as error:
+                raise MissingDataError(
+                    f"{name} is in the list of images but could not be found ({error}); unpack the data set's archive again."
+                ) from error
+            digest.update(f"{os.fsdecode(self._paths[row])}\0{status.st_size} {status.st_mtime_ns}\0".encode())
         return digest.hexdigest()
 
     def read(self, request: Request) -> tuple[ImageBatch, tuple[int, ...]]:
