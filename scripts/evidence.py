@@ -67,6 +67,9 @@ STUDIES = {
         "hsakd_frozen": Variant("HSAKD, frozen backbone", recipe="digits_hsakd_frozen"),
         "sskd": Variant("SSKD", recipe="digits_sskd"),
         "online": Variant("HSAKD, online pair", recipe="digits_hsakd_online"),
+        "ffl": Variant("FFL", recipe="digits_ffl"),
+        "collaborative": Variant("CollaborativeTeaching", recipe="digits_collaborative"),
+        "adain": Variant("AdaIN-KD", recipe="digits_adain"),
     },
 }
 

@@ -106,7 +106,7 @@ class AdaINTask(Task):
             )
         self.backbone = with_channels(backbone)
         self.teacher = frozen_teacher(teacher, teacher_name, backbone)
-        self.teacher.network = with_channels(self.teacher.network)
+        self.teacher.network = with_channels(self.teacher.network).train(False)
         check_same_classes(self.backbone, self.teacher.network)
         check_same_levels(self.backbone, self.teacher.network)
         widths: Any = self.backbone.channels
