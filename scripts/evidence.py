@@ -201,9 +201,10 @@ def verdict(name: str, differences: Sequence[float]) -> str:
 
 def teacher_of(variant: Variant) -> str | None:
     """The run that a recipe learns from and, where that one's weights come from another run, the other one, as Markdown."""
-    from frskd_fast.training.recipe_files import recipe
+    from frskd_fast.training.recipe_files import HANDED_TO_TASK, recipe
 
-    teacher = recipe(variant.recipe).get("teacher")
+    settings = recipe(variant.recipe)
+    teacher = next((settings[name] for name in HANDED_TO_TASK if settings.get(name)), None)
     if teacher is None:
         return None
     weights = recipe(teacher).get("weights")

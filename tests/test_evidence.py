@@ -46,6 +46,7 @@ def test_tables_come_from_the_logs_and_then_from_the_result_file(evidence: Any, 
         # A first seed's process that trained the teacher, too, is larger.
         log_run(runs / f"hsakd-seed{seed}", [0.0, distilled], peak=(9 - seed) * 1_000_000)
         log_run(runs / f"sskd-seed{seed}", [0.0, distilled])
+        log_run(runs / f"collaborative-seed{seed}", [0.0, distilled])
     log_run(runs / "digits_hsakd_teacher", [0.0, 0.875])
     evidence.main(["--study", "teachers", "--out", str(runs), "--only-report"])
 
@@ -53,6 +54,7 @@ def test_tables_come_from_the_logs_and_then_from_the_result_file(evidence: Any, 
     assert "| cross-entropy | 2 | 37.50 ± 17.68 | - | 4 | 1 | 7 |" in content
     assert "| HSAKD, from `digits_hsakd_teacher` | 2 | 75.00 ± 0.00 | +37.50 ± 158.83 | 2 | 0 | 8 |" in content
     assert "| SSKD, from `digits_sskd_head` on `digits_resnet20_plain` | 2 |" in content
+    assert "| CollaborativeTeaching, from `digits_resnet20_plain` | 2 |" in content
     assert all(line.count("|") == 8 for line in content.splitlines() if line.startswith("|"))
     assert "* HSAKD: no difference from cross-entropy could be shown, +37.50 ± 158.83 percentage points." in content
     assert "`digits_hsakd_teacher` 87.50 %" in content and "`--config digits_hsakd`" in content
