@@ -132,7 +132,7 @@ class FFLTask(Task):
     def __init__(
         self,
         backbone: nn.Module,
-        peers: nn.Module | str | Sequence[nn.Module | str] | None = None,
+        peers: str | nn.Module | Sequence[str | nn.Module] | None = None,
         temperature: float = 3.0,
         target_offset: float = 1e-7,
         *,

@@ -286,7 +286,7 @@ class HSAKDOnlineTask(Task):
     def __init__(
         self,
         backbone: nn.Module,
-        peer: nn.Module | str | None = None,
+        peer: str | nn.Module | None = None,
         temperature: float = 3.0,
         *,
         which: str = "net1",
