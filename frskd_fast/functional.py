@@ -164,7 +164,7 @@ def adain(
         >>> moved.mean(dim=(2, 3)).round()
         tensor([[ 5., -5.]])
 
-    Source: Huang and Belongie, ICCV 2017, eq. 8.
+    Source: Huang and Belongie, ICCV 2017 (arXiv 1703.06868).
     """
     return _moments.adain(content, mean, std, eps, unbiased, moments, impl)
 
