@@ -88,7 +88,7 @@ def _recipes(words: Sequence[str]) -> int:
     if not words:
         for method, names in methods.items():
             counts = collections.Counter(name.partition("_")[0] for name in names)
-            print(f"{method.ljust(12)}  {len(names):3}  {', '.join(f'{data} ({n})' for data, n in counts.items())}")
+            print(f"{method.ljust(max(map(len, methods)))}  {len(names):3}  {', '.join(f'{data} ({n})' for data, n in counts.items())}")
         print("\nfrskd-fast recipes METHOD lists those of one method, frskd-fast recipes RECIPE prints one.")
     elif words[0] in methods:
         names = methods[words[0]]
