@@ -11,6 +11,8 @@ import pytest
 import torch
 from test_tasks import CLASSES, Net, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from frskd_fast.functional import adain, channel_moments
 from frskd_fast.losses import AdaINLoss
@@ -186,6 +188,31 @@ def test_data_parallel_finds_no_unused_parameter(tmp_path: Path) -> None:
     task = small_task()
     train_in_a_group_of_one(task, [batch(), batch()], tmp_path)
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in task.parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"transfer_weight": 0.0}, {"stages": [1]}], ids=str)
+def test_sharded_tasks_train_and_evaluate(settings: dict[str, Any], tmp_path: Path) -> None:
+    """FSDP2 in a group of one, whose parameters are sharded all the same."""
+    images, labels = batch()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        plain = small_task(channels_last=False, **settings)
+        task = copy.deepcopy(plain)
+        for network in [*task.networks(), task]:
+            fully_shard(network, mesh=mesh)
+        for each in (task, plain):
+            each(images, labels)["loss"].backward()
+        for (key, ours), theirs in zip(task.named_parameters(), plain.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None), key
+            if ours.grad is not None:
+                torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=key)
+        measured, wanted = (each.eval().evaluate(images, labels) for each in (task, plain))
+        torch.testing.assert_close(measured, wanted)
+        torch.testing.assert_close(task.student()(images), plain.student()(images))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_networks_of_the_zoo() -> None:

@@ -187,6 +187,10 @@ class AdaINTask(Task):
         features, output = features_and_logits(self.teacher, laid_out(images, self.channels_last))
         return {"logits": output, **{f"features_{stage + 1}": features[stage] for stage in self.stages}}
 
+    def networks(self) -> list[nn.Module]:
+        """The student. Tails call layers inside the teacher, so that it is sharded with the task, and connectors as well."""
+        return [self.backbone]
+
     def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Feature maps of student and teacher."""
         teacher = features_and_logits(self.teacher, laid_out(images, self.channels_last))[0]
