@@ -59,12 +59,12 @@ def frozen_teacher(
         ValueError: when the teacher has parameters of the `backbone`.
     """
     if isinstance(teacher, FrozenTeacher):
-        _check_apart(teacher.network, backbone)
+        check_apart(teacher.network, backbone)
         return teacher
     network = load_teacher(teacher, name, heads=heads)
     if heads is None and isinstance(network, AuxiliaryNetwork | ProjectionHead):
         network = network.backbone
-    _check_apart(network, backbone)
+    check_apart(network, backbone)
     if isinstance(teacher, nn.Module):
         return FrozenTeacher(network)
     frozen = FrozenTeacher(network, str(teacher))  # its checksum is that of the file, whatever the backbone's dtype
@@ -72,12 +72,14 @@ def frozen_teacher(
     return frozen
 
 
-def _check_apart(teacher: nn.Module, backbone: nn.Module) -> None:
+def check_apart(teacher: nn.Module, backbone: nn.Module, names: tuple[str, str] = ("teacher", "backbone")) -> None:
+    """Raise where the first network, which will be frozen, has parameters of the second; errors call them `names`."""
     learns = {id(parameter) for parameter in backbone.parameters()}
     if any(id(parameter) in learns for parameter in teacher.parameters()):
         raise ValueError(
-            f"teacher ({type(teacher).__name__}) and backbone ({type(backbone).__name__}) have parameters in common, but the "
-            "teacher is frozen and the backbone learns; give two networks, such as copy.deepcopy(backbone) for the teacher."
+            f"{names[0]} ({type(teacher).__name__}) and {names[1]} ({type(backbone).__name__}) have parameters in common, but "
+            f"the {names[0]} is frozen and the {names[1]} learns; give two networks, such as copy.deepcopy({names[1]}) for the "
+            f"{names[0]}."
         )
 
 
