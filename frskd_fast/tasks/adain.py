@@ -155,6 +155,10 @@ class AdaINTask(Task):
         transferred = []
         if self.loss.transfer_weight != 0.0:
             settings = self.loss.eps, self.loss.unbiased
+            if (
+                self.teacher.network.training
+            ):  # where its outputs were handed in, no forward pass has put it back to sleep
+                self.teacher.network.train(False)
             for run_on, content, theirs, ours in zip(self._tails, teachers, teacher_moments, moments, strict=True):
                 transferred.append(run_on(adain(content, *ours, *settings, theirs, self.loss.impl)))
         targets = traceable_targets(targets, output, self.loss.ignore_index, self.loss.label_smoothing)
