@@ -15,8 +15,7 @@ from frskd_fast.models import FusionModule, create_model
 from frskd_fast.ops import _checks
 
 from .base import Student, Task, features_and_logits, laid_out, one_dtype, traceable_targets
-from .hsakd import with_shuffled_weights
-from .networks import check_module, check_same_classes, like, with_channels
+from .networks import check_module, check_same_classes, like, with_channels, with_shuffled_weights
 
 FUSED, SUBNETWORK = "fused", "subnetwork_"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from frskd_fast.losses.base import channels_of
@@ -23,6 +25,29 @@ def check_module(module: Any, name: str) -> None:
 def with_channels(backbone: nn.Module) -> nn.Module:
     """`backbone`, adapted where it does not say what channels its maps have."""
     return backbone if isinstance(getattr(backbone, "channels", None), list | tuple) else adapt_backbone(backbone)
+
+
+@torch.no_grad()
+def with_shuffled_weights(network: nn.Module) -> nn.Module:
+    """A copy of `network` with the values of each parameter that trains in another order: other weights, alike distributed.
+
+    Running statistics belong to the old weights; where a layer's parameters train, they begin anew.
+
+    Example:
+        >>> network = nn.Linear(2, 3)
+        >>> twin = with_shuffled_weights(network)
+        >>> sorted(twin.bias.tolist()) == sorted(network.bias.tolist())
+        True
+    """
+    twin = copy.deepcopy(network)
+    for parameter in twin.parameters():
+        if parameter.requires_grad:
+            order = torch.randperm(parameter.numel(), device=parameter.device)
+            parameter.copy_(parameter.flatten()[order].view(parameter.shape))
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and all(p.requires_grad for p in module.parameters()):
+            module.reset_running_stats()
+    return twin
 
 
 def like(backbone: nn.Module, module: nn.Module) -> nn.Module:
