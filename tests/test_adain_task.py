@@ -267,6 +267,11 @@ def test_what_does_not_fit_is_refused() -> None:
         (lambda: small_task(statistics_weight=0.0, transfer_weight=0.0), ValueError, "are both 0"),
         (lambda: plain(torch.randn(1, 3, 2, 2), torch.tensor([0])), ValueError, "images is a batch of one"),
         (
+            lambda: small_task()(torch.randn(1, 3, 2, 2), torch.tensor([0])),
+            ValueError,
+            r"images has shape \(1, 3, 2, 2\), of which a BatchNorm of backbone \(Net\)",
+        ),
+        (
             lambda: small_task()(torch.randn(2, 3, 2, 2), torch.tensor([0, 1])),
             ValueError,
             "feature map 1 of the student",

@@ -333,6 +333,13 @@ def test_networks_by_name_and_an_expert_from_a_file(tmp_path: Path) -> None:
             r"scratch \(VGG\) begins with Conv2d\(3, 64.* and backbone \(CIFARWideResNet\) with Conv2d\(3, 16",
         ),
         (lambda: task_of("attention alone").scratch_teacher(), ValueError, "there is no scratch teacher"),
+        (
+            lambda: CollaborativeTeachingTask(Net(), wrn_16_1(CLASSES), Net())(
+                torch.randn(1, 3, 4, 4), torch.tensor([0])
+            ),
+            ValueError,
+            r"images has shape \(1, 3, 4, 4\), of which a BatchNorm of (backbone|scratch)",
+        ),
         (lambda: task_of()(batch()[0], torch.tensor([0, 1, 2, CLASSES])), ValueError, f"holds the label {CLASSES}"),
     ],
 )
