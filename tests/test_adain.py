@@ -293,6 +293,16 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ),
         (changed(transferred_logits=None), TypeError, "transferred_logits is a NoneType"),
         (changed(transferred_logits=[heads[0][:, :4]]), ValueError, r"transferred_logits\[0\] has shape \(4, 4\)"),
+        (
+            changed(transferred_logits=heads[:1]),
+            ValueError,
+            "transferred_logits has 1 stages, but connected_feats has 2",
+        ),
+        (
+            changed(transferred_logits=heads * 2),
+            ValueError,
+            "transferred_logits has 4 stages, but connected_feats has 2",
+        ),
         (changed(teacher_logits=None), TypeError, 'teacher_logits is None, but judge="mse"'),
         (changed(teacher_logits=heads[0][:, :4]), ValueError, "teacher_logits has shape"),
         (changed(targets=given["targets"] + 5), ValueError, "targets holds the label"),

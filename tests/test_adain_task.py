@@ -11,6 +11,8 @@ import pytest
 import torch
 from test_tasks import CLASSES, Net, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from frskd_fast.functional import adain, channel_moments
 from frskd_fast.losses import AdaINLoss
@@ -124,13 +126,18 @@ def test_tails_of_ones_own() -> None:
 
 
 def test_kept_outputs_of_the_teacher_take_its_place() -> None:
-    task = small_task(stages=[1])
+    task = small_task()
     images, labels = batch()
     outputs = task.teacher_outputs(images)
-    assert list(outputs) == ["logits", "features_2"] and all(len(output) == len(images) for output in outputs.values())
+    assert list(outputs) == ["logits", "features_1", "features_2"] and all(
+        len(output) == len(images) for output in outputs.values()
+    )
     wanted = copy.deepcopy(task)(images, labels)
     task.teacher.network.forward = None
+    for module in task.modules():
+        module.train()
     got = task(images, labels, teacher_outputs=outputs)
+    assert not any(module.training for module in task.teacher.network.modules())
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
     halves = {key: output.half() for key, output in outputs.items()}
     torch.testing.assert_close(task(images, labels, halves)["loss"], wanted["loss"], rtol=2e-2, atol=0)
@@ -188,6 +195,31 @@ def test_data_parallel_finds_no_unused_parameter(tmp_path: Path) -> None:
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in task.parameters())
 
 
+@pytest.mark.parametrize("settings", [{}, {"transfer_weight": 0.0}, {"stages": [1]}], ids=str)
+def test_sharded_tasks_train_and_evaluate(settings: dict[str, Any], tmp_path: Path) -> None:
+    """FSDP2 in a group of one, whose parameters are sharded all the same."""
+    images, labels = batch()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        plain = small_task(channels_last=False, **settings)
+        task = copy.deepcopy(plain)
+        for network in [*task.networks(), task]:
+            fully_shard(network, mesh=mesh)
+        for each in (task, plain):
+            each(images, labels)["loss"].backward()
+        for (key, ours), theirs in zip(task.named_parameters(), plain.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None), key
+            if ours.grad is not None:
+                torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=key)
+        measured, wanted = (each.eval().evaluate(images, labels) for each in (task, plain))
+        torch.testing.assert_close(measured, wanted)
+        torch.testing.assert_close(task.student()(images), plain.student()(images))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_networks_of_the_zoo() -> None:
     task = AdaINTask(create_model("resnet8", CLASSES), create_model("wrn_16_1", CLASSES), image_shape=(3, 32, 32))
     parts = task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
@@ -234,6 +266,11 @@ def test_what_does_not_fit_is_refused() -> None:
         (lambda: small_task(judge="l1"), ValueError, "judge is 'l1'"),
         (lambda: small_task(statistics_weight=0.0, transfer_weight=0.0), ValueError, "are both 0"),
         (lambda: plain(torch.randn(1, 3, 2, 2), torch.tensor([0])), ValueError, "images is a batch of one"),
+        (
+            lambda: small_task()(torch.randn(1, 3, 2, 2), torch.tensor([0])),
+            ValueError,
+            r"images has shape \(1, 3, 2, 2\), of which a BatchNorm of backbone \(Net\)",
+        ),
         (
             lambda: small_task()(torch.randn(2, 3, 2, 2), torch.tensor([0, 1])),
             ValueError,

@@ -255,6 +255,25 @@ def test_the_guard_lets_it_train(name: str) -> None:
     assert guard.done
 
 
+@pytest.mark.parametrize("own", ["backbone", "scratch", "expert"])
+def test_networks_with_parameters_in_common_are_refused_and_left_alone(own: str) -> None:
+    """A frozen expert would freeze the other network with it."""
+    networks = {"backbone": Net(), "scratch": Net(), "expert": Net()}
+    first, second = (name for name in ("expert", "scratch", "backbone") if name != own)
+    networks[first].fc = networks[second].fc
+    with pytest.raises(ValueError, match=f"{first} .Net. and {second} .Net. have parameters in common"):
+        CollaborativeTeachingTask(**networks)
+    assert all(parameter.requires_grad for network in networks.values() for parameter in network.parameters())
+
+
+def test_a_stem_that_is_shared_already_stays_so() -> None:
+    task = task_of("shared")
+    again = CollaborativeTeachingTask(task.backbone, task.scratch, Net(), share_stem=True)
+    assert again.backbone.conv1 is again.scratch.conv1 is task.backbone.conv1
+    with pytest.raises(ValueError, match=r"in common.*set share_stem to true"):
+        CollaborativeTeachingTask(task.backbone, task.scratch, Net())
+
+
 def test_networks_by_name_and_an_expert_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     first = wrn_16_1(CLASSES)
@@ -314,6 +333,13 @@ def test_networks_by_name_and_an_expert_from_a_file(tmp_path: Path) -> None:
             r"scratch \(VGG\) begins with Conv2d\(3, 64.* and backbone \(CIFARWideResNet\) with Conv2d\(3, 16",
         ),
         (lambda: task_of("attention alone").scratch_teacher(), ValueError, "there is no scratch teacher"),
+        (
+            lambda: CollaborativeTeachingTask(Net(), wrn_16_1(CLASSES), Net())(
+                torch.randn(1, 3, 4, 4), torch.tensor([0])
+            ),
+            ValueError,
+            r"images has shape \(1, 3, 4, 4\), of which a BatchNorm of (backbone|scratch)",
+        ),
         (lambda: task_of()(batch()[0], torch.tensor([0, 1, 2, CLASSES])), ValueError, f"holds the label {CLASSES}"),
     ],
 )

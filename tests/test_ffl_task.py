@@ -197,7 +197,16 @@ class NoMaps(nn.Module):
         (lambda: small(fusion_weight_decay="a"), TypeError, "fusion_weight_decay is 'a'"),
         (lambda: small(temperature=0.0), ValueError, "temperature is 0.0"),
         (lambda: small()(*batch()[:1], torch.tensor([0, 1, 2, 10])), ValueError, "holds the label 10"),
-        (lambda: small()(torch.randn(1, 3, 2, 2), torch.zeros(1).long()), ValueError, "more than (one|1) value"),
+        (
+            lambda: small()(torch.randn(1, 3, 2, 2), torch.zeros(1).long()),
+            ValueError,
+            r"images has shape \(1, 3, 2, 2\), of which a BatchNorm of backbone .* one value per channel",
+        ),
+        (
+            lambda: FFLTask(resnet8(10))(torch.randn(1, 3, 4, 4), torch.zeros(1).long()),
+            ValueError,
+            r"images has shape \(1, 3, 4, 4\), of which a BatchNorm of backbone \(CIFARResNet\) gets one value per channel",
+        ),
         (lambda: FFLTask(NoMaps(), NoMaps())(*batch()), ValueError, r"maps\[0\] has shape \(4, 3\), but a map"),
     ],
 )  # fmt: skip

@@ -138,6 +138,11 @@ class AdaINLoss(Loss[AdaINLossParts]):
         heads = []
         if self.transfer_weight != 0.0:
             heads = self._checked_heads(student_logits, transferred_logits, teacher_logits)
+            if self.statistics_weight != 0.0 and len(heads) != mean.shape[0]:
+                raise ValueError(
+                    f"transferred_logits has {len(heads)} stages, but connected_feats has {mean.shape[0]} and the same number "
+                    "was wanted."
+                )
         if heads:
             transfer = torch.stack([self._judged(head, teacher_logits, targets) for head in heads])
         ce = self._cross_entropy(student_logits, targets)

@@ -155,6 +155,10 @@ class AdaINTask(Task):
         transferred = []
         if self.loss.transfer_weight != 0.0:
             settings = self.loss.eps, self.loss.unbiased
+            if (
+                self.teacher.network.training
+            ):  # where its outputs were handed in, no forward pass has put it back to sleep
+                self.teacher.network.train(False)
             for run_on, content, theirs, ours in zip(self._tails, teachers, teacher_moments, moments, strict=True):
                 transferred.append(run_on(adain(content, *ours, *settings, theirs, self.loss.impl)))
         targets = traceable_targets(targets, output, self.loss.ignore_index, self.loss.label_smoothing)
@@ -186,6 +190,10 @@ class AdaINTask(Task):
         """The teacher's logits and its feature maps of the stages; see `Task.teacher_outputs`."""
         features, output = features_and_logits(self.teacher, laid_out(images, self.channels_last))
         return {"logits": output, **{f"features_{stage + 1}": features[stage] for stage in self.stages}}
+
+    def networks(self) -> list[nn.Module]:
+        """The student. Tails call layers inside the teacher, so that it is sharded with the task, and connectors as well."""
+        return [self.backbone]
 
     def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Feature maps of student and teacher."""

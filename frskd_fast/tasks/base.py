@@ -301,7 +301,7 @@ def features_and_logits(
     backbone: nn.Module, images: Tensor, preact: bool = False, name: str = "backbone"
 ) -> tuple[list[Tensor], Tensor]:
     """The backbone's feature maps, before their last ReLU where `preact` says so, and its logits; errors call it `name`."""
-    output = backbone(images, preact=True) if preact else backbone(images)
+    output = called(backbone, images, name, **({"preact": True} if preact else {}))
     if (
         isinstance(output, tuple | list)
         and len(output) == 2
@@ -317,7 +317,7 @@ def features_and_logits(
 
 def logits_of(backbone: nn.Module, images: Tensor, name: str = "backbone") -> Tensor:
     """The backbone's logits, whether or not feature maps come with them; errors call it `name`."""
-    output = backbone(images)
+    output = called(backbone, images, name)
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple | list) and len(output) == 2 and isinstance(output[1], Tensor):
@@ -326,6 +326,21 @@ def logits_of(backbone: nn.Module, images: Tensor, name: str = "backbone") -> Te
         f"{name} ({_kind(backbone)}) returned a {type(output).__name__}, but logits or (list of feature maps, "
         "logits) was wanted; wrap it with frskd_fast.models.adapt_backbone."
     )
+
+
+def called(network: nn.Module, images: Tensor, name: str, **more: Any) -> Any:
+    """`network(images, **more)`; where one image leaves a BatchNorm one value per channel, the error says so of `images`."""
+    if torch.compiler.is_compiling():
+        return network(images, **more)
+    try:
+        return network(images, **more)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"images has shape {tuple(images.shape)}, of which a BatchNorm of {name} ({_kind(network)}) gets one value per "
+            "channel and can take no statistics in training mode; pass two images or more, or larger ones."
+        ) from error
 
 
 def _kind(network: nn.Module) -> str:

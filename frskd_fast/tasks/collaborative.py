@@ -11,7 +11,15 @@ from frskd_fast.losses.collaborative import ATTENTION_ON, CollaborativeTeachingL
 from frskd_fast.models import create_model
 
 from .base import Student, Task, features_and_logits, laid_out, logits_of, one_dtype, traceable_targets
-from .networks import check_module, check_same_classes, check_same_levels, frozen_teacher, like, with_channels
+from .networks import (
+    check_apart,
+    check_module,
+    check_same_classes,
+    check_same_levels,
+    frozen_teacher,
+    like,
+    with_channels,
+)
 
 
 class CollaborativeTeachingTask(Task):
@@ -100,7 +108,11 @@ class CollaborativeTeachingTask(Task):
             resize=resize,
         )
         self.backbone = backbone
-        self.scratch = _scratch_teacher(scratch, backbone, self.loss.gamma)
+        self.share_stem = bool(share_stem)
+        self.scratch = _scratch_teacher(scratch, backbone, self.loss.gamma, self.share_stem)
+        for name, network in (("backbone", backbone), ("scratch", self.scratch)):
+            if isinstance(expert, nn.Module) and network is not None:
+                check_apart(expert, network, ("expert", name))
         self.expert = frozen_teacher(expert, expert_name, backbone)
         if self.scratch is not None:
             check_same_classes(backbone, self.scratch, "scratch")
@@ -111,7 +123,6 @@ class CollaborativeTeachingTask(Task):
                 attribute = "backbone" if name == "student" else name
                 setattr(self, attribute, with_channels(getattr(self, attribute)))
                 check_same_levels(getattr(self, attribute), self.expert.network, (attribute, "expert"))
-        self.share_stem = bool(share_stem)
         if self.share_stem:
             _share_stem(self.backbone, self.scratch)
         self.evaluate_scratch = bool(evaluate_scratch)
@@ -207,7 +218,9 @@ class CollaborativeTeachingTask(Task):
         return f"share_stem={self.share_stem}, channels_last={self.channels_last}"
 
 
-def _scratch_teacher(scratch: str | nn.Module | None, backbone: nn.Module, gamma: float) -> nn.Module | None:
+def _scratch_teacher(
+    scratch: str | nn.Module | None, backbone: nn.Module, gamma: float, share_stem: bool
+) -> nn.Module | None:
     """The network that `scratch` is or names; None where there is nothing that it would teach."""
     if gamma == 0.0:
         if scratch is not None:
@@ -231,6 +244,13 @@ def _scratch_teacher(scratch: str | nn.Module | None, backbone: nn.Module, gamma
         )
     if scratch is backbone:
         raise ValueError("scratch is the backbone itself, but another network, which teaches it, was wanted.")
+    stem = _stem(scratch)[1].parameters() if share_stem else ()  # which the two may share already
+    known = {id(parameter) for parameter in backbone.parameters()} - {id(parameter) for parameter in stem}
+    if any(id(parameter) in known for parameter in scratch.parameters()):
+        raise ValueError(
+            f"scratch ({type(scratch).__name__}) and backbone ({type(backbone).__name__}) have parameters in common, but two "
+            "networks were wanted, the first of which teaches the other; for a common first convolution set share_stem to true."
+        )
     return scratch
 
 

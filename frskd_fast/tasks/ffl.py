@@ -14,9 +14,8 @@ from frskd_fast.losses.base import channels_of
 from frskd_fast.models import FusionModule, create_model
 from frskd_fast.ops import _checks
 
-from .base import Student, Task, features_and_logits, laid_out, one_dtype, traceable_targets
-from .hsakd import with_shuffled_weights
-from .networks import check_module, check_same_classes, like, with_channels
+from .base import Student, Task, called, features_and_logits, laid_out, one_dtype, traceable_targets
+from .networks import check_module, check_same_classes, like, with_channels, with_shuffled_weights
 
 FUSED, SUBNETWORK = "fused", "subnetwork_"
 
@@ -195,7 +194,7 @@ class FFLTask(Task):
         return groups
 
     def _logits(self, images: Tensor) -> dict[str, Tensor]:
-        logits, fused = self.net(laid_out(images, self.channels_last), all_logits=True)
+        logits, fused = called(self.net, laid_out(images, self.channels_last), "backbone", all_logits=True)
         return dict(zip(self.names, one_dtype([*logits, fused]), strict=True))
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:

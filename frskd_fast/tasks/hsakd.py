@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Self
 
 import torch
@@ -13,7 +12,15 @@ from frskd_fast.mixing import rotate4
 from frskd_fast.models import AuxiliaryNetwork, create_model, with_auxiliary_heads
 
 from .base import Student, Task, features_and_logits, laid_out, logits_of, one_dtype
-from .networks import check_module, check_rotated, check_same_classes, frozen_teacher, upright, with_channels
+from .networks import (
+    check_module,
+    check_rotated,
+    check_same_classes,
+    frozen_teacher,
+    upright,
+    with_channels,
+    with_shuffled_weights,
+)
 from .rotation_metrics import rotation_accuracies
 
 NETWORKS = ("net1", "net2")
@@ -373,29 +380,6 @@ class HSAKDOnlineTask(Task):
     def extra_repr(self) -> str:
         """The settings, shown by ``print(module)``."""
         return f"which={self.which!r}, channels_last={self.channels_last}"
-
-
-@torch.no_grad()
-def with_shuffled_weights(network: nn.Module) -> nn.Module:
-    """A copy of `network` with the values of each parameter that trains in another order: other weights, alike distributed.
-
-    Running statistics belong to the old weights; where a layer's parameters train, they begin anew.
-
-    Example:
-        >>> network = nn.Linear(2, 3)
-        >>> twin = with_shuffled_weights(network)
-        >>> sorted(twin.bias.tolist()) == sorted(network.bias.tolist())
-        True
-    """
-    twin = copy.deepcopy(network)
-    for parameter in twin.parameters():
-        if parameter.requires_grad:
-            order = torch.randperm(parameter.numel(), device=parameter.device)
-            parameter.copy_(parameter.flatten()[order].view(parameter.shape))
-    for module in twin.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and all(p.requires_grad for p in module.parameters()):
-            module.reset_running_stats()
-    return twin
 
 
 def _auxiliary_network(backbone: Any, name: str = "backbone") -> AuxiliaryNetwork:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from frskd_fast.losses.base import channels_of
@@ -23,6 +25,29 @@ def check_module(module: Any, name: str) -> None:
 def with_channels(backbone: nn.Module) -> nn.Module:
     """`backbone`, adapted where it does not say what channels its maps have."""
     return backbone if isinstance(getattr(backbone, "channels", None), list | tuple) else adapt_backbone(backbone)
+
+
+@torch.no_grad()
+def with_shuffled_weights(network: nn.Module) -> nn.Module:
+    """A copy of `network` with the values of each parameter that trains in another order: other weights, alike distributed.
+
+    Running statistics belong to the old weights; where a layer's parameters train, they begin anew.
+
+    Example:
+        >>> network = nn.Linear(2, 3)
+        >>> twin = with_shuffled_weights(network)
+        >>> sorted(twin.bias.tolist()) == sorted(network.bias.tolist())
+        True
+    """
+    twin = copy.deepcopy(network)
+    for parameter in twin.parameters():
+        if parameter.requires_grad:
+            order = torch.randperm(parameter.numel(), device=parameter.device)
+            parameter.copy_(parameter.flatten()[order].view(parameter.shape))
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and all(p.requires_grad for p in module.parameters()):
+            module.reset_running_stats()
+    return twin
 
 
 def like(backbone: nn.Module, module: nn.Module) -> nn.Module:
@@ -59,12 +84,12 @@ def frozen_teacher(
         ValueError: when the teacher has parameters of the `backbone`.
     """
     if isinstance(teacher, FrozenTeacher):
-        _check_apart(teacher.network, backbone)
+        check_apart(teacher.network, backbone)
         return teacher
     network = load_teacher(teacher, name, heads=heads)
     if heads is None and isinstance(network, AuxiliaryNetwork | ProjectionHead):
         network = network.backbone
-    _check_apart(network, backbone)
+    check_apart(network, backbone)
     if isinstance(teacher, nn.Module):
         return FrozenTeacher(network)
     frozen = FrozenTeacher(network, str(teacher))  # its checksum is that of the file, whatever the backbone's dtype
@@ -72,12 +97,14 @@ def frozen_teacher(
     return frozen
 
 
-def _check_apart(teacher: nn.Module, backbone: nn.Module) -> None:
+def check_apart(teacher: nn.Module, backbone: nn.Module, names: tuple[str, str] = ("teacher", "backbone")) -> None:
+    """Raise where the first network, which will be frozen, has parameters of the second; errors call them `names`."""
     learns = {id(parameter) for parameter in backbone.parameters()}
     if any(id(parameter) in learns for parameter in teacher.parameters()):
         raise ValueError(
-            f"teacher ({type(teacher).__name__}) and backbone ({type(backbone).__name__}) have parameters in common, but the "
-            "teacher is frozen and the backbone learns; give two networks, such as copy.deepcopy(backbone) for the teacher."
+            f"{names[0]} ({type(teacher).__name__}) and {names[1]} ({type(backbone).__name__}) have parameters in common, but "
+            f"the {names[0]} is frozen and the {names[1]} learns; give two networks, such as copy.deepcopy({names[1]}) for the "
+            f"{names[0]}."
         )
 
 
