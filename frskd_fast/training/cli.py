@@ -88,7 +88,8 @@ def _recipes(words: Sequence[str]) -> int:
     if not words:
         for method, names in methods.items():
             counts = collections.Counter(name.partition("_")[0] for name in names)
-            print(f"{method.ljust(max(map(len, methods)))}  {len(names):3}  {', '.join(f'{data} ({n})' for data, n in counts.items())}")
+            parts = ", ".join(f"{data} ({count})" for data, count in counts.items())
+            print(f"{method.ljust(max(map(len, methods)))}  {len(names):3}  {parts}")
         print("\nfrskd-fast recipes METHOD lists those of one method, frskd-fast recipes RECIPE prints one.")
     elif words[0] in methods:
         names = methods[words[0]]
