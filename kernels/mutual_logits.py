@@ -176,7 +176,7 @@ def forward(
         together, labels, weight, row_losses, gradients, rows, classes,
         settings.temperature, settings.offset, torch.finfo(dtype).tiny, settings.ignore_index,
         HEADS=heads, HAS_TARGETS=targets is not None, BLOCK=block, STEP=_STEP, ACCUMULATE=accumulate,
-        num_warps=power_of_two(block // 256, 4, 16),
+        num_warps=power_of_two(block // 128, 4, 16),
     )  # fmt: skip
     launch(
         _terms_kernel, 1, device,
