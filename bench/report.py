@@ -27,8 +27,8 @@ README_ROWS = (
     ("FRSKD loss", "loss", "", "fp32", "channels_last"),
     ("FRSKD loss", "loss", "", "bf16", "channels_last"),
     ("two cross-entropies and KD of logits", "logits", "4096x1000", "fp32", "rows"),
-    ("node of the self-teacher with BatchNorm", "fusion", "batch-norm up", "fp32", "channels_last"),
-    ("self-teacher", "self_teacher", "", "fp32", "channels_last"),
+    ("loss", "methods", "HSAKD N=64", "fp32", "rows"),
+    ("loss", "methods", "SSKD D=128 N=64", "fp32", "rows"),
     ("training step", "step", "", "fp32", "channels_last"),
 )
 
