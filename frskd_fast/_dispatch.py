@@ -40,12 +40,6 @@ ANY = ""
 TABLE: dict[tuple[str, str], tuple[Line, ...]] = {
     (ANY, "cpu"): (_CPU,),
     (ANY, "cuda"): (_GPU,),
-    # Cross-entropies alone: a kernel gains only where logits exceed the caches, over which PyTorch passes more often.
-    ("logits", "cpu"): (
-        _CPU._replace(forms=("alone",), least_size=1 << 20),
-        _CPU._replace(implementations=(), forms=("alone",)),
-        _CPU,
-    ),
 }
 
 # What a compiler fuses by itself with its neighbours, while a kernel of ours is opaque to it: the means of one head of logits;

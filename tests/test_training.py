@@ -24,7 +24,6 @@ from data_files import write_image_folder
 from torchmetrics.classification import MulticlassAccuracy
 from training_utils import DISTILLING, PLAIN, SCHEDULES, SmallNet, epochs, small_run, steps, weights
 
-from frskd_fast import use_impl
 from frskd_fast.models import create_model
 from frskd_fast.native import logits as native_logits
 from frskd_fast.reference.logits import check_label_range
@@ -426,9 +425,7 @@ def test_a_step_reads_nothing_from_the_device_but_every_n_steps(tmp_path: Path) 
     # Hooks of the CPU optimiser aside, what the task, the module and the callbacks do in a step.
     module = DistillationModule(10, PLAIN, "training_utils.SmallNet", optimizer="torch.optim.SGD")
     module.optimizer_step = lambda epoch, index, optimizer, closure: closure()  # type: ignore[method-assign]
-    # On a CPU, where nothing waits, "auto" has a form that reads the labels.
-    with use_impl("cpu"):
-        trainer.fit(module, DigitsData(as_rgb=True, batch_size=20, evaluate_on="test"))
+    trainer.fit(module, DigitsData(as_rgb=True, batch_size=20, evaluate_on="test"))
     assert records.reads == 3  # of 10 steps: the first, the fifth, the ninth
     assert len(steps(tmp_path)) == 3
 

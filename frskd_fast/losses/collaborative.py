@@ -181,7 +181,7 @@ class CollaborativeTeachingLoss(Loss[CollaborativeTeachingLossParts]):
         """CE(scratch) + CE(student) + gamma * hint, and the unweighted terms."""
         if is_mix(targets) and isinstance(targets[2], Tensor):
             targets = mixed_probabilities(targets, student, self.ignore_index, self.label_smoothing)
-        impl = _dispatch.choose_for("logits", self.impl, student, logits.ALONE)
+        impl = _dispatch.choose_for("logits", self.impl, student)
         pair = (student, scratch)
         labels = checked_labels(targets, pair, False, self.ignore_index, check_range=_dispatch.is_plain(impl))
         places = [(2, 2), (3, 3)] if labels.second else [(2, 2), ()]

@@ -14,7 +14,6 @@ from frskd_fast.mixing import joint_labels
 from frskd_fast.ops import _checks
 from frskd_fast.ops.head_objective import Sources, head_objective
 from frskd_fast.ops.labels import IGNORED, Labels, checked_labels, is_mix, mixed_probabilities
-from frskd_fast.ops.logits import ALONE
 from frskd_fast.reference.logits import Settings
 
 __all__ = [
@@ -150,7 +149,7 @@ class _HSAKDLoss(Loss[Parts]):
         the main heads are those of the upright images; auxiliary heads have `joint` labels or none.
         """
         main = networks[0]
-        impl = _dispatch.choose_for("logits", self.impl, main, "" if frozen or len(networks) > heads else ALONE)
+        impl = _dispatch.choose_for("logits", self.impl, main)
         images = _image_labels(targets, main, self.ignore_index, impl)
         tensors = [*networks, *frozen]
         places = []

@@ -13,7 +13,7 @@ from frskd_fast.ops import logits
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.labels import kept
 from frskd_fast.reference.combine import weighted_mean
-from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted, mean_cross_entropy
+from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted
 
 
 class Sources(NamedTuple):
@@ -78,9 +78,6 @@ def head_objective(tensors: Sequence[Tensor], sources: Sources, settings: Settin
     students, teachers, targets, targets_b = sources.heads(tensors)
     ces, kds = [], []
     for head, student in enumerate(students):
-        if logits.is_plain_mean(student, teachers, targets, targets_b):
-            ces.append(mean_cross_entropy(student, targets[head], settings.label_smoothing, settings.ignore_index))
-            continue
         ce, _, kd, weight = logits.reference_rows(
             student,
             teachers[head] if teachers else None,

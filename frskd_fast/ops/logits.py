@@ -19,7 +19,6 @@ from frskd_fast.reference.dtypes import accumulate_dtype
 from frskd_fast.reference.logits import Heads, Saved, Settings, Upstream, Wanted, row_count
 
 REDUCTIONS = ("batchmean", "sum", "none")
-ALONE = "alone"  # the form of a call without a teacher: cross-entropies, which PyTorch fuses itself
 
 
 @_table.register("logits")
@@ -198,7 +197,7 @@ def logit_losses(
         if head:
             _checks.same(students[0], "student_logits[0]", student, f"student_logits{suffix}")
     first = students[0]
-    name = _dispatch.choose_for("logits", impl, first, "" if teachers else ALONE)
+    name = _dispatch.choose_for("logits", impl, first)
     plain = _dispatch.is_plain(name)
     labels = checked_labels(targets, students, several, ignore_index, check_range=plain)
     settings = Settings(labels.mix, label_smoothing, _checks.whole_number(ignore_index, "ignore_index"), temperature)
@@ -268,14 +267,6 @@ def reference_rows(
     return ce_student, ce_teacher, kd, weight
 
 
-def is_plain_mean(
-    student: Tensor, teachers: Sequence[Tensor], targets: Sequence[Tensor], targets_b: Sequence[Tensor]
-) -> bool:
-    """Whether the mean over rows is PyTorch's own cross-entropy: no teacher, and one label for each row, which was checked."""
-    checked = student.device.type == "cpu" and not torch.compiler.is_compiling()
-    return checked and bool(targets) and not (teachers or targets_b or targets[0].dtype.is_floating_point)
-
-
 def _reference(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
@@ -287,12 +278,6 @@ def _reference(
 ) -> tuple[Any, Any, Any]:
     heads = []
     for head, student in enumerate(students):
-        if reduction == "batchmean" and is_plain_mean(student, teachers, labels.first, labels.second):
-            mean = reference.mean_cross_entropy(
-                student, labels.first[head], settings.label_smoothing, settings.ignore_index
-            )
-            heads.append((mean, torch.zeros_like(mean), torch.zeros_like(mean)))
-            continue
         ce_student, ce_teacher, kd, weight = reference_rows(
             student,
             teachers[head] if teachers else None,

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from frskd_fast.reference.dtypes import accumulate_dtype
@@ -106,20 +105,6 @@ def index_cross_entropy(
     if label_smoothing > 0.0:
         loss = loss - label_smoothing * log_probability.mean(1)
     return loss.masked_fill(~kept, 0.0), kept.to(loss.dtype)
-
-
-def mean_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float, ignore_index: int) -> Tensor:
-    """The mean of `index_cross_entropy` over the rows that count, 0 where none does; on the CPU, labels all in range."""
-    logits = logits.to(accumulate_dtype(logits.dtype))
-    counts = bool((labels != ignore_index).any())
-    # PyTorch's own mean over no row is NaN.
-    return F.cross_entropy(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="mean" if counts else "sum",
-    )
 
 
 def probability_cross_entropy(logits: Tensor, probabilities: Tensor, label_smoothing: float = 0.0) -> Tensor:
