@@ -26,6 +26,8 @@ class Task(nn.Module):
         channels_last: whether images are brought to `torch.channels_last`.
         views: "plain" for images (N, C, H, W); "rotations" for their four rotations (4N, C, H, W), in the order of
             `frskd_fast.mixing.rotate4`. Targets are those of the N images. In evaluation images are plain.
+        predicts: "classes" for logits (N, K) against targets (N,); "maps" for logits (N, K, h, w) against targets (N, H, W),
+            which bilinear interpolation brings to the size of the targets.
         may_be_zero: names of the scalars of `forward` that may be exactly zero in the first steps and mean no harm: terms
             that grow over the epochs, or whose weight is 0. The trainer's guard stops a run for any other. A property
             where settings decide.
@@ -34,6 +36,7 @@ class Task(nn.Module):
     backbone: nn.Module
     channels_last: bool
     views: str = "plain"
+    predicts: str = "classes"
     may_be_zero: Collection[str] = ()
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:

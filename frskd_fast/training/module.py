@@ -8,8 +8,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import create_model
@@ -18,6 +16,7 @@ from frskd_fast.models.last_linear import last_linear
 from frskd_fast.tasks import Student, Task
 
 from .class_paths import Settings, build
+from .evaluation import evaluation_for
 from .metrics import MeanOfParts
 
 SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}}
@@ -100,16 +99,7 @@ class DistillationModule(LightningModule):
         self.teacher_outputs: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
         self.seed = torch.initial_seed()
         self.training_means: MeanOfParts | None = None
-        self.evaluation = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-                "accuracy_top5": MulticlassAccuracy(
-                    num_classes, top_k=min(5, num_classes), average="micro", validate_args=False
-                ),
-                "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
-            },
-            compute_groups=False,
-        )
+        self.evaluation = evaluation_for(self.task, num_classes)
         # The loss, and what the task measures besides; the names are known after the first batch.
         self.evaluation_means: MeanOfParts | None = None
         # What goes into checkpoints, so that an export knows the student's input.
@@ -187,7 +177,7 @@ class DistillationModule(LightningModule):
             measured = {
                 **parts,
                 **{
-                    name.removesuffix("output") + "accuracy": fraction_correct(value, targets)
+                    name.removesuffix("output") + self.evaluation.in_training: self.evaluation.correct(value, targets)
                     for name, value in outputs.items()
                     if name.endswith("output")  # "teacher_output", too
                 },
@@ -235,15 +225,13 @@ class DistillationModule(LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, targets = batch
         measured = dict(self.task.evaluate(images, targets))
-        logits = measured.pop("output").float()
-        self.evaluation.update(logits, targets)
-        measured = {"loss": nn.functional.cross_entropy(logits, targets), **measured}
+        measured = {"loss": self.evaluation.update(measured.pop("output").float(), targets), **measured}
         if self.evaluation_means is None:
             self.evaluation_means = MeanOfParts(list(measured)).to(images.device)
         self.evaluation_means.update(list(measured.values()), images.shape[0])
 
     def _log_evaluation(self, stage: str) -> None:
-        values: dict[str, Any] = dict(self.evaluation.compute())
+        values = self.evaluation.compute()
         if self.evaluation_means is not None:
             means = self.evaluation_means.compute().reshape(-1).unbind()
             values.update(zip(self.evaluation_means.names, means, strict=True))
@@ -332,19 +320,3 @@ def step_seed(seed: int, epoch: int, batch: int, rank: int = 0) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
         state ^= state >> 31
     return state >> 1
-
-
-def fraction_correct(logits: Tensor, targets: Any) -> Tensor:
-    """Mean over the images of [argmax_k logits = target], for mixup and cutmix of both labels, mixed by lam.
-
-    Example:
-        >>> fraction_correct(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])).item()
-        0.5
-    """
-    if isinstance(targets, tuple | list):
-        *labels, mix = targets
-        first, second = (fraction_correct(logits, one) for one in labels)
-        mixed: Tensor = mix * first + (1 - mix) * second
-        return mixed
-    correct: Tensor = logits.argmax(1) == targets
-    return correct.float().mean()
