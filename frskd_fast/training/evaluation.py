@@ -37,6 +37,10 @@ class Evaluation(nn.Module):
         """Add a batch; returns its cross-entropy, a mean over images."""
         raise NotImplementedError
 
+    def prediction(self, output: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
+        """What the output says of each image, whose targets have this size: what `frskd-fast predict` writes down."""
+        raise NotImplementedError
+
     def compute(self) -> dict[str, Tensor]:
         """The metrics by name, over all processes."""
         raise NotImplementedError
@@ -70,6 +74,10 @@ class EvaluationOfClasses(Evaluation):
     def update(self, output: Tensor, targets: Tensor) -> Tensor:
         self.metrics.update(output, targets)
         return nn.functional.cross_entropy(output, targets)
+
+    def prediction(self, output: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
+        probability, classes = output.softmax(1).max(1)
+        return {"class": classes, "probability": probability}
 
     def compute(self) -> dict[str, Tensor]:
         return dict(self.metrics.compute())
@@ -126,6 +134,9 @@ class EvaluationOfMaps(Evaluation):
             losses.append(total / valid.sum().clamp(min=1))
         return torch.stack(losses).mean()
 
+    def prediction(self, output: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
+        return {"mask": torch.cat([resized(maps, size).argmax(1) for maps in output.split(1)])}
+
     def compute(self) -> dict[str, Tensor]:
         return measures_of(self.confusion.compute()[:-1, :-1].double(), self.names)
 
@@ -158,10 +169,7 @@ def measures_of(confusion: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (N, K, h, w) at size (H, W), bilinearly with align_corners=False, in float32 at least."""
-    maps = maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
-    if maps.shape[-2:] == tuple(size):
-        return maps
+    """Maps (N, K, h, w) at size (H, W), bilinearly with align_corners=False."""
     return nn.functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 

@@ -17,6 +17,7 @@ from frskd_fast.tasks import Student, Task
 
 from .class_paths import Settings, build
 from .evaluation import evaluation_for
+from .export import is_of_the_package
 from .metrics import MeanOfParts
 
 SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}}
@@ -93,7 +94,10 @@ class DistillationModule(LightningModule):
         )
         student = self.task.student()
         # Then an export has to ask the task for it.
-        self.has_own_student = type(student) is not Student or student.backbone is not network
+        kind = type(student)
+        self.kind_of_student = f"{kind.__module__}.{kind.__qualname__}"
+        as_any = is_of_the_package(self.kind_of_student) and kind.__init__ is Student.__init__
+        self.has_own_student = student.backbone is not network or not as_any
         if compile:
             self.task.compile()
         self.teacher_outputs: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
@@ -111,7 +115,7 @@ class DistillationModule(LightningModule):
         return self.task.student().backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        """The student's logits (N, K)."""
+        """The student's logits (N, K), or maps of them (N, K, H, W)."""
         logits: Tensor = self.task.student()(images)
         return logits
 
@@ -120,6 +124,7 @@ class DistillationModule(LightningModule):
         # Before a checkpoint is loaded, which Lightning does ahead of the conversion: float64 weights would be rounded.
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
+        self.evaluation.name_classes(getattr(data, "class_names", None))
         size = getattr(data, "image_size", None)
         if data is None or size is None:
             return
@@ -134,7 +139,7 @@ class DistillationModule(LightningModule):
                 f"data.crop_each_view is set, which hands out four rotations of each image, but {type(self.task).__name__} "
                 f"takes {self.task.views} images; set it to false."
             )
-        if stage == "fit" and self.trainer.is_global_zero:
+        if stage == "fit" and self.trainer.is_global_zero and self.task.predicts == "classes":
             from .data import warn_if_stem_mismatch
 
             warn_if_stem_mismatch(self.backbone, (int(size[0]), int(size[1])), self.images["channels"])
@@ -217,10 +222,9 @@ class DistillationModule(LightningModule):
         self._log_evaluation("test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Class, and its probability, of each image."""
-        logits = self.task(batch[0])["output"]
-        probability, classes = logits.float().softmax(1).max(1)
-        return {"class": classes, "probability": probability}
+        """What the task says of each image: class and probability, or a mask of the size of the targets."""
+        images, targets = batch
+        return self.evaluation.prediction(self.task(images)["output"].float(), targets.shape[1:])
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, targets = batch
@@ -275,6 +279,8 @@ class DistillationModule(LightningModule):
             "images": self.images,
             "channels_last": self.task.student().channels_last,
             "own_student": self.has_own_student,
+            "student": self.kind_of_student,
+            "predicts": self.task.predicts,
         }
         if self.training_means is not None:
             saved = self.training_means.saved()
