@@ -2,10 +2,12 @@
 
 from .base import ImageData
 from .cifar import CIFARData, read_cifar
+from .digit_scenes import DigitScenesData
 from .digits import DigitsData
 from .errors import CorruptImageError, DataFileError, MissingDataError
 from .folder import FileReader, ImageFolderData
 from .loader import ArrayReader, ImageBatch, ImageLoader, Reader, Request
+from .segmentation import PairReader, SegmentationData
 from .stem import stem_stride, warn_if_stem_mismatch
 from .stl10 import STL10Data
 
@@ -14,6 +16,7 @@ __all__ = [
     "CIFARData",
     "CorruptImageError",
     "DataFileError",
+    "DigitScenesData",
     "DigitsData",
     "FileReader",
     "ImageBatch",
@@ -21,9 +24,11 @@ __all__ = [
     "ImageFolderData",
     "ImageLoader",
     "MissingDataError",
+    "PairReader",
     "Reader",
     "Request",
     "STL10Data",
+    "SegmentationData",
     "read_cifar",
     "stem_stride",
     "warn_if_stem_mismatch",
