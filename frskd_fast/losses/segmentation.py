@@ -112,6 +112,7 @@ class SegmentationLoss(Loss[SegmentationLossParts]):
         """
         if targets is None:
             raise TypeError("targets is None, but class indices (N, H, W) were wanted.")
+        logit_maps.checked_maps(student_maps, teacher_maps)
         if isinstance(ramp, Tensor):
             ramp = weight_tensor(ramp, "ramp", student_maps)
         else:
@@ -122,7 +123,6 @@ class SegmentationLoss(Loss[SegmentationLossParts]):
         else:
             ce_student, ce_teacher, kd = self._map_losses(student_maps, None, targets)
             if teacher_maps is not None:
-                logit_maps.checked_maps(student_maps, teacher_maps)
                 ce_teacher, _, _ = self._map_losses(teacher_maps, None, targets)
         transfer = torch.zeros_like(kd)
         if distils and self.beta != 0.0:

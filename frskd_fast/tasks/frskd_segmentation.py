@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frskd_fast.losses import SegmentationLoss
-from frskd_fast.models import SegmentationNetwork, create_model
+from frskd_fast.models import create_model
 from frskd_fast.models.dry_pass import dry_pass
 from frskd_fast.ops import _checks
 
