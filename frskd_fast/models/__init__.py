@@ -28,6 +28,7 @@ from .cifar_resnet import (
     resnet110,
 )
 from .cifar_wide_resnet import CIFARWideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
+from .efficientdet_seg import EfficientDetSeg, efficientdet_seg_d0, efficientdet_seg_d1, efficientdet_seg_d2
 from .ffl import FFLResNet, FusionModule
 from .mobilenet import MobileNetV2, mobilenetv2, mobilenetv2_aux
 from .projection import ProjectionHead
@@ -50,6 +51,7 @@ __all__ = [
     "CIFARResNet",
     "CIFARWideResNet",
     "CheckpointError",
+    "EfficientDetSeg",
     "ExtractorBackbone",
     "FFLResNet",
     "FusionModule",
@@ -66,6 +68,9 @@ __all__ = [
     "cifar_resnet50",
     "cifarresnet18",
     "create_model",
+    "efficientdet_seg_d0",
+    "efficientdet_seg_d1",
+    "efficientdet_seg_d2",
     "list_models",
     "load_backbone_weights",
     "load_teacher",

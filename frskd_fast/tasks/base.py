@@ -26,8 +26,10 @@ class Task(nn.Module):
         channels_last: whether images are brought to `torch.channels_last`.
         views: "plain" for images (N, C, H, W); "rotations" for their four rotations (4N, C, H, W), in the order of
             `frskd_fast.mixing.rotate4`. Targets are those of the N images. In evaluation images are plain.
-        predicts: "classes" for logits (N, K) against targets (N,); "maps" for logits (N, K, h, w) against targets (N, H, W),
-            which bilinear interpolation brings to the size of the targets.
+        predicts: "classes" for logits (N, K) of images; "maps" for class scores (N, K, h, w) of pixels. There targets are
+            class indices (N, H, W), and `output`, of `forward` and `evaluate` alike, may be smaller than they: whoever
+            measures it brings it to their size by `F.interpolate(output, size=targets.shape[-2:], mode="bilinear")`.
+            `student()` gives scores at the size of the images.
         may_be_zero: names of the scalars of `forward` that may be exactly zero in the first steps and mean no harm: terms
             that grow over the epochs, or whose weight is 0. The trainer's guard stops a run for any other. A property
             where settings decide.
@@ -81,10 +83,10 @@ class Task(nn.Module):
 
         Args:
             images: (N, C, H, W), plain ones, whatever `views` is.
-            targets: class indices (N,).
+            targets: class indices (N,), or (N, H, W) where `predicts` says so.
 
         Returns:
-            `output`, the student's logits (N, K), of which the trainer measures `accuracy` and more; besides, scalars under
+            `output`, the student's logits, of which the trainer measures `accuracy` and more; besides, scalars under
             the names of further metrics: means over the batch, which the trainer averages by images.
         """
         # Called, not `forward`: that reaches what was compiled or sharded. Do it once first where networks are called apart.
@@ -94,6 +96,10 @@ class Task(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups: one of all that trains, unless the method has settings of its own for some."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the networks that no term of the loss reaches: they are frozen, and may well stay random."""
+        return []
 
     def networks(self) -> list[nn.Module]:
         """The modules with parameters that are called as wholes, inner ones first: the units in which FSDP shards.
@@ -335,8 +341,11 @@ def logits_of(backbone: nn.Module, images: Tensor, name: str = "backbone") -> Te
     )
 
 
-def called(network: nn.Module, images: Tensor, name: str, **more: Any) -> Any:
-    """`network(images, **more)`; where one image leaves a BatchNorm one value per channel, the error says so of `images`."""
+def called(network: Callable[..., Any], images: Tensor, name: str, **more: Any) -> Any:
+    """`network(images, **more)`; where one image leaves a BatchNorm one value per channel, the error says so of `images`.
+
+    `network` may be a method of a network.
+    """
     if torch.compiler.is_compiling():
         return network(images, **more)
     try:
@@ -350,8 +359,9 @@ def called(network: nn.Module, images: Tensor, name: str, **more: Any) -> Any:
         ) from error
 
 
-def _kind(network: nn.Module) -> str:
+def _kind(network: Callable[..., Any]) -> str:
     """The name of the network's class, of a frozen one's own."""
+    network = getattr(network, "__self__", network)
     return type(network.network if isinstance(network, FrozenTeacher) else network).__name__
 
 

@@ -89,9 +89,9 @@ class DistillationModule(LightningModule):
             )
         # A network that a package of the user's or timm makes may come with trained weights.
         own_weights = bool((backbone_args or {}).get("pretrained")) or ("." in backbone and "timm:" not in backbone)
-        self.needs_weights = (
-            weights is None and not own_weights and not all(parameter.requires_grad for parameter in trainable)
-        )
+        unused = {id(parameter) for parameter in self.task.unused_parameters()}
+        frozen = [p for p in trainable if not p.requires_grad and id(p) not in unused]
+        self.needs_weights = weights is None and not own_weights and bool(frozen)
         student = self.task.student()
         # Then an export has to ask the task for it.
         kind = type(student)
