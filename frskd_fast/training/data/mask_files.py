@@ -44,7 +44,7 @@ class MaskFolderData(SegmentationData):
         (3, ('field', 'road', 'house'), (256, 256))
     """
 
-    def __init__(self, root: str = "data", classes: int | list[str] = 2, **common: Any) -> None:
+    def __init__(self, root: str, classes: int | list[str], **common: Any) -> None:
         named = not isinstance(classes, int)
         count = len(classes) if isinstance(classes, (list, tuple)) else classes
         super().__init__(whole_number(count, "classes", 1, 255), **common)
