@@ -43,7 +43,7 @@ class DigitScenesData(SegmentationData):
         >>> data = DigitScenesData(training_scenes=4, batch_size=2)
         >>> images, masks = data.on_after_batch_transfer(next(iter(data.train_dataloader())))
         >>> images.shape, masks.shape, data.class_names[:2]
-        (torch.Size([2, 3, 96, 96]), torch.Size([2, 96, 96]), ('background', '0'))
+        (torch.Size([2, 3, 96, 96]), torch.Size([2, 96, 96]), ('background', 'digit 0'))
 
     Source: ours; the digits are those of E. Alpaydin and C. Kaynak, UCI repository, 1998.
     """
@@ -63,15 +63,22 @@ class DigitScenesData(SegmentationData):
         **common: Any,
     ) -> None:
         super().__init__(
-            crop_size, short_side, flip, mean=mean, std=std, workers=workers, batch_size=batch_size, **common
+            1 + CLASSES,
+            crop_size,
+            short_side,
+            flip,
+            mean=mean,
+            std=std,
+            workers=workers,
+            batch_size=batch_size,
+            **common,
         )
         self.training_scenes = whole_number(training_scenes, "training_scenes", 1)
         self.evaluation_scenes = whole_number(evaluation_scenes, "evaluation_scenes", 1)
         if evaluate_on not in ("validation", "test"):
             raise ValueError(f"evaluate_on is {evaluate_on!r}, but 'validation' or 'test' was wanted.")
         self.evaluate_on = evaluate_on
-        self.num_classes = 1 + CLASSES
-        self.class_names = ("background", *map(str, range(CLASSES)))
+        self.class_names = ("background", *(f"digit {digit}" for digit in range(CLASSES)))
 
     def make_reader(self, part: Part) -> PairReader:
         """The scenes of one part, in memory."""

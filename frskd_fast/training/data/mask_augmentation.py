@@ -76,7 +76,7 @@ def resample_images(images: Tensor, windows: Tensor, size: tuple[int, int]) -> T
 
     The rows of A_n are the weights of Pillow's bilinear filter, which averages when it shrinks, then of Pillow's Gaussian
     blur: three boxes in a row, edges repeated. Pillow rounds to whole grey levels after every step, here nothing is
-    rounded, so that the two differ by about one level.
+    rounded, so that the two differ by up to one level, with blur by up to four on white noise.
 
     Args:
         images: (N, C, H, W), of any dtype; the image n is in the upper left corner, as large as its window says.
@@ -133,7 +133,7 @@ def _weights(
     pixel = torch.arange(length, device=side.device)
     seen = torch.where(flipped != 0, side - 1 - pixel, pixel)  # where the flip brings it
     # The filter's triangle is as wide as a pixel of the coarser of the two images. Whole numbers make its tip exact.
-    distance = ((2 * seen + 1) * scaled - (2 * place + 1) * side).abs().float() / (2 * torch.maximum(side, scaled))
+    distance = ((2 * seen + 1) * scaled - (2 * place + 1) * side).abs_().float() / (2 * torch.maximum(side, scaled))
     weights = (1 - distance).clamp(min=0) * ((pixel < side) & (place < scaled))
     weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-6)
     # A box of fractional radius a < 1 has the weights (a, 1, a) / (2 a + 1). Three of them have the variance radius^2.

@@ -32,6 +32,7 @@ class SegmentationData(ImageData):
     `class_names` has K names, or is None.
 
     Args:
+        num_classes: K.
         crop_size: side of the square images that the network sees, or (h, w).
         short_side: bounds of the random length to which the shorter side of a training image is scaled, in pixels, both
             included. The window is cut out of the scaled image, after black padding where it is smaller than the window.
@@ -54,6 +55,7 @@ class SegmentationData(ImageData):
 
     def __init__(
         self,
+        num_classes: int,
         crop_size: int | tuple[int, int] = 512,
         short_side: tuple[int, int] = (256, 1024),
         flip: float = 0.5,
@@ -81,8 +83,18 @@ class SegmentationData(ImageData):
         low, high = short_side
         self.short_side = whole_number(low, "short_side", 1), whole_number(high, "short_side", low)
         self.flip, self.blur = probability(flip, "flip"), probability(blur, "blur")
-        self.pad_label = whole_number(pad_label, "pad_label", 0, LARGEST_LABEL)
+        self.num_classes = num_classes
         self.ignore_index = whole_number(ignore_index, "ignore_index", 0, LARGEST_LABEL)
+        self.pad_label = whole_number(pad_label, "pad_label", 0, LARGEST_LABEL)
+        if self.ignore_index < num_classes:
+            raise ValueError(
+                f"ignore_index is {ignore_index}, which is one of the {num_classes} classes and would count in the metrics; "
+                f"a label from {num_classes} to {LARGEST_LABEL} was wanted."
+            )
+        if num_classes <= self.pad_label != self.ignore_index:
+            raise ValueError(
+                f"pad_label is {pad_label}, but one of the {num_classes} classes or ignore_index ({ignore_index}) was wanted."
+            )
         self.mean, self.std = colour_statistics(mean, std, 3)
         self.transforms = transforms
 
