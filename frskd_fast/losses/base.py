@@ -253,8 +253,8 @@ def weight_tensor(weight: Tensor, name: str, like: Tensor) -> Tensor:
     """`weight`, which the errors call `name`, as a scalar without a gradient in the accumulate dtype of `like`."""
     if weight.numel() != 1 or not weight.is_floating_point() or weight.device != like.device:
         raise ValueError(
-            f"{name} is a tensor of shape {tuple(weight.shape)} and dtype {weight.dtype} on {weight.device}, but a number, or a "
-            f"floating-point tensor of one element on {like.device}, was wanted."
+            f"{name} is a tensor of shape {tuple(weight.shape)} and dtype {weight.dtype} on {weight.device}, but a number, or "
+            f"a floating-point tensor of one element on {like.device}, was wanted."
         )
     return weight.detach().reshape(()).to(accumulate_dtype(like.dtype))
 

@@ -83,8 +83,8 @@ class SegmentationLoss(Loss[SegmentationLossParts]):
         self.ignore_index = _checks.whole_number(ignore_index, "ignore_index")
         self.label_smoothing = _checks.unit_interval(label_smoothing, "label_smoothing")
         self.impl = _dispatch.check_name(impl, "the argument impl")
-        weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.get_default_dtype())
-        self.register_buffer("class_weights", weights, persistent=False)  # a setting, not a state
+        # A setting and not a state, so not in checkpoints.
+        self.register_buffer("class_weights", _weights_of_classes(class_weights), persistent=False)
 
     def forward(
         self,
@@ -140,3 +140,12 @@ class SegmentationLoss(Loss[SegmentationLossParts]):
             student, teacher, targets, None, self.temperature, self.class_weights, self.label_smoothing,
             self.ignore_index, "mean", True, self.impl,
         )  # fmt: skip
+
+
+def _weights_of_classes(weights: Any) -> Tensor | None:
+    if weights is None:
+        return None
+    try:
+        return torch.as_tensor(weights) * 1.0  # whole numbers, too
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"class_weights is {weights!r}, but a number for each class was wanted.") from None

@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from frskd_fast.ops import _checks
 from .base import Student, Task, called, laid_out, one_dtype
 from .networks import check_module, like
 
+T = TypeVar("T")
 RAMPS = ("anneal", "constant")
 
 
@@ -57,9 +58,8 @@ class FRSKDSegmentationTask(Task):
 
     Args:
         backbone: a segmentation network, `network(images) -> (student_feats, teacher_feats, student_maps, teacher_maps)` with
-            `num_classes` and `student_maps(images)`, such as `frskd_fast.models.EfficientDetSeg`; or a network that gives
-            feature maps, which `frskd_fast.models.SegmentationNetwork` makes into one; or a name for `create_model`. It is
-            used, not copied.
+            `num_classes` and `student_maps(images)`, such as `frskd_fast.models.EfficientDetSeg`, or the name of one for
+            `create_model`. It is used, not copied.
         num_classes: number of classes K; None takes the backbone's own.
         alpha, beta, temperature, ignore_index: as in `SegmentationLoss`.
         warmup_epochs: W, how many epochs are without distillation.
@@ -82,11 +82,11 @@ class FRSKDSegmentationTask(Task):
     | key | value |
     | --- | --- |
     | `loss` | scalar, float32 (float64); call `.backward()` on it |
-    | `output`, `teacher_output` | class scores (N, K, h, w) of student and self-teacher at low resolution, attached to the graph |
+    | `output`, `teacher_output` | class scores (N, K, h, w) of student and self-teacher, attached to the graph |
     | `ce_student`, `ce_teacher`, `kd`, `attention` | scalars before their weights, detached, for logging |
 
-    In evaluation mode, or without targets, the student works alone and the dict is `{"output": scores}`, at low resolution,
-    too. With `alpha` = 0 training gives `loss`, `output` and `ce_student`.
+    Scores are at the network's resolution, which the loss brings to the labels'. In evaluation mode, or without targets, the
+    student works alone and the dict is `{"output": scores}`. With `alpha` = 0 training gives `loss`, `output` and `ce_student`.
 
     Raises:
         TypeError, ValueError: a sentence naming the argument, what came and what was wanted.
@@ -217,8 +217,14 @@ class FRSKDSegmentationTask(Task):
 
     def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Feature maps of the student, and of the self-teacher where there is one."""
-        student_feats, teacher_feats, *_ = all_outputs_of(self.backbone, laid_out(images, self.channels_last))
-        return {"student": student_feats, **({} if self.loss.alpha == 0.0 else {"self-teacher": teacher_feats})}
+        return self._of_both(*all_outputs_of(self.backbone, laid_out(images, self.channels_last))[:2])
+
+    def predicted_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Class scores (N, K, h, w) of the student, and of the self-teacher where there is one."""
+        return self._of_both(*all_outputs_of(self.backbone, laid_out(images, self.channels_last))[2:])
+
+    def _of_both(self, student: T, teacher: T) -> dict[str, T]:
+        return {"student": student} if self.loss.alpha == 0.0 else {"student": student, "self-teacher": teacher}
 
     def student(self) -> SegmentationStudent:
         """The student alone, `student(images) -> scores` at the size of the images, as `Task.student`."""
@@ -265,12 +271,10 @@ def _segmentation_network(backbone: nn.Module | str, num_classes: int | None) ->
                 "num_classes out, or build the network for as many."
             )
         return backbone
-    if num_classes is None and not isinstance(own, int):
-        raise ValueError(
-            f"num_classes is None, and backbone ({type(backbone).__name__}) does not say how many classes there are; give "
-            "num_classes."
-        )
-    return like(backbone, SegmentationNetwork(backbone, own if num_classes is None else num_classes))
+    raise TypeError(
+        f"backbone ({type(backbone).__name__}) has no student_maps(images), but a segmentation network was wanted, such as "
+        "frskd_fast.models.EfficientDetSeg."
+    )
 
 
 def _not_reached(network: nn.Module, outputs: Callable[[Tensor], list[Tensor]]) -> list[str]:
