@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from frskd_fast.ops._checks import check_positive_integer
 
 from ._checks import check_images
-from .efficientnet import build_stages
+from .efficientnet import build_stages, names_in_files
 from .registry import register_model
 
 LEVELS = range(2, 8)  # P2 to P7: level l has stride 2^l
@@ -112,6 +112,8 @@ class EfficientDetSeg(nn.Module):
     Attributes:
         num_classes: K.
         feature_channels: channels of each of the feature maps.
+        names_of_part: for the files of other programs that hold the backbone alone, a name in the file for each of its
+            tensors; `load_backbone_weights` reads them.
 
     Calling `network(images)` with images (N, 3, H, W), floating point, of 32 pixels a side or more, returns
     `(student_feats, teacher_feats, student_maps, teacher_maps)`: six maps each of strides 4 to 128 (P2 to P7), and logits
@@ -125,7 +127,8 @@ class EfficientDetSeg(nn.Module):
 
     Differences from the original:
         * Any image size works, see `original_resizing`.
-        * The weights of the backbone are random; nothing is downloaded.
+        * The weights of the backbone are random. `load_backbone_weights` takes ImageNet's from a file of efficientnet-pytorch
+          or timm; nothing is downloaded.
         * The maps stay at stride 4; the original enlarges them to the images' size at the end of the forward pass.
         * The convolutions `smooth1` and `smooth2`, which the original registers and never calls, do not require gradients,
           so that DistributedDataParallel does not wait for them.
@@ -158,6 +161,8 @@ class EfficientDetSeg(nn.Module):
         ends = list(itertools.accumulate(GROUPS[compound]))
         groups = [nn.Sequential(*stages.blocks[start:end]) for start, end in itertools.pairwise([0, *ends])]
         self.layer1, self.layer2, self.layer3, self.layer4, self.layer5 = groups
+        blocks = [f"layer{number}.{place}" for number, group in enumerate(groups, 1) for place in range(len(group))]
+        self.names_of_part = names_in_files(stages, "layer0", blocks)
         stride4, stride8, stride16, _, stride32 = (stages.channels[end - 1] for end in ends)
         self.conv6 = convolution(stride32, width, 3, stride=2)
         self.conv7 = convolution(width, width, 3, stride=2)

@@ -6,6 +6,7 @@ Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Net
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ class Stages(NamedTuple):
     stem: nn.Sequential  # convolution of stride 2, BatchNorm
     blocks: list[MBConvBlock]
     channels: list[int]  # that each block hands on
-    strides: list[int]  # of each block
+    positions: list[tuple[int, int]]  # of each block: its stage, and its place there
 
 
 def build_stages(variant: int) -> Stages:
@@ -117,7 +118,7 @@ def build_stages(variant: int) -> Stages:
     )
     side = math.ceil(scale.image_side / 2)
     stages = Stages(stem, [], [], [])
-    for expansion, kernel_size, stage_stride, base_width, base_depth in STAGES:
+    for stage, (expansion, kernel_size, stage_stride, base_width, base_depth) in enumerate(STAGES):
         out_width = scaled_width(base_width, scale.width)
         for position in range(math.ceil(base_depth * scale.depth)):
             stride = stage_stride if position == 0 else 1
@@ -125,5 +126,48 @@ def build_stages(variant: int) -> Stages:
             side, width = math.ceil(side / stride), out_width
             stages.blocks.append(block)
             stages.channels.append(width)
-            stages.strides.append(stride)
+            stages.positions.append((stage, position))
     return stages
+
+
+# What timm calls the layers of a block, without and with an expansion.
+TIMM_LAYERS = (
+    {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
+    {
+        **{"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"},
+        **{"_project_conv": "conv_pwl", "_bn2": "bn3"},
+    },
+)
+TIMM_SQUEEZE_EXCITE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+
+
+def names_in_files(stages: Stages, stem: str, blocks: Sequence[str]) -> list[dict[str, str]]:
+    """For each program whose files hold ImageNet's weights, a name in the file for each of ours.
+
+    Args:
+        stages: the layers.
+        stem, blocks: our names of the stem and of each block.
+
+    Returns:
+        The names in files of efficientnet-pytorch and of timm (`efficientnet_b*` and `tf_efficientnet_b*`).
+
+    Example:
+        >>> stages = build_stages(0)
+        >>> for names in names_in_files(stages, "stem", [str(position) for position in range(16)]):
+        ...     print(names["stem.0.weight"], names["15._project_conv.weight"])
+        _conv_stem.weight _blocks.15._project_conv.weight
+        conv_stem.weight blocks.6.0.conv_pwl.weight
+    """
+    package, timm = {}, {}
+    for key in stages.stem.state_dict():
+        layer, _, tensor = key.partition(".")
+        package[f"{stem}.{key}"] = f"{('_conv_stem', '_bn0')[int(layer)]}.{tensor}"
+        timm[f"{stem}.{key}"] = f"{('conv_stem', 'bn1')[int(layer)]}.{tensor}"
+    for index, (ours, block) in enumerate(zip(blocks, stages.blocks, strict=True)):
+        stage, place = stages.positions[index]
+        layers = TIMM_LAYERS[block.expands] | TIMM_SQUEEZE_EXCITE
+        for key in block.state_dict():
+            layer, _, tensor = key.partition(".")
+            package[f"{ours}.{key}"] = f"_blocks.{index}.{key}"
+            timm[f"{ours}.{key}"] = f"blocks.{stage}.{place}.{layers[layer]}.{tensor}"
+    return [package, timm]
