@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from frskd_fast.models.checkpoints import LAST, PREVIOUS, SHARDED, brief
 
+from .finite import FiniteGuard
+
 BEST, INCOMING = "best.ckpt", "incoming.ckpt"
 
 
@@ -280,6 +282,9 @@ class RunCheckpoint(Checkpoint):
         """Write the checkpoint and rename: `last` becomes `previous`, the new file becomes `last`."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FiniteGuard):
+                callback.before_save(trainer)
         folder = Path(self.folder or trainer.default_root_dir)
         before, improved = self.best, self._improved(trainer)
         if improved:

@@ -29,6 +29,7 @@ from .checkpoints import AtomicCheckpointIO, Found, RunCheckpoint, find_checkpoi
 from .class_paths import PARTS
 from .data import ImageData
 from .errors import Refusal, sentence_of
+from .finite import FiniteGuard, OnNan
 from .guard import RunGuard
 from .lock import RunLock
 from .loggers import loggers
@@ -107,6 +108,11 @@ class CommandLine(LightningCLI):
             "Stop where a term of the loss, or all gradients of a module, are exactly zero in the first three steps."
         )
         parser.add_argument("--guard", type=bool, default=True, help=guard)
+        nan = (
+            "Where the loss or weights are not finite: stop the run and keep its last checkpoint, skip steps whose gradients "
+            "are not finite (which waits for the device in each step), or continue."
+        )
+        parser.add_argument("--on_nan", type=OnNan, default="stop", help=nan)
         parser.add_argument("--teacher_cache", type=str | None, default=None, help=kept)
         parser.add_argument("--teacher_cache_features", type=bool, default=False, help=maps)
         parser.add_argument("--teacher_cache_half", type=bool, default=False, help=half)
@@ -180,6 +186,7 @@ class CommandLine(LightningCLI):
             )
             if folder is not None:
                 own.append(TeacherCache(folder, features=features, half=half))
+            own.append(FiniteGuard(self._get(self.config, "on_nan")))
             if self._get(self.config, "guard"):
                 own.append(RunGuard())
         kwargs["callbacks"] = [*own, *callbacks]
