@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .recomputed import norm_swish, norm_swish_gate
 
 
 class Scale(NamedTuple):
@@ -86,11 +87,9 @@ class MBConvBlock(nn.Module):
         self._bn2 = nn.BatchNorm2d(out_channels, eps=EPSILON, momentum=MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = F.silu(self._bn0(self._expand_conv(x))) if self.expands else x
-        out = F.silu(self._bn1(self._depthwise_conv(out)))
-        squeezed = F.silu(self._se_reduce(out.mean(dim=(2, 3), keepdim=True)))
-        out = out * torch.sigmoid(self._se_expand(squeezed))
-        out = self._bn2(self._project_conv(out))
+        inner = norm_swish(self._bn0, self._expand_conv(x)) if self.expands else x
+        inner = norm_swish_gate(self._bn1, self._se_reduce, self._se_expand, self._depthwise_conv(inner))
+        out: Tensor = self._bn2(self._project_conv(inner))
         return out + x if self.residual else out
 
 
