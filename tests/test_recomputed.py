@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from frskd_fast.models.recomputed import AffineNormReLU, norm_swish, norm_swish_gate
+from frskd_fast.models.fixed_padding import FixedPaddingConv2d
+from frskd_fast.models.recomputed import AffineNormReLU, convolved_gated_swish, convolved_swish
 
 CHANNELS = 6
 
@@ -19,18 +20,21 @@ class Swish(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(CHANNELS, eps=1e-2, momentum=0.3)
+        # Padding of 1 before and 2 behind.
+        self.convolution: nn.Conv2d = FixedPaddingConv2d(CHANNELS, CHANNELS, 5, 2, side=4, groups=CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_swish(self.norm, x)
+        return convolved_swish(self.norm, x, self.convolution)
 
 
 class Gated(Swish):
     def __init__(self) -> None:
         super().__init__()
+        self.convolution = nn.Conv2d(CHANNELS, 4, 1, bias=False)
         self.reduce, self.expand = nn.Conv2d(CHANNELS, 2, 1), nn.Conv2d(2, CHANNELS, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm_swish_gate(self.norm, self.reduce, self.expand, x)
+        return convolved_gated_swish(self.norm, x, self.reduce, self.expand, self.convolution)
 
 
 def affine() -> AffineNormReLU:
@@ -57,7 +61,7 @@ def made(name: str) -> nn.Module:
     return module
 
 
-def run(module: nn.Module, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+def run(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The output, all gradients and the statistics after one step; and how many numbers are kept for it."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     kept: dict[int, int] = {}
@@ -68,7 +72,7 @@ def run(module: nn.Module, x: Tensor, upstream: Tensor) -> dict[str, Tensor]:
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         out = module(x)
-    out.backward(upstream)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view_as(out))
     gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
     assert x.grad is not None
     return {
@@ -86,17 +90,15 @@ def test_the_numbers_are_those_of_the_plain_modules(name: str, memory_format: to
     module = made(name)
     plain = copy.deepcopy(module)
     batch_norm_of(plain).register_forward_hook(lambda *_: None)  # a module that is hooked is called
-    x, upstream = (
-        torch.randn(3, CHANNELS, 7, 5, dtype=torch.float64).contiguous(memory_format=memory_format) for _ in "12"
-    )
+    x = torch.randn(3, CHANNELS, 7, 5, dtype=torch.float64).contiguous(memory_format=memory_format)
     x[:, 1] += 5
-    ours, wanted = run(module, x, upstream), run(plain, x, upstream)
+    ours, wanted = run(module, x), run(plain, x)
     if name == "affine":
         # Which the plain modules find as the rounding error around 0.
         assert torch.equal(ours.pop("0.bias"), torch.zeros(CHANNELS, dtype=torch.float64))
         assert wanted.pop("0.bias").abs().max() < 1e-12
     maps, plain_maps = ours.pop("kept") // x.numel(), wanted.pop("kept") // x.numel()
-    assert (maps, plain_maps) == {"swish": (1, 2), "gated": (1, 3), "affine": (1, 3)}[name]
+    assert (maps, plain_maps) == {"swish": (1, 3), "gated": (1, 4), "affine": (1, 3)}[name]
     assert ours.keys() == wanted.keys() and len(ours) > 6
     for key, value in wanted.items():
         torch.testing.assert_close(ours[key], value, rtol=1e-9, atol=1e-11, msg=key)
@@ -141,10 +143,10 @@ def counted(function: Callable[..., Tensor], calls: list[int]) -> Callable[..., 
 def test_changed_parts_are_called(name: str, change: Callable[[nn.Module], None]) -> None:
     module = made(name)
     change(module)
-    x, upstream = (torch.randn(3, CHANNELS, 4, 4, dtype=torch.float64) for _ in "12")
+    x = torch.randn(3, CHANNELS, 4, 4, dtype=torch.float64)
     called: list[int] = []
     batch_norm_of(module).forward = counted(batch_norm_of(module).forward, called)
-    run(module, x, upstream)
+    run(module, x)
     assert called
 
 

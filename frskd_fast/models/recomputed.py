@@ -1,13 +1,13 @@
 """BatchNorm with what surrounds it, keeping its input alone for the backward pass and computing the rest again.
 
-Plain PyTorch keeps two to four maps for each of these; docs/performance.md has the figures. Where a part is not the one that
+Plain PyTorch keeps two or three maps more for each of these; docs/models.md has the figures. Where a part is not the one that
 was built, in evaluation mode, in half precision and while torch.compile traces (which plans its memory itself), the modules run
 as they are.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from frskd_fast.ops.batch_norm import foldable, has_hooks
+
+from .fixed_padding import FixedPaddingConv2d, padded
 
 PER_CHANNEL = (1, -1, 1, 1)
 
@@ -31,8 +33,15 @@ def _trains(batch_norm: nn.Module, x: Tensor) -> bool:
     return x.dtype == batch_norm.weight.dtype and x.numel() > x.shape[1]
 
 
-def _is_as_built(convolution: nn.Module) -> bool:
-    return type(convolution) is nn.Conv2d and convolution.bias is not None and not has_hooks(convolution)
+def _is_as_built(convolution: nn.Module, bias: bool = True) -> bool:
+    if type(convolution) not in (nn.Conv2d, FixedPaddingConv2d) or has_hooks(convolution):
+        return False
+    return (convolution.bias is not None) == bias
+
+
+def _numbers_of(convolution: nn.Conv2d) -> Convolution:
+    more = convolution.more if isinstance(convolution, FixedPaddingConv2d) else 0
+    return Convolution(convolution.stride, convolution.padding, convolution.groups, more)
 
 
 def _tracked(batch_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float]:
@@ -65,8 +74,30 @@ def _batch_norm_backward(
     return gradients
 
 
-class _NormSwish(torch.autograd.Function):
-    """swish(bn(x))."""
+class Convolution(NamedTuple):
+    """The numbers of a convolution without bias: as of `F.conv2d`, and the rows and columns padded at the end alone."""
+
+    stride: Any
+    padding: Any
+    groups: int
+    more: int
+
+    def of(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution of `x`."""
+        return F.conv2d(padded(x, self.more), weight, None, self.stride, self.padding, 1, self.groups)
+
+    def backward(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of `x` and `weight`."""
+        settings = (self.stride, self.padding, (1, 1), False, (0, 0), self.groups, [True, True, False])
+        x_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
+            grad, padded(x, self.more), weight, None, *settings
+        )
+        height, width = x.shape[2:]
+        return x_gradient[:, :, :height, :width] if self.more else x_gradient, weight_gradient
+
+
+class _ConvolvedSwish(torch.autograd.Function):
+    """convolution(swish(bn(x)))."""
 
     @staticmethod
     def forward(
@@ -78,21 +109,27 @@ class _NormSwish(torch.autograd.Function):
         running_var: Tensor,
         momentum: float,
         eps: float,
+        weight: Tensor,
+        convolution: Convolution,
     ) -> Tensor:
         out, *statistics = torch.native_batch_norm(x, gamma, beta, running_mean, running_var, True, momentum, eps)
-        ctx.save_for_backward(x, gamma, beta, *statistics)
-        return F.silu(out, inplace=True)
+        ctx.save_for_backward(x, gamma, beta, *statistics, weight)
+        ctx.convolution = convolution
+        return convolution.of(F.silu(out, inplace=True), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, *statistics = ctx.saved_tensors
-        grad = torch.ops.aten.silu_backward(grad, _normalised(x, gamma, beta, *statistics))
-        return *_batch_norm_backward(grad, x, gamma, *statistics), None, None, None, None
+        x, gamma, beta, *statistics, weight = ctx.saved_tensors
+        normalised = _normalised(x, gamma, beta, *statistics)
+        grad, weight_gradient = ctx.convolution.backward(grad, F.silu(normalised), weight)
+        grad = torch.ops.aten.silu_backward(grad, normalised)
+        gradients = _batch_norm_backward(grad, x, gamma, *statistics)
+        return *gradients, None, None, None, None, weight_gradient, None
 
 
-class _NormSwishGate(torch.autograd.Function):
-    """s * sigmoid(expand(swish(reduce(mean over pixels of s)))) with s = swish(bn(x))."""
+class _ConvolvedGatedSwish(torch.autograd.Function):
+    """convolution(s * sigmoid(expand(swish(reduce(mean over pixels of s))))) with s = swish(bn(x))."""
 
     @staticmethod
     def forward(
@@ -108,33 +145,40 @@ class _NormSwishGate(torch.autograd.Function):
         reduce_bias: Tensor,
         expand: Tensor,  # (C, S, 1, 1)
         expand_bias: Tensor,
+        weight: Tensor,
+        convolution: Convolution,
     ) -> Tensor:
         out, *statistics = torch.native_batch_norm(x, gamma, beta, running_mean, running_var, True, momentum, eps)
         F.silu(out, inplace=True)
         pooled = out.mean(dim=(2, 3))
         squeezed = F.linear(pooled, reduce.flatten(1), reduce_bias)
         gate = torch.sigmoid(F.linear(F.silu(squeezed), expand.flatten(1), expand_bias))
-        ctx.save_for_backward(x, gamma, beta, *statistics, reduce, expand, pooled, squeezed, gate)
-        return out.mul_(gate[:, :, None, None])
+        ctx.save_for_backward(x, gamma, beta, *statistics, reduce, expand, pooled, squeezed, gate, weight)
+        ctx.convolution = convolution
+        return convolution.of(out.mul_(gate[:, :, None, None]), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, mean, inverse_deviation, reduce, expand, pooled, squeezed, gate = ctx.saved_tensors
-        normalised = _normalised(x, gamma, beta, mean, inverse_deviation)
-        gate_gradient = F.silu(normalised).mul_(grad).sum(dim=(2, 3)) * gate * (1 - gate)
-        inner = F.silu(squeezed)
+        x, gamma, beta, *statistics, reduce, expand, pooled, squeezed, gate, weight = ctx.saved_tensors
+        normalised = _normalised(x, gamma, beta, *statistics)
+        swish = F.silu(normalised)
+        gates = gate[:, :, None, None]
+        grad, weight_gradient = ctx.convolution.backward(grad, swish * gates, weight)
+        gate_gradient = swish.mul_(grad).sum(dim=(2, 3)) * gate * (1 - gate)
         squeezed_gradient = torch.ops.aten.silu_backward(gate_gradient @ expand.flatten(1), squeezed)
         pooled_gradient = squeezed_gradient @ reduce.flatten(1) / (x.shape[2] * x.shape[3])
-        grad = torch.addcmul(pooled_gradient[:, :, None, None], grad, gate[:, :, None, None])
+        grad = torch.addcmul(pooled_gradient[:, :, None, None], grad, gates)
         grad = torch.ops.aten.silu_backward(grad, normalised)
         return (
-            *_batch_norm_backward(grad, x, gamma, mean, inverse_deviation),
+            *_batch_norm_backward(grad, x, gamma, *statistics),
             *(None, None, None, None),
             (squeezed_gradient.T @ pooled).view_as(reduce),
             squeezed_gradient.sum(0),
-            (gate_gradient.T @ inner).view_as(expand),
+            (gate_gradient.T @ F.silu(squeezed)).view_as(expand),
             gate_gradient.sum(0),
+            weight_gradient,
+            None,
         )
 
 
@@ -190,23 +234,26 @@ class _AffineNormReLU(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def norm_swish(batch_norm: nn.Module, x: Tensor) -> Tensor:
-    """swish(batch_norm(x))."""
-    if not _trains(batch_norm, x):
-        return F.silu(batch_norm(x))
-    out: Tensor = _NormSwish.apply(x, *_tracked(batch_norm))
+def convolved_swish(batch_norm: nn.Module, x: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """convolution(swish(batch_norm(x)))."""
+    if not (_trains(batch_norm, x) and _is_as_built(convolution, bias=False)):
+        return cast(Tensor, convolution(F.silu(batch_norm(x))))
+    out: Tensor = _ConvolvedSwish.apply(x, *_tracked(batch_norm), convolution.weight, _numbers_of(convolution))
     return out
 
 
-def norm_swish_gate(batch_norm: nn.Module, reduce: nn.Module, expand: nn.Module, x: Tensor) -> Tensor:
-    """s * sigmoid(expand(swish(reduce(mean over pixels of s)))) with s = swish(batch_norm(x)): squeeze and excitation."""
-    if not (_trains(batch_norm, x) and _is_as_built(reduce) and _is_as_built(expand)):
-        out = F.silu(batch_norm(x))
-        squeezed = F.silu(reduce(out.mean(dim=(2, 3), keepdim=True)))
-        return out * torch.sigmoid(expand(squeezed))
-    weights = (reduce.weight, reduce.bias, expand.weight, expand.bias)
-    gated: Tensor = _NormSwishGate.apply(x, *_tracked(batch_norm), *weights)
-    return gated
+def convolved_gated_swish(
+    batch_norm: nn.Module, x: Tensor, reduce: nn.Conv2d, expand: nn.Conv2d, convolution: nn.Conv2d
+) -> Tensor:
+    """convolution(s * sigmoid(expand(swish(reduce(mean over pixels of s))))) with s = swish(batch_norm(x))."""
+    as_built = _is_as_built(reduce) and _is_as_built(expand) and _is_as_built(convolution, bias=False)
+    if not (as_built and _trains(batch_norm, x)):
+        swish = F.silu(batch_norm(x))
+        squeezed = F.silu(reduce(swish.mean(dim=(2, 3), keepdim=True)))
+        return cast(Tensor, convolution(swish * torch.sigmoid(expand(squeezed))))
+    weights = (reduce.weight, reduce.bias, expand.weight, expand.bias, convolution.weight)
+    out: Tensor = _ConvolvedGatedSwish.apply(x, *_tracked(batch_norm), *weights, _numbers_of(convolution))
+    return out
 
 
 class AffineNormReLU(nn.Sequential):
