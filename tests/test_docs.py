@@ -141,7 +141,8 @@ def test_evidence_is_that_of_its_result_files() -> None:
 
 
 def test_each_generated_table_has_one_place() -> None:
-    places = {"README.md": "bench", "docs/benchmarks.md": "bench", "docs/evidence.md": "evidence"}
+    places = {name: "bench" for name in ("README.md", "docs/benchmarks.md", "docs/methods/index.md")}
+    places["docs/evidence.md"] = "evidence"
     for document, name in [*places.items(), *(("docs/evidence.md", name) for name in ("evidence-teachers", "demo"))]:
         text = (ROOT / document).read_text(encoding="utf-8")
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
