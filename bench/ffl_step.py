@@ -5,7 +5,6 @@ The original's networks have ReLUs and poolings of their own; here both run thos
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,18 +29,10 @@ def original(images: Tensor, targets: Tensor, network: nn.Module, fusion: nn.Mod
         return originals.ffl(logits, fusion(*maps), targets)
 
 
-# Building it takes milliseconds.
-@functools.lru_cache(maxsize=1)
-def first_of(network: Any) -> nn.Module:
-    """One of the two networks by itself."""
-    first: nn.Module = network.subnetwork(0)
-    return first
-
-
-def plain(images: Tensor, targets: Tensor, network: nn.Module, fusion: nn.Module) -> Tensor:
+def plain(images: Tensor, targets: Tensor, network: Any, fusion: nn.Module) -> Tensor:
     """One of the two networks by itself."""
     with half_precision(images):
-        return F.cross_entropy(first_of(network)(images)[1], targets)
+        return F.cross_entropy(network.subnetwork(0)(images)[1], targets)
 
 
 def networks(images: Tensor, small: bool) -> dict[str, nn.Module]:

@@ -236,14 +236,24 @@ def test_networks_by_name_and_an_expert_from_a_file(tmp_path: Path) -> None:
         (lambda: CollaborativeTeachingTask("wrn_16_1", Net(), Net()), TypeError, "backbone is a str"),
         (lambda: CollaborativeTeachingTask(Net(), None, Net()), TypeError, "scratch is None, but a torch.nn.Module or"),
         (lambda: CollaborativeTeachingTask(Net(), 3, Net()), TypeError, "scratch is a int"),
-        (lambda: CollaborativeTeachingTask(Net(), "wrn_40", Net()), ValueError, "wrn_40"),
+        (lambda: CollaborativeTeachingTask(Net(), "wrn_40", Net()), ValueError, "scratch is 'wrn_40', but one of"),
         (
             lambda: CollaborativeTeachingTask(Net(described=False), "wrn_40_1", Net(), beta=0.0),
             TypeError,
             "scratch is 'wrn_40_1'.*backbone .Net. has no num_classes",
         ),
         (lambda: CollaborativeTeachingTask(*[Net()] * 2, Net()), ValueError, "scratch is the backbone itself"),
-        (lambda: CollaborativeTeachingTask(Net(), Net(), 3), TypeError, "source is a int"),
+        (lambda: CollaborativeTeachingTask(Net(), Net(), 3), TypeError, "expert is a int"),
+        (
+            lambda: CollaborativeTeachingTask(Net(), Net(), Net(), expert_name="wrn_16_1"),
+            ValueError,
+            r"expert is a module \(Net\), which is used as it is, so expert_name",
+        ),
+        (
+            lambda: CollaborativeTeachingTask(Net(), Net(), "no file"),
+            ValueError,
+            "expert is 'no file'.*with expert_name=",
+        ),
         (
             lambda: CollaborativeTeachingTask(Net(), Net(), wrn_16_1(CLASSES)),
             ValueError,

@@ -235,7 +235,7 @@ def test_a_teacher_comes_from_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(output, teacher.double()(images.double())[1].detach())
     # The checksum is that of the file's weights, in whatever dtype they are used.
     DistillationTask(Net(), str(path), teacher_name="resnet8").load_state_dict(task.state_dict())
-    with pytest.raises(ValueError, match="source is a module"):
+    with pytest.raises(ValueError, match=r"teacher is a module .*so teacher_name"):
         DistillationTask(Net(), teacher, teacher_name="resnet8")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from frskd_fast.losses.collaborative import ATTENTION_ON, CollaborativeTeachingLoss
-from frskd_fast.models import create_model
+from frskd_fast.models.registry import created
 
 from .base import Student, Task, features_and_logits, laid_out, logits_of, one_dtype, traceable_targets
 from .networks import (
@@ -113,7 +113,7 @@ class CollaborativeTeachingTask(Task):
         for name, network in (("backbone", backbone), ("scratch", self.scratch)):
             if isinstance(expert, nn.Module) and network is not None:
                 check_apart(expert, network, ("expert", name))
-        self.expert = frozen_teacher(expert, expert_name, backbone)
+        self.expert = frozen_teacher(expert, expert_name, backbone, argument="expert")
         if self.scratch is not None:
             check_same_classes(backbone, self.scratch, "scratch")
         check_same_classes(backbone, self.expert.network, "expert")
@@ -236,7 +236,7 @@ def _scratch_teacher(
                 f"scratch is {scratch!r}, a network with as many classes as the student's, but backbone "
                 f"({type(backbone).__name__}) has no num_classes; give scratch as a module, or backbone the attribute."
             )
-        return like(backbone, create_model(scratch, classes))
+        return like(backbone, created(scratch, classes, {}, "scratch"))
     if not isinstance(scratch, nn.Module):
         raise TypeError(
             f"scratch is {_named(scratch)}, but a torch.nn.Module or the name of a network (frskd_fast.models.list_models()) "

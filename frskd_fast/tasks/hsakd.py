@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from frskd_fast.losses import HSAKDLoss, HSAKDOnlineLoss, HSAKDTeacherLoss
 from frskd_fast.mixing import rotate4
-from frskd_fast.models import AuxiliaryNetwork, create_model, with_auxiliary_heads
+from frskd_fast.models import AuxiliaryNetwork, with_auxiliary_heads
+from frskd_fast.models.registry import created
 
 from .base import Student, Task, features_and_logits, laid_out, logits_of, one_dtype
 from .networks import (
@@ -306,7 +307,7 @@ class HSAKDOnlineTask(Task):
         if peer is None:
             peer = with_shuffled_weights(backbone)
         elif isinstance(peer, str):
-            peer = create_model(peer, self.net1.num_classes)
+            peer = created(peer, self.net1.num_classes, {}, "peer")
         self.net2 = _auxiliary_network(peer, "peer")
         _check_same_heads(self.net1, self.net2, "peer")
         self.loss = HSAKDOnlineLoss(temperature)
