@@ -209,11 +209,9 @@ class HSAKDTask(Task):
             with torch.no_grad():
                 teacher_outputs = self.teacher_outputs(images)
         logits, auxiliary = self.net(images, detach_features=False)
-        heads = one_dtype([logits, *auxiliary, *teacher_outputs.values()])
-        (logits, *auxiliary), (teacher_logits, *teacher_auxiliary) = (
-            heads[: 1 + self.net.heads],
-            heads[1 + self.net.heads :],
-        )
+        names = ["logits", *(f"auxiliary_{number}" for number in range(1, 1 + self.net.heads))]
+        heads = one_dtype([logits, *auxiliary, *(teacher_outputs[name] for name in names)])
+        (logits, *auxiliary), (teacher_logits, *teacher_auxiliary) = heads[: len(names)], heads[len(names) :]
         parts = self.loss(logits, teacher_logits, auxiliary, teacher_auxiliary, targets, return_parts=True)
         return {
             "loss": parts.loss,
