@@ -44,7 +44,7 @@ class _MutualLogits(torch.autograd.Function):
         ctx: Any, settings: MutualSettings, impl: str, targets: Tensor | None, weight: Tensor, *logits: Tensor
     ) -> tuple[Tensor, Tensor]:
         loss, terms, gradients = forward(logits, targets, weight, settings, impl)
-        ctx.save_for_backward(gradients)
+        ctx.save_for_backward(gradients, *logits)  # the logits for the refusal of a second derivative
         ctx.dtype = logits[0].dtype
         ctx.mark_non_differentiable(terms)
         return loss, terms
@@ -52,7 +52,7 @@ class _MutualLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-        (gradients,) = ctx.saved_tensors
+        gradients = ctx.saved_tensors[0]
         return None, None, None, None, *(gradients * grad).to(ctx.dtype).unbind()
 
 

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from frskd_fast.models.checkpoints import LAST, PREVIOUS, SHARDED, brief
 
+from .finite import FiniteGuard
+
 BEST, INCOMING = "best.ckpt", "incoming.ckpt"
 
 
@@ -173,7 +175,8 @@ class RunCheckpoint(Checkpoint):
     """Saves `last.ckpt` every N steps and after each epoch, and keeps the one before as `previous.ckpt`.
 
     A write that fails (a full disk, say) leaves both files as they are; training goes on, one warning says so, and the
-    next save tries again. Both files hold everything: weights, optimiser, schedule, scaler, loops, position in the data.
+    next save tries again. `failure` tells whether the latest one failed. Both files hold everything: weights, optimiser,
+    schedule, scaler, loops, position in the data.
 
     Args:
         every_n_steps: save after each so many optimiser steps; 0 never does so within an epoch.
@@ -207,7 +210,7 @@ class RunCheckpoint(Checkpoint):
         self.best: float | None = None
         self.saved_step = 0
         self.validated_step: int | None = None
-        self.failures = 0
+        self.failure: BaseException | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -279,6 +282,9 @@ class RunCheckpoint(Checkpoint):
         """Write the checkpoint and rename: `last` becomes `previous`, the new file becomes `last`."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FiniteGuard):
+                callback.before_save(trainer)
         folder = Path(self.folder or trainer.default_root_dir)
         before, improved = self.best, self._improved(trainer)
         if improved:
@@ -296,9 +302,11 @@ class RunCheckpoint(Checkpoint):
             except OSError as error:
                 failure = error
         self.saved_step = trainer.global_step
+        warned = self.failure is not None
+        self.failure = failure
         if failure is not None:
             self.best = before
-            self.failures += 1
+        if failure is not None and not warned:
             rank_zero_warn(
                 f"The checkpoint of step {trainer.global_step} could not be written to {folder} ({brief(failure)}). The "
                 "earlier checkpoints are as they were, and training goes on; the next save tries again. Make room on the disk.",

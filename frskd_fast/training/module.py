@@ -129,6 +129,8 @@ class DistillationModule(LightningModule):
         """Take the trainer's precision, and compare the images of the data with the student's stem."""
         # Before a checkpoint is loaded, which Lightning does ahead of the conversion: float64 weights would be rounded.
         self.trainer.precision_plugin.convert_module(self)
+        # Where max_steps is given, Lightning resumes the epoch that a checkpoint has ended, and trains it on.
+        self.trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         data = getattr(self.trainer, "datamodule", None)
         size = getattr(data, "image_size", None)
         if data is None or size is None:

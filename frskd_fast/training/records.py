@@ -99,6 +99,12 @@ class Records(Timed):
         super().__init__()
         self.steps: Table | None = None
         self.epochs: Table | None = None
+        self.validation: dict[str, float] = {}  # what the latest one measured, perhaps before a restart
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics.items()
+            self.validation = {name: float(value) for name, value in metrics if name.startswith("validation/")}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -107,10 +113,11 @@ class Records(Timed):
             self.epochs = Table(folder / EPOCHS, "epoch", trainer.current_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.rate.seconds, "images": self.rate.images}
+        return {"seconds": self.rate.seconds, "images": self.rate.images, "validation": self.validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rate.seconds, self.rate.images = state_dict["seconds"], state_dict["images"]
+        self.validation = state_dict.get("validation", {})
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,7 +143,6 @@ class Records(Timed):
             return
         every = trainer.check_val_every_n_epoch
         validated = trainer.enable_validation and (every is None or (trainer.current_epoch + 1) % every == 0)
-        metrics = trainer.callback_metrics.items() if validated else ()
         self.epochs.append(
             {
                 "epoch": trainer.current_epoch,
@@ -145,7 +151,7 @@ class Records(Timed):
                 "seconds": round(self.rate.seconds, 4),
                 "images_per_second": round(self.rate.images_per_second, 2),
                 **{f"train/{name}": value for name, value in means.items()},
-                **{name: float(value) for name, value in metrics if name.startswith("validation/")},
+                **(self.validation if validated else {}),
             }
         )
 
