@@ -32,13 +32,13 @@ def check_step(task: Any, hand: Any, targets: Any, images: Tensor, by_hand: Call
 
 
 def check_kept_outputs(task: Any, teacher: Any, images: Tensor, labels: Tensor, names: list[str]) -> None:
-    """The outputs `names` take the place of the frozen `teacher`, in half precision, too."""
+    """The outputs `names` take the place of the frozen `teacher`, in any order and in half precision."""
     outputs = task.teacher_outputs(images)
     assert list(outputs) == names and not any(output.requires_grad for output in outputs.values())
     assert all(len(output) == len(images) for output in outputs.values())
     wanted = copy.deepcopy(task)(images, labels)
     teacher.network.forward = None
-    got = task(images, labels, teacher_outputs=outputs)
+    got = task(images, labels, teacher_outputs=dict(reversed(outputs.items())))
     assert got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in wanted)
     halves = {key: output.half() for key, output in outputs.items()}
     torch.testing.assert_close(task(images, labels, halves)["loss"], wanted["loss"], rtol=2e-2, atol=0)

@@ -137,4 +137,5 @@ def test_a_classifier_of_ffl_is_exported_by_name(tmp_path: Path) -> None:
     assert main([*words, "--trainer.max_steps", "1"]) == 0
     single = load_student(tmp_path / "run" / "last.ckpt", trust=True)
     assert isinstance(single.student.backbone, CIFARResNet)
-    assert len(list(write_student(single, tmp_path / "single.pt2"))) == 2
+    difference, limit, *_ = write_student(single, tmp_path / "single.pt2")
+    assert difference <= limit

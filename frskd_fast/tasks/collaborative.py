@@ -17,6 +17,7 @@ from .networks import (
     check_same_classes,
     check_same_levels,
     frozen_teacher,
+    in_order,
     like,
     with_channels,
 )
@@ -147,7 +148,7 @@ class CollaborativeTeachingTask(Task):
             scratch_features, teacher_logits = self._outputs("scratch", self.scratch, images)
         if teacher_logits is not None:
             output, teacher_logits = one_dtype([output, teacher_logits])
-        expert_features = [value for name, value in teacher_outputs.items() if name != "logits"]
+        expert_features = in_order(teacher_outputs, "features")
         maps = one_dtype([*features, *scratch_features, *expert_features]) if expert_features else []
         begin, end = len(features), len(features) + len(scratch_features)
         scratch_output, expert_output = (None, teacher_logits) if self.scratch is None else (teacher_logits, None)

@@ -18,6 +18,7 @@ from .networks import (
     check_rotated,
     check_same_classes,
     frozen_teacher,
+    in_order,
     upright,
     with_channels,
     with_shuffled_weights,
@@ -209,9 +210,9 @@ class HSAKDTask(Task):
             with torch.no_grad():
                 teacher_outputs = self.teacher_outputs(images)
         logits, auxiliary = self.net(images, detach_features=False)
-        names = ["logits", *(f"auxiliary_{number}" for number in range(1, 1 + self.net.heads))]
-        heads = one_dtype([logits, *auxiliary, *(teacher_outputs[name] for name in names)])
-        (logits, *auxiliary), (teacher_logits, *teacher_auxiliary) = heads[: len(names)], heads[len(names) :]
+        teacher_heads = [teacher_outputs["logits"], *in_order(teacher_outputs, "auxiliary")]
+        heads, count = one_dtype([logits, *auxiliary, *teacher_heads]), len(teacher_heads)
+        (logits, *auxiliary), (teacher_logits, *teacher_auxiliary) = heads[:count], heads[count:]
         parts = self.loss(logits, teacher_logits, auxiliary, teacher_auxiliary, targets, return_parts=True)
         return {
             "loss": parts.loss,

@@ -143,6 +143,14 @@ def check_rotated(images: Tensor, targets: Any) -> None:
         )
 
 
+def in_order(outputs: dict[str, Tensor], name: str) -> list[Tensor]:
+    """The entries `name_1`, `name_2`, ... of a teacher's outputs, in whatever order these were kept."""
+    found: list[Tensor] = []
+    while f"{name}_{len(found) + 1}" in outputs:
+        found.append(outputs[f"{name}_{len(found) + 1}"])
+    return found
+
+
 def upright(rows: Tensor) -> Tensor:
     """(4N, K) -> (N, K), the rows 4n; a copy, because FSDP takes a view among a module's outputs for a danger."""
     return rows[::4].clone()
