@@ -8,6 +8,7 @@ from torch import Tensor
 
 from frskd_fast.ops import attention as _attention
 from frskd_fast.ops import fusion as _fusion
+from frskd_fast.ops import logit_maps as _logit_maps
 from frskd_fast.ops import logits as _logits
 from frskd_fast.ops import moments as _moments
 from frskd_fast.ops import ranking as _ranking
@@ -25,12 +26,13 @@ __all__ = [
     "kd_loss",
     "pairwise_cosine",
     "ranked_kd_loss",
+    "upsampled_kd_loss",
     "weighted_fusion",
 ]
 
 
 class CrossEntropyKD(NamedTuple):
-    """What ``cross_entropy_kd`` returns; each part is differentiable and carries no weight."""
+    """What ``cross_entropy_kd`` and ``upsampled_kd_loss`` return; each part is differentiable and carries no weight."""
 
     ce_student: Any
     ce_teacher: Any
@@ -338,6 +340,73 @@ def ranked_kd_loss(
     Source: SSKD (arXiv 2006.07114), as released: a share of the wrong rows, by rank.
     """
     return _ranking.ranked_kd_loss(student_scores, teacher_scores, correct, temperature, ratio, impl)
+
+
+def upsampled_kd_loss(
+    student_maps: Tensor,
+    teacher_maps: Tensor | None,
+    targets: Tensor | None = None,
+    *,
+    size: Any = None,
+    temperature: float = 1.0,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    detach_teacher: bool = True,
+    impl: str = "auto",
+) -> CrossEntropyKD:
+    """(CE(student), CE(teacher), KD) of the pixels of z = bilinear(maps), which is never in memory.
+
+    The maps are interpolated to the labels' size as ``F.interpolate(maps, size, mode="bilinear", align_corners=False)`` does.
+    CE is that of ``F.cross_entropy`` with its class weights, label smoothing and ignored labels, and KD = T^2 * sum_k p_t
+    (log p_t - log p_s) with p = softmax(z / T), averaged over all pixels, ignored ones included.
+
+    Args:
+        student_maps: (N, K, h, w) raw logits in float32, bfloat16, float16 or float64, any strides.
+        teacher_maps: the same shape, dtype and device; ``None`` leaves CE(teacher) and KD at 0.
+        targets: (N, H, W) class indices, H >= h and W >= w; ``None`` leaves both CE at 0.
+        size: (H, W); needed only without ``targets``.
+        temperature: T > 0 of the KD term; the cross-entropies are at temperature 1.
+        class_weights: (K,) weight w of each class in both CE, whose mean divides by the sum of the valid pixels' w.
+        label_smoothing: in [0, 1].
+        ignore_index: class index whose pixels count in neither CE.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (three maps (N, H, W), whose backward pass computes them again).
+        detach_teacher: no gradient of KD to the teacher; CE(teacher) always has one.
+        impl: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        ``CrossEntropyKD(ce_student, ce_teacher, kd)`` in float32 (float64). With all labels ignored both CE are 0.
+
+    Raises:
+        TypeError, ValueError: shapes, classes, dtypes, devices or labels do not fit, or the maps are larger than the labels.
+            On a GPU a label out of range gives NaN instead of an error, because looking at it would stop the device.
+        RuntimeError: when ``impl`` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> masks = torch.randint(21, (2, 16, 16))
+        >>> parts = upsampled_kd_loss(torch.zeros(2, 21, 4, 4), torch.ones(2, 21, 4, 4), masks)
+        >>> round(parts.ce_student.item(), 4), parts.kd.item()
+        (3.0445, 0.0)
+
+    Source: the segmentation losses of FRSKD (arXiv 2103.08273), as released.
+    """
+    return CrossEntropyKD(
+        *_logit_maps.logit_map_losses(
+            student_maps,
+            teacher_maps,
+            targets,
+            size,
+            temperature,
+            class_weights,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            detach_teacher,
+            impl,
+        )
+    )
 
 
 def weighted_fusion(

@@ -15,7 +15,7 @@ from frskd_fast.reference.logits import check_label_range
 # What ignored labels become where labels of images are made into others: no joint label is negative.
 IGNORED = -100
 
-_LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def kept(tensor: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def class_indices(target: Any, logits: Tensor, name: str, wanted: str | None = N
     wanted = wanted or f"class indices (int64) or probabilities of shape {tuple(logits.shape)}"
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} is a {type(target).__name__}, but {wanted} were wanted.")
-    if target.dtype not in _LABEL_DTYPES:
+    if target.dtype not in LABEL_DTYPES:
         raise TypeError(f"{name} has dtype {target.dtype}, but {wanted} were wanted; cast labels with .long().")
     shape = (logits.shape[0], *logits.shape[2:])
     if tuple(target.shape) != shape:
