@@ -83,24 +83,50 @@ class SchemaWriter {
   char alias_ = 'a';
 };
 
+// Raises unless a tensor's storage has the bytes that its sizes and strides reach: one that was freed or shrunk, by
+// untyped_storage().resize_() as sharding does it, would be read beyond its end. `names` begins with the tensor's.
+inline void check_storage(const Tensor& tensor, const char* names) {
+  if (!tensor.defined() || tensor.numel() == 0) return;
+  std::int64_t last = tensor.storage_offset(), bytes = 0;
+  for (std::int64_t axis = 0; axis < tensor.dim(); ++axis) last += (tensor.size(axis) - 1) * tensor.stride(axis);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  const std::int64_t wanted = (last + 1) * static_cast<std::int64_t>(tensor.element_size());
+  if (bytes >= wanted) return;
+  const std::string text = names;
+  STD_TORCH_CHECK(
+      false, text.substr(0, text.find(", ")), " has a storage of ", bytes, " bytes, but ", wanted,
+      " were wanted; it was freed or shrunk, for example by untyped_storage().resize_().");
+}
+inline void check_storage(const std::optional<Tensor>& tensor, const char* names) {
+  if (tensor) check_storage(*tensor, names);
+}
+inline void check_storage(const std::vector<Tensor>& tensors, const char* names) {
+  for (const Tensor& tensor : tensors) check_storage(tensor, names);
+}
+template <typename Number>
+void check_storage(const Number&, const char*) {}
+
 // Takes the fields off the stack on which PyTorch passes arguments.
 class StackReader {
  public:
   explicit StackReader(StableIValue* stack) : next_(stack) {}
 
   template <typename... Fields>
-  void operator()(const char*, Fields&... fields) {
-    (take(fields), ...);
+  void operator()(const char* names, Fields&... fields) {
+    (take(names, fields), ...);
   }
 
  private:
   template <typename Field>
-  void take(Field& field) {
+  void take(const char*& names, Field& field) {
     if constexpr (IsGroup<Field>::value) {
       field.visit_inputs(*this);
     } else {
       field = torch::stable::detail::to<Field>(*next_++);
+      check_storage(field, names);
     }
+    while (*names != 0 && *names != ',') ++names;
+    while (*names == ',' || *names == ' ') ++names;
   }
 
   StableIValue* next_;

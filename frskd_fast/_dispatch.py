@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -66,15 +67,24 @@ def check_name(name: str, source: str) -> str:
     return name
 
 
-_forced = [check_name(os.environ.get("FRSKD_FAST_IMPL", "auto"), "the environment variable FRSKD_FAST_IMPL")]
+class _Forced(threading.local):
+    """The nested choices of `use_impl` in each thread. (`torch.compile` cannot trace a ContextVar.)"""
+
+    names: tuple[str, ...] = (
+        check_name(os.environ.get("FRSKD_FAST_IMPL", "auto"), "the environment variable FRSKD_FAST_IMPL"),
+    )
+
+
+_forced = _Forced()
 
 
 @contextmanager
 def use_impl(name: str) -> Iterator[None]:
     """Run every operation inside the ``with`` block by the named implementation.
 
-    The choice holds for the whole process (all threads) and wins over ``impl="auto"``, not over an explicit ``impl=``. A
-    function that ``torch.compile`` has already traced keeps the implementation it was traced with.
+    The choice holds for the calling thread and wins over ``impl="auto"``, not over an explicit ``impl=``. The environment
+    variable ``FRSKD_FAST_IMPL`` holds for all threads, such as autograd's own, in which CUDA's checkpointed forward passes
+    are repeated. A function that ``torch.compile`` has already traced keeps the implementation it was traced with.
 
     Args:
         name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"`` or ``"auto"``.
@@ -90,16 +100,17 @@ def use_impl(name: str) -> Iterator[None]:
         'reference'
     """
     check_name(name, "use_impl's argument name")
-    _forced.append(name)
+    outside = _forced.names
+    _forced.names = (*outside, name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.names = outside
 
 
 def forced() -> str:
     """What ``impl="auto"`` is replaced by at this moment: the innermost ``use_impl``, or the environment's choice."""
-    return _forced[-1]
+    return _forced.names[-1]
 
 
 def last_impl() -> dict[str, str]:
@@ -183,7 +194,7 @@ def choose(
     """
     name = check_name(requested, "the argument impl")
     if name == "auto":
-        name = _forced[-1]
+        name = _forced.names[-1]
     if name != "auto":
         reason = problem(name, device_type, dtype)
         if reason is None and not (is_plain(name) or _serves(operation, name)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import formulas
 import pytest
@@ -65,6 +66,17 @@ def test_a_nan_from_above_reaches_every_gradient(dtype: torch.dtype, layout: str
     assert upstream.isnan()
     (gradient,) = torch.autograd.grad(loss, features, upstream)
     assert gradient.isnan().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_long_sums_round_as_those_of_plain_pytorch(layout: str) -> None:
+    feature = LAYOUTS[layout](torch.rand(8, 8192, 5, 5))
+    truth = functional.attention_map(feature.double(), impl="reference")
+
+    def error(impl: str) -> float:
+        return (functional.attention_map(feature, impl=impl) - truth).square().mean().sqrt().item()
+
+    assert error("cpu") < 2.0 * error("reference")
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -260,6 +272,24 @@ def test_bad_input_is_refused_in_a_sentence(
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         functional.attention_transfer(students, teachers, impl=impl, **options)  # type: ignore[arg-type]
     assert str(caught.value).endswith(".")
+
+
+def test_a_choice_of_one_thread_is_not_seen_by_another() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with frskd_fast.use_impl("triton"):
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    with frskd_fast.use_impl("reference"):
+        leave.set()
+        thread.join()
+        functional.attention_map(torch.rand(1, 2, 3, 3))
+        assert frskd_fast.last_impl()["attention"] == "reference"
 
 
 def test_unknown_and_missing_implementations() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import time
@@ -23,6 +24,7 @@ from training_utils import PLAIN, SCHEDULES, epochs, process, same_weights, smal
 from frskd_fast.training import checkpoints
 from frskd_fast.training.checkpoints import find_checkpoint, problem_with, write_atomically
 from frskd_fast.training.cli import main
+from frskd_fast.training.lock import RunLock
 from frskd_fast.training.module import DistillationModule
 from frskd_fast.training.records import Records
 
@@ -114,19 +116,22 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert same_weights(weights(folder), weights(reference))
 
 
-def test_interrupted_at_the_terminal_a_run_saves_and_goes_on(reference: Path, tmp_path: Path) -> None:
-    """Ctrl-C reaches the workers, too, which must not die of it before the step has ended."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(
+    number: signal.Signals, reference: Path, tmp_path: Path
+) -> None:
+    """As Ctrl-C and clusters send it. It reaches the workers, too, which must not die of it before the step has ended."""
     folder = tmp_path / "interrupted"
     words = small_run(folder, trainer__callbacks="training_utils.Slow", data__workers=1, checkpoint__every_n_steps=0)
     running = process(words, group=True)
     try:
         wait_for_row(running, folder, 5)
-        os.killpg(running.pid, signal.SIGINT)
+        os.killpg(running.pid, number)
         out, error = running.communicate(timeout=60)
     finally:
         running.kill()
-    assert running.returncode == 128 + signal.SIGINT, out + error
-    assert "Stopped by SIGINT after " in out and "Traceback" not in error
+    assert running.returncode == 128 + number, out + error
+    assert f"Stopped by {number.name} after " in out and "Traceback" not in error
     found = find_checkpoint(folder)
     assert found is not None and found.progress.steps == len(steps(folder)) in (6, 7)
     assert main(small_run(folder)) == 0
@@ -155,7 +160,22 @@ def test_a_second_interrupt_or_one_before_training_stops_at_once(
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_every_checkpoint_within_and_between_epochs_leads_to_the_same_end(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"trainer__max_epochs": 2}, [3, 4, 7, 8]),
+        # Lightning resumes the loop in another way where the number of steps is limited.
+        ({"trainer__max_epochs": 9, "trainer__max_steps": 10}, [3, 4, 7, 8, 10]),
+        (
+            {"trainer__max_epochs": 2, "trainer__val_check_interval": 2, "checkpoint__every_n_steps": 1},
+            [1, 3, 4, 5, 7, 8],
+        ),
+    ],
+    ids=["epochs", "steps", "validation within epochs"],
+)
+def test_every_checkpoint_within_and_between_epochs_leads_to_the_same_end(
+    settings: dict[str, int], wanted: list[int], tmp_path: Path
+) -> None:
     """Restarts from each step at which a checkpoint was written, the last of an epoch included."""
     saved = tmp_path / "saved"
     saved.mkdir()
@@ -169,17 +189,16 @@ def test_every_checkpoint_within_and_between_epochs_leads_to_the_same_end(refere
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "rotate", keep)
         first = tmp_path / "first"
-        assert main(small_run(first, trainer__max_epochs=2, lr_scheduler="null")) == 0
+        assert main(small_run(first, **settings, lr_scheduler="null")) == 0
     states = sorted(saved.iterdir())
     reached = [torch.load(state, weights_only=True)["global_step"] for state in states]
-    assert reached == [3, 4, 7, 8], "one within each epoch, one at its end"
+    assert reached == wanted
     for state, step in zip(states[:-1], reached, strict=False):
         folder = tmp_path / f"from{step}"
         shutil.copytree(first, folder)
         (folder / "previous.ckpt").unlink()
         shutil.copyfile(state, folder / "last.ckpt")
-        words = small_run(folder, trainer__max_epochs=2, lr_scheduler="null")
-        assert main(words) == 0
+        assert main(small_run(folder, **settings, lr_scheduler="null")) == 0
         assert steps(folder) == steps(first), step
         assert epochs(folder) == epochs(first), step
         assert same_weights(weights(folder), weights(first)), step
@@ -292,18 +311,55 @@ def test_a_limit_on_file_sizes_as_a_full_disk(begun: Path) -> None:
     limit = len(before["last.ckpt"]) // 2
     done = process(small_run(begun, trainer__max_epochs=5), limit=limit)
     _, error = done.communicate(timeout=120)
-    assert done.returncode == 0, error
-    assert "could not be written" in error and "earlier checkpoints are as they were" in error.replace("\n", " ")
+    assert done.returncode == 1, error
+    warning, end = error.rsplit("frskd-fast fit: ", 1)
+    assert warning.count("could not be written") == 1
+    assert "earlier checkpoints are as they were" in warning.replace("\n", " ")
+    assert end.startswith(
+        "The training ended after 20 steps. Its last checkpoint could not be written (OSError: [Errno 27]"
+    )
+    assert f"{begun} holds last.ckpt of step 16. Make room on the disk; the same command goes on from there." in end
     assert {name: (begun / name).read_bytes() for name in before} == before
     assert len(steps(begun)) == 20
     assert not list(begun.glob(".*partial")) and not (begun / "incoming.ckpt").exists()
+
+
+def test_a_start_on_a_full_disk_is_a_sentence(begun: Path) -> None:
+    shutil.rmtree(begun)
+    done = process(small_run(begun), limit=10)
+    _, error = done.communicate(timeout=120)
+    assert done.returncode == 1
+    assert re.search(r"could not be written \(File too large\). Make room on the disk; the same command tries", error)
+    assert "Traceback" not in error
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    lock = RunLock(folder)
+    assert main(small_run(folder, trainer__max_epochs=1)) == 1
+    assert f"Process {os.getpid()} on " in capsys.readouterr().err
+    assert not folder.exists()
+    lock.release()
+    assert main(small_run(folder, trainer__max_epochs=1)) == 0
+    assert not lock.path.exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(
+    begun: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = small_run(begun, trainer__max_epochs=50, trainer__callbacks="training_utils.Slow")
+    kill_after(words, begun, 18)
+    assert RunLock(begun.with_name("other")).taken_over is None
+    shutil.copyfile(reference / "last.ckpt", begun / "last.ckpt")
+    assert main(small_run(begun, trainer__max_epochs=5)) == 0
+    assert "did not come to its end" in capsys.readouterr().out
 
 
 def test_a_full_disk_ends_the_events_and_not_the_training(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = process(small_run(folder, tensorboard="true", task=PLAIN), limit=3000)
     out, error = done.communicate(timeout=120)
-    assert done.returncode == 0, out + error
+    assert "The training ended after 16 steps." in error, out + error
     assert error.count("TensorBoard's events could not be written ([Errno") == 1
     (events,) = (folder / "tensorboard").glob("events.out.*")
     assert events.stat().st_size == 3000, "the limit was met"

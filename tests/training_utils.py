@@ -76,6 +76,19 @@ class Slow(Callback):
         time.sleep(0.1)
 
 
+class Poisoned(Callback):
+    """Gradients, and statistics of BatchNorms, that are no numbers in the third step."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 2 and not trainer.fit_loop.epoch_loop.batch_idx > 2:
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+            for name, buffer in pl_module.named_buffers():
+                if name.endswith("running_mean"):
+                    buffer.fill_(float("nan"))
+
+
 class Frozen(Callback):
     """Keeps BatchNorms at their running statistics."""
 

@@ -8,8 +8,10 @@ namespace frskd {
 namespace {
 
 constexpr int64 kPixelTile = 1024;  // accumulators of a tile stay in the first-level cache
-// Channels summed before they join the total: keeps the rounding of long sums small.
+// Channels summed before they join the sum of their group, and a group's before they join the total: keeps the rounding
+// of long sums small.
 constexpr int64 kChannelBlock = 32;
+constexpr int64 kChannelGroup = 512;
 constexpr int kRowsAtOnce = 4;  // channels read together, so that the sums are loaded and stored once for all of them
 constexpr int kPartialSums =
     4;  // of one pixel whose channels are contiguous: additions that do not wait for each other
@@ -82,14 +84,21 @@ void power_sums_along_pixels(const Map& map, int64 sample, int64 begin, int64 en
   constexpr int64 width = L::kWidth;
   const T* base = static_cast<const T*>(map.data) + sample * map.stride_n;
   using B = Block<T>;
-  A block[kPixelTile];
+  A block[kPixelTile], group[kPixelTile];
   for (int64 tile = begin; tile < end; tile += kPixelTile) {
     const int64 count = end - tile < kPixelTile ? end - tile : kPixelTile;
     const int64 whole = count - count % B::kElements;
     A* total = out + (tile - begin);
-    const bool direct = map.channels <= kChannelBlock;
-    A* sums = direct ? total : block;
-    for (int64 pixel = 0; pixel < count; ++pixel) total[pixel] = 0;
+    A* group_sums = map.channels <= kChannelGroup ? total : group;
+    A* sums = map.channels <= kChannelBlock ? total : block;
+    const auto clear = [&](A* values) {
+      for (int64 pixel = 0; pixel < count; ++pixel) values[pixel] = 0;
+    };
+    const auto add = [&](const A* values, A* to) {
+      if (values == to) return;
+      for (int64 pixel = 0; pixel < count; ++pixel) to[pixel] += values[pixel];
+    };
+    clear(total);
     const bool in_order = count * static_cast<int64>(sizeof(T)) >= kPlaneInOrder;
     const auto add_rows = [&](auto rows, int64 channel) __attribute__((always_inline)) {
       constexpr int Rows = decltype(rows)::kValue;
@@ -117,17 +126,15 @@ void power_sums_along_pixels(const Map& map, int64 sample, int64 begin, int64 en
     };
     for (int64 first = 0; first < map.channels; first += kChannelBlock) {
       const int64 last = first + kChannelBlock < map.channels ? first + kChannelBlock : map.channels;
-      if (!direct) {
-        for (int64 pixel = 0; pixel < count; ++pixel) sums[pixel] = 0;
-      }
+      if (first % kChannelGroup == 0) clear(group_sums);
+      if (sums != total) clear(sums);
       int64 channel = first;
       if (!in_order) {
         for (; channel + kRowsAtOnce <= last; channel += kRowsAtOnce) add_rows(Constant<kRowsAtOnce>{}, channel);
       }
       for (; channel < last; ++channel) add_rows(Constant<1>{}, channel);
-      if (!direct) {
-        for (int64 pixel = 0; pixel < count; ++pixel) total[pixel] += sums[pixel];
-      }
+      add(sums, group_sums);
+      if (last % kChannelGroup == 0 || last == map.channels) add(group_sums, total);
     }
     B::collect(total, whole);
   }

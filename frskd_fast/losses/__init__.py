@@ -14,6 +14,7 @@ from frskd_fast.losses.hsakd import (
     HSAKDTeacherLossParts,
 )
 from frskd_fast.losses.kd import KDLoss, KDLossParts
+from frskd_fast.losses.segmentation import SegmentationLoss, SegmentationLossParts
 from frskd_fast.losses.sla import SLALoss, SLALossParts
 from frskd_fast.losses.sskd import SSKDHeadLoss, SSKDHeadLossParts, SSKDLoss, SSKDLossParts
 
@@ -43,4 +44,6 @@ __all__ = [
     "SSKDHeadLossParts",
     "SSKDLoss",
     "SSKDLossParts",
+    "SegmentationLoss",
+    "SegmentationLossParts",
 ]

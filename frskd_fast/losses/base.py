@@ -211,23 +211,25 @@ def checked_outputs(
     return students, teachers
 
 
-def check_beside_logits(feature: Tensor, name: str, logits: Tensor, *, one_batch: bool = True) -> None:
+def check_beside_logits(
+    feature: Tensor, name: str, logits: Tensor, logits_name: str = "student_logits", *, one_batch: bool = True
+) -> None:
     """Raise unless `feature`, which the errors call `name`, fits into one loss with the student's `logits`.
 
     `one_batch` says whether both have to be of the same images.
     """
     if feature.device != logits.device:
         raise ValueError(
-            f"{name} is on {feature.device}, but student_logits is on {logits.device} and one device was wanted."
+            f"{name} is on {feature.device}, but {logits_name} is on {logits.device} and one device was wanted."
         )
     if one_batch and feature.shape[0] != logits.shape[0]:
         raise ValueError(
-            f"{name} has batch size {feature.shape[0]}, but student_logits has {logits.shape[0]} and one batch size was "
+            f"{name} has batch size {feature.shape[0]}, but {logits_name} has {logits.shape[0]} and one batch size was "
             "wanted."
         )
     if (feature.dtype == torch.float64) != (logits.dtype == torch.float64):
         raise TypeError(
-            f"{name} has dtype {feature.dtype}, but student_logits has {logits.dtype} and either both or neither in float64 "
+            f"{name} has dtype {feature.dtype}, but {logits_name} has {logits.dtype} and either both or neither in float64 "
             "was wanted; cast one of them."
         )
 
@@ -245,6 +247,16 @@ def check_beside_parameters(feature: Tensor, name: str, loss: nn.Module, weight:
             f"{name} has dtype {feature.dtype}, but the parameters of {owner} have {weight.dtype} and either both or "
             f"neither in float64 was wanted; convert the loss with .to({feature.dtype})."
         )
+
+
+def weight_tensor(weight: Tensor, name: str, like: Tensor) -> Tensor:
+    """`weight`, which the errors call `name`, as a scalar without a gradient in the accumulate dtype of `like`."""
+    if weight.numel() != 1 or not weight.is_floating_point() or weight.device != like.device:
+        raise ValueError(
+            f"{name} is a tensor of shape {tuple(weight.shape)} and dtype {weight.dtype} on {weight.device}, but a number, or "
+            f"a floating-point tensor of one element on {like.device}, was wanted."
+        )
+    return weight.detach().reshape(()).to(accumulate_dtype(like.dtype))
 
 
 def channels_of(self_teacher: nn.Module) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frskd_fast import _dispatch
-from frskd_fast.losses.base import Loss
+from frskd_fast.losses.base import Loss, weight_tensor
 from frskd_fast.ops import _checks
 from frskd_fast.ops.labels import checked_labels, is_mix, mixed_probabilities
 from frskd_fast.ops.mutual_logits import mutual_objective
@@ -138,13 +138,7 @@ def _checked_heads(logits: Any, fused_logits: Any) -> list[Tensor]:
 
 def _scalar(weight: Any, like: Tensor) -> Tensor:
     """`weight` as a scalar tensor in the accumulate dtype, on the device of `like`."""
-    dtype = accumulate_dtype(like.dtype)
-    if not isinstance(weight, Tensor):
-        number = _checks.finite_number(weight, "consistency_weight")
-        return torch.full((), number, dtype=dtype, device=like.device)
-    if weight.numel() != 1 or not weight.is_floating_point() or weight.device != like.device:
-        raise ValueError(
-            f"consistency_weight is a tensor of shape {tuple(weight.shape)} and dtype {weight.dtype} on {weight.device}, but a "
-            f"number, or a floating-point tensor of one element on {like.device}, was wanted."
-        )
-    return weight.detach().reshape(()).to(dtype)
+    if isinstance(weight, Tensor):
+        return weight_tensor(weight, "consistency_weight", like)
+    number = _checks.finite_number(weight, "consistency_weight")
+    return torch.full((), number, dtype=accumulate_dtype(like.dtype), device=like.device)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frskd_fast.losses.base import DistillationLoss, channels_of, check_beside_parameters, plain_formulas
-from frskd_fast.ops._autograd import once_differentiable
+from frskd_fast.ops._autograd import anchor, once_differentiable
 from frskd_fast.reference import hints as reference
 from frskd_fast.reference.dtypes import accumulate_dtype
 
@@ -33,7 +33,7 @@ class _FeatureDistance(torch.autograd.Function):
         ctx: Any,
         weights: tuple[float, ...],  # of each level, the divisor of its mean included
         overhaul: bool,
-        *tensors: Tensor,  # students, teachers, and margins for the overhaul distance
+        *tensors: Tensor,  # students, teachers, margins for the overhaul distance, anchors of the students
     ) -> Tensor:
         levels = len(weights)
         total: Tensor | None = None
@@ -52,7 +52,7 @@ class _FeatureDistance(torch.autograd.Function):
             if ctx.needs_input_grad[2 + level]:
                 differences.append(difference)
         assert total is not None
-        ctx.save_for_backward(*differences)
+        ctx.save_for_backward(*differences, *tensors[-levels:])
         ctx.settings = weights, [student.dtype for student in tensors[:levels]], len(tensors) - levels
         return total
 
@@ -66,6 +66,18 @@ class _FeatureDistance(torch.autograd.Function):
             for weight, dtype, needed in zip(weights, dtypes, ctx.needs_input_grad[2:], strict=False)
         ]
         return (None, None, *students, *([None] * others))
+
+
+def feature_distance(
+    weights: tuple[float, ...],
+    overhaul: bool,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    margins: Sequence[Tensor] = (),
+) -> Tensor:
+    """sum_l weight_l * distance_l, with gradients to the students alone."""
+    total: Tensor = _FeatureDistance.apply(weights, overhaul, *students, *teachers, *margins, *map(anchor, students))
+    return total
 
 
 def _overhaul_difference(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
@@ -206,8 +218,7 @@ class FitNetLoss(HintLoss):
         """sum_l mean (relu(s_l) - t_l)^2."""
         if plain:
             return torch.stack([reference.fitnet_distance(s, t) for s, t in zip(adapted, teachers, strict=True)]).sum()
-        total: Tensor = _FeatureDistance.apply(tuple(1.0 / s.numel() for s in adapted), False, *adapted, *teachers)
-        return total
+        return feature_distance(tuple(1.0 / s.numel() for s in adapted), False, adapted, teachers)
 
 
 class OverhaulLoss(HintLoss):
@@ -319,8 +330,7 @@ class OverhaulLoss(HintLoss):
             distances = [reference.overhaul_distance(s, t, margin) for s, t, margin in triples]
             return torch.stack([d * share for d, share in zip(distances, shares, strict=True)]).sum()
         weights = tuple(share / adapted[0].shape[0] for share in shares)
-        total: Tensor = _FeatureDistance.apply(weights, True, *adapted, *teachers, *margins)
-        return total
+        return feature_distance(weights, True, adapted, teachers, margins)
 
     @torch.no_grad()
     def _current_margins(self, dtype: torch.dtype) -> list[Tensor]:

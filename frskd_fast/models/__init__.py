@@ -1,7 +1,8 @@
 """Backbones and self-teachers: `model(x, preact=False) -> (features, logits)`, finest feature map first.
 
 `create_model` makes one by its name; `adapt_backbone` turns other networks into backbones; `with_auxiliary_heads` gives
-them the auxiliary classifiers of HSAKD.
+them the auxiliary classifiers of HSAKD. Segmentation networks, `EfficientDetSeg` and `SegmentationNetwork`, return
+`(student_feats, teacher_feats, student_maps, teacher_maps)`.
 """
 
 from .adapters import (
@@ -28,11 +29,13 @@ from .cifar_resnet import (
     resnet110,
 )
 from .cifar_wide_resnet import CIFARWideResNet, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
+from .efficientdet_seg import EfficientDetSeg, efficientdet_seg_d0, efficientdet_seg_d1, efficientdet_seg_d2
 from .ffl import FFLResNet, FusionModule
 from .mobilenet import MobileNetV2, mobilenetv2, mobilenetv2_aux
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
+from .segmentation import SegmentationNetwork
 from .self_teacher import BiFPN, BiFPNc
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
 from .tails import tail
@@ -50,6 +53,7 @@ __all__ = [
     "CIFARResNet",
     "CIFARWideResNet",
     "CheckpointError",
+    "EfficientDetSeg",
     "ExtractorBackbone",
     "FFLResNet",
     "FusionModule",
@@ -58,6 +62,7 @@ __all__ = [
     "OutputBackbone",
     "ProjectionHead",
     "ResNet",
+    "SegmentationNetwork",
     "ShuffleNetV1",
     "ShuffleNetV2",
     "TimmBackbone",
@@ -66,6 +71,9 @@ __all__ = [
     "cifar_resnet50",
     "cifarresnet18",
     "create_model",
+    "efficientdet_seg_d0",
+    "efficientdet_seg_d1",
+    "efficientdet_seg_d2",
     "list_models",
     "load_backbone_weights",
     "load_teacher",

@@ -185,6 +185,7 @@ def load_backbone_weights(
     | SSKD | `state_dict`, with heads under `backbone.` and `proj_head.` |
     | HSAKD | `net`, under `backbone.` and `auxiliary_classifier.`; of an online pair the first, `net1.` |
     | torchvision, timm, `torch.save(network.state_dict(), path)` | the file itself |
+    | efficientnet-pytorch, timm: an EfficientNet for `EfficientDetSeg` | the file itself; the rest of the network stays |
 
     Names may stand behind `module.` (DataParallel), `_orig_mod.` (torch.compile) and the like.
 
@@ -216,7 +217,12 @@ def load_weights(
     """As `load_backbone_weights`, with what `load_file(path)` gave."""
     backbone = _under_own_names(backbone)
     own = backbone.state_dict()
-    weights = _network_weights(backbone, content)
+    try:
+        weights = _network_weights(backbone, content)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("The checkpoint", f"The checkpoint {path}", 1)) from error
+    part = _names_of_part(backbone, content)
+    own = {name: value for name, value in own.items() if name in part} if part else own
     other = [name for name, value in weights.items() if value.shape != own[name].shape]
     if skip_other_classifier:
         last = _classifier(backbone)
@@ -267,6 +273,10 @@ def _under_own_names(backbone: nn.Module) -> nn.Module:
 
 def _network_weights(network: nn.Module, content: Mapping[str, Any]) -> dict[str, Tensor]:
     """`backbone_weights` with the names of the network; those of its backbone where the file has no heads."""
+    part = _names_of_part(network, content)
+    if part:
+        own_names = {other: own for own, other in part.items()}
+        return {own_names[name]: value for name, value in backbone_weights(content, list(own_names)).items()}
     other_names = {
         f"{path}.{other}".lstrip("."): f"{path}.{own}".lstrip(".")
         for path, module in network.named_modules()
@@ -286,6 +296,20 @@ def _network_weights(network: nn.Module, content: Mapping[str, Any]) -> dict[str
             raise
         prefix = "backbone." if _under_own_names(backbone) is backbone else "backbone.model."
         return {f"{prefix}{name}": value for name, value in alone.items()}
+
+
+def _names_of_part(network: nn.Module, content: Mapping[str, Any]) -> Mapping[str, str]:
+    """The names in the file of the network's own tensors, where it holds a part of the network under other names; or {}."""
+    for container in CONTAINERS:
+        inner = content.get(container)
+        if isinstance(inner, Mapping):
+            return _names_of_part(network, inner)
+    forms: Sequence[Mapping[str, str]] = getattr(network, "names_of_part", ())
+    for names in forms:
+        first = next(iter(names.values()))
+        if any(name == first or name.endswith(f".{first}") for name in content):
+            return names
+    return {}
 
 
 def _classifier(backbone: nn.Module) -> str | None:

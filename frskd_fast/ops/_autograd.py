@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class _Refusal(torch.autograd.Function):
-    """Passes a gradient on; differentiating it raises."""
+    """Passes a gradient on; differentiating it by one of the tensors that it depends on raises."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -25,20 +25,40 @@ class _Refusal(torch.autograd.Function):
         )
 
 
+class _Context:
+    """A `ctx` whose saved tensors were read once: hooks such as those of activation checkpointing allow no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Wrap a ``Function.backward`` so that a second derivative raises a sentence.
 
     PyTorch's decorator of this name does so only when the upstream gradient itself requires grad; a gradient penalty on a
-    plain loss would silently lose its second-order term.
+    plain loss would silently lose its second-order term. Here a gradient depends, in the graph, on the upstream gradients and
+    on the saved tensors, so whoever differentiates it by an input meets the refusal on the way. A function whose gradients
+    depend on an input that it does not save saves `anchor(input)` for this.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        read = _Context(ctx)
         with torch.no_grad():
-            gradients = backward(ctx, *grads)
-        anchor = torch.zeros((), requires_grad=True)
-        return tuple(_Refusal.apply(g, anchor) if isinstance(g, Tensor) else g for g in gradients)
+            gradients = backward(read, *grads)
+        candidates = (*grads, *read.saved_tensors)
+        sources = [source for source in candidates if isinstance(source, Tensor) and source.requires_grad]
+        return tuple(_Refusal.apply(g, *sources) if isinstance(g, Tensor) else g for g in gradients)
 
     return wrapper
+
+
+def anchor(tensor: Tensor) -> Tensor:
+    """A tensor without elements that hangs on `tensor` in the graph and does not keep its storage alive."""
+    return tensor[:0].clone()

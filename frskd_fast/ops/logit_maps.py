@@ -137,7 +137,8 @@ class _PixelLosses(torch.autograd.Function):
         return None, student, teacher, None, None
 
 
-def _checked_maps(student: Any, teacher: Any) -> None:
+def checked_maps(student: Any, teacher: Any) -> None:
+    """Raise unless ``student`` is a map (N, K, h, w) and ``teacher`` (or None) is alike."""
     _checks.feature_map(student, "student_maps")
     if teacher is None:
         return
@@ -230,7 +231,7 @@ def logit_map_losses(
     ignore_index = _checks.whole_number(ignore_index, "ignore_index")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, but one of {', '.join(map(repr, REDUCTIONS))} was wanted.")
-    _checked_maps(student_maps, teacher_maps)
+    checked_maps(student_maps, teacher_maps)
     student: Tensor = student_maps
     teacher: Tensor | None = teacher_maps
     extent = None if size is None else _checked_size(size)

@@ -44,7 +44,7 @@ class _MutualLogits(torch.autograd.Function):
         ctx: Any, settings: MutualSettings, impl: str, targets: Tensor | None, weight: Tensor, *logits: Tensor
     ) -> tuple[Tensor, Tensor]:
         loss, terms, gradients = forward(logits, targets, weight, settings, impl)
-        ctx.save_for_backward(gradients)
+        ctx.save_for_backward(gradients, *logits)  # the logits for the refusal of a second derivative
         ctx.dtype = logits[0].dtype
         ctx.mark_non_differentiable(terms)
         return loss, terms
@@ -52,7 +52,7 @@ class _MutualLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-        (gradients,) = ctx.saved_tensors
+        gradients = ctx.saved_tensors[0]
         return None, None, None, None, *(gradients * grad).to(ctx.dtype).unbind()
 
 
@@ -64,11 +64,10 @@ def mutual_objective(
     The arguments are already checked: logits (N, K) of S networks, then of the fused classifier, labels of one head, and a
     scalar weight in the accumulate dtype on their device. J is that of `reference.mutual_logits.mutual_divergences`.
     """
-    targets = labels.first[0] if labels.first else None
+    (targets,) = labels.first
     mixed = len(labels.second) > 0
-    if not mixed and (targets is None or not targets.is_floating_point()) and not _dispatch.is_plain(impl):
-        given = None if targets is None else kept(targets)
-        loss, terms = _MutualLogits.apply(settings, impl, given, kept(weight), *logits)
+    if not (mixed or targets.is_floating_point() or _dispatch.is_plain(impl)):
+        loss, terms = _MutualLogits.apply(settings, impl, kept(targets), kept(weight), *logits)
         return loss, terms
     heads = len(logits)
     tensors = [*logits, *labels.first, *labels.second]

@@ -7,6 +7,7 @@ from .collaborative import CollaborativeTeachingTask
 from .distillation import DistillationTask
 from .ffl import FFLTask, FusedNetwork, IndependentNetworks
 from .frskd import FRSKDTask, build_frskd
+from .frskd_segmentation import FRSKDSegmentationTask, SegmentationStudent
 from .hsakd import HSAKDOnlineTask, HSAKDTask, HSAKDTeacherTask
 from .linear_probe import LinearProbeTask
 from .rotation_metrics import rotation_accuracies
@@ -18,6 +19,7 @@ __all__ = [
     "CollaborativeTeachingTask",
     "DistillationTask",
     "FFLTask",
+    "FRSKDSegmentationTask",
     "FRSKDTask",
     "FrozenTeacher",
     "FusedNetwork",
@@ -28,6 +30,7 @@ __all__ = [
     "LinearProbeTask",
     "SSKDHeadTask",
     "SSKDTask",
+    "SegmentationStudent",
     "Student",
     "Task",
     "build_frskd",

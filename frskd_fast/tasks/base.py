@@ -26,6 +26,10 @@ class Task(nn.Module):
         channels_last: whether images are brought to `torch.channels_last`.
         views: "plain" for images (N, C, H, W); "rotations" for their four rotations (4N, C, H, W), in the order of
             `frskd_fast.mixing.rotate4`. Targets are those of the N images. In evaluation images are plain.
+        predicts: "classes" for logits (N, K) of images; "maps" for class scores (N, K, h, w) of pixels. There targets are
+            class indices (N, H, W), and `output`, of `forward` and `evaluate` alike, may be smaller than they: whoever
+            measures it brings it to their size by `F.interpolate(output, size=targets.shape[-2:], mode="bilinear")`.
+            `student()` gives scores at the size of the images.
         may_be_zero: names of the scalars of `forward` that may be exactly zero in the first steps and mean no harm: terms
             that grow over the epochs, or whose weight is 0. The trainer's guard stops a run for any other. A property
             where settings decide.
@@ -34,6 +38,7 @@ class Task(nn.Module):
     backbone: nn.Module
     channels_last: bool
     views: str = "plain"
+    predicts: str = "classes"
     may_be_zero: Collection[str] = ()
 
     def forward(self, images: Tensor, targets: Any = None) -> dict[str, Tensor]:
@@ -78,10 +83,10 @@ class Task(nn.Module):
 
         Args:
             images: (N, C, H, W), plain ones, whatever `views` is.
-            targets: class indices (N,).
+            targets: class indices (N,), or (N, H, W) where `predicts` says so.
 
         Returns:
-            `output`, the student's logits (N, K), of which the trainer measures `accuracy` and more; besides, scalars under
+            `output`, the student's logits, of which the trainer measures `accuracy` and more; besides, scalars under
             the names of further metrics: means over the batch, which the trainer averages by images.
         """
         # Called, not `forward`: that reaches what was compiled or sharded. Do it once first where networks are called apart.
@@ -91,6 +96,10 @@ class Task(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups: one of all that trains, unless the method has settings of its own for some."""
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the networks that no term of the loss reaches: they are frozen, and may well stay random."""
+        return []
 
     def networks(self) -> list[nn.Module]:
         """The modules with parameters that are called as wholes, inner ones first: the units in which FSDP shards.
@@ -110,6 +119,10 @@ class Task(nn.Module):
     def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Feature maps (N, C, H, W) by the network that they are of, finest first, for pictures of where it looks."""
         return {"student": features_and_logits(self.backbone, laid_out(images, self.channels_last))[0]}
+
+    def predicted_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Class scores (N, K, h, w) by the network that they are of, where `predicts` is "maps"; for pictures of them."""
+        return {"student": self(images)["output"]}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile this module's calls: one graph for forward, loss and backward, and one for every batch size.
@@ -328,8 +341,11 @@ def logits_of(backbone: nn.Module, images: Tensor, name: str = "backbone") -> Te
     )
 
 
-def called(network: nn.Module, images: Tensor, name: str, **more: Any) -> Any:
-    """`network(images, **more)`; where one image leaves a BatchNorm one value per channel, the error says so of `images`."""
+def called(network: Callable[..., Any], images: Tensor, name: str, **more: Any) -> Any:
+    """`network(images, **more)`; where one image leaves a BatchNorm one value per channel, the error says so of `images`.
+
+    `network` may be a method of a network.
+    """
     if torch.compiler.is_compiling():
         return network(images, **more)
     try:
@@ -343,8 +359,9 @@ def called(network: nn.Module, images: Tensor, name: str, **more: Any) -> Any:
         ) from error
 
 
-def _kind(network: nn.Module) -> str:
+def _kind(network: Callable[..., Any]) -> str:
     """The name of the network's class, of a frozen one's own."""
+    network = getattr(network, "__self__", network)
     return type(network.network if isinstance(network, FrozenTeacher) else network).__name__
 
 

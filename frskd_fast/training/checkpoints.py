@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import zipfile
@@ -19,6 +20,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from frskd_fast.models.checkpoints import LAST, PREVIOUS, SHARDED, brief
+
+from .finite import FiniteGuard
 
 BEST, INCOMING = "best.ckpt", "incoming.ckpt"
 
@@ -173,7 +176,8 @@ class RunCheckpoint(Checkpoint):
     """Saves `last.ckpt` every N steps and after each epoch, and keeps the one before as `previous.ckpt`.
 
     A write that fails (a full disk, say) leaves both files as they are; training goes on, one warning says so, and the
-    next save tries again. Both files hold everything: weights, optimiser, schedule, scaler, loops, position in the data.
+    next save tries again. `failure` tells whether the latest one failed. Both files hold everything: weights, optimiser,
+    schedule, scaler, loops, position in the data.
 
     Args:
         every_n_steps: save after each so many optimiser steps; 0 never does so within an epoch.
@@ -181,7 +185,8 @@ class RunCheckpoint(Checkpoint):
             A run that is told to stop (by SIGTERM, `max_steps`, early stopping) saves besides.
         keep_best: also keep `best.ckpt`: of the epochs that end with a validation, the one with the highest `monitor`.
             Checkpoints that are folders (sharded ones) are not kept.
-        monitor: name of the metric that decides, larger is better.
+        monitor: name of the metric that decides, larger is better; None is what the module is judged by on the validation
+            images, its accuracy or mIoU.
         folder: where; None is the trainer's `default_root_dir`.
     """
 
@@ -190,7 +195,7 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: int = 500,
         every_n_epochs: int = 1,
         keep_best: bool = False,
-        monitor: str = "validation/accuracy",
+        monitor: str | None = None,
         folder: str | None = None,
     ) -> None:
         super().__init__()
@@ -202,18 +207,22 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.keep_best = keep_best
-        self.monitor = monitor
+        self.monitor = monitor or ""
         self.folder = folder
         self.best: float | None = None
         self.saved_step = 0
         self.validated_step: int | None = None
-        self.failures = 0
+        self.failure: BaseException | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.monitor:
+            self.monitor = f"validation/{getattr(getattr(pl_module, 'evaluation', None), 'score', 'accuracy')}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_step = trainer.global_step
@@ -279,6 +288,9 @@ class RunCheckpoint(Checkpoint):
         """Write the checkpoint and rename: `last` becomes `previous`, the new file becomes `last`."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FiniteGuard):
+                callback.before_save(trainer)
         folder = Path(self.folder or trainer.default_root_dir)
         before, improved = self.best, self._improved(trainer)
         if improved:
@@ -296,9 +308,11 @@ class RunCheckpoint(Checkpoint):
             except OSError as error:
                 failure = error
         self.saved_step = trainer.global_step
+        warned = self.failure is not None
+        self.failure = failure
         if failure is not None:
             self.best = before
-            self.failures += 1
+        if failure is not None and not warned:
             rank_zero_warn(
                 f"The checkpoint of step {trainer.global_step} could not be written to {folder} ({brief(failure)}). The "
                 "earlier checkpoints are as they were, and training goes on; the next save tries again. Make room on the disk.",
@@ -310,7 +324,8 @@ class RunCheckpoint(Checkpoint):
         if not self.keep_best or trainer.global_step != self.validated_step:
             return False
         value = trainer.callback_metrics.get(self.monitor)
-        return value is not None and (self.best is None or float(value) > self.best)
+        # nan where nothing could be measured
+        return value is not None and not math.isnan(value) and (self.best is None or float(value) > self.best)
 
 
 @rank_zero_only

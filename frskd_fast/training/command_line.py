@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import operator
 import os
 import signal
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
+from frskd_fast.models.checkpoints import brief
 from frskd_fast.models.teachers import needs_trust
 from frskd_fast.tasks import Task
 
@@ -27,12 +29,14 @@ from .checkpoints import AtomicCheckpointIO, Found, RunCheckpoint, find_checkpoi
 from .class_paths import PARTS
 from .data import ImageData
 from .errors import Refusal, sentence_of
+from .finite import FiniteGuard, OnNan
 from .guard import RunGuard
+from .lock import RunLock
 from .loggers import loggers
 from .module import DistillationModule
 from .panels import Panels
 from .progress import ProgressBar
-from .records import Predictions, Records
+from .records import Masks, Predictions, Records
 from .run_folder import check_same_run, is_over, leave_nothing, length_matters, set_aside
 from .teacher_cache import TeacherCache
 
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
 
 # What constructors and readers raise of wrong settings.
 MISTAKES = (ValueError, TypeError, ImportError, FileNotFoundError, MisconfigurationException)
+# What a disk says on which nothing can be written.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 # The parts that the module builds, by their classes.
 CLASSES: dict[str, Any] = {"task": Task, "optimizer": Optimizer, "lr_scheduler": LRSchedulerTypeTuple}
 
@@ -102,6 +108,11 @@ class CommandLine(LightningCLI):
             "Stop where a term of the loss, or all gradients of a module, are exactly zero in the first three steps."
         )
         parser.add_argument("--guard", type=bool, default=True, help=guard)
+        nan = (
+            "Where the loss or weights are not finite: stop the run and keep its last checkpoint, skip steps whose gradients "
+            "are not finite (which waits for the device in each step), or continue."
+        )
+        parser.add_argument("--on_nan", type=OnNan, default="stop", help=nan)
         parser.add_argument("--teacher_cache", type=str | None, default=None, help=kept)
         parser.add_argument("--teacher_cache_features", type=bool, default=False, help=maps)
         parser.add_argument("--teacher_cache_half", type=bool, default=False, help=half)
@@ -166,7 +177,9 @@ class CommandLine(LightningCLI):
         callbacks = settings.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         self.beginning = Beginning()
-        own: list[Any] = [self.beginning, Records(), Predictions()]
+        maps = self.model.task.predicts == "maps"
+        writer = Masks(self.model.hparams["num_classes"]) if maps else Predictions()
+        own: list[Any] = [self.beginning, Records(), writer]
         if settings.get("enable_model_summary") is not False and not settings.get("fast_dev_run"):
             own.append(ModelSummary(max_depth=2))  # the networks within the task
         if self.subcommand == "fit":
@@ -175,6 +188,7 @@ class CommandLine(LightningCLI):
             )
             if folder is not None:
                 own.append(TeacherCache(folder, features=features, half=half))
+            own.append(FiniteGuard(self._get(self.config, "on_nan")))
             if self._get(self.config, "guard"):
                 own.append(RunGuard())
         kwargs["callbacks"] = [*own, *callbacks]
@@ -210,6 +224,24 @@ class CommandLine(LightningCLI):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.begin(self.trainer.fit, **kwargs)
             return
+        lock = self.locked()
+        try:
+            self.fit_alone(**kwargs)
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def locked(self) -> RunLock | None:
+        """The lock of the run's folder, which one of several processes holds for them all."""
+        if self.trainer.global_rank != 0:
+            return None
+        lock = RunLock(self.folder)
+        if lock.taken_over is not None:
+            say(f"{lock.taken_over}, which trained in {self.folder} last, did not come to its end.")
+        return lock
+
+    def fit_alone(self, **kwargs: Any) -> None:
+        """Train in a folder in which nobody else trains."""
         settings = self.settings()
         if self._get(self.config, "fresh"):
             moved = set_aside(self.folder) if self.trainer.global_rank == 0 else None
@@ -230,8 +262,27 @@ class CommandLine(LightningCLI):
                 say(f"{self.folder} holds no checkpoint; the run begins anew.")
         self.beginning.config = yaml.safe_dump(settings, sort_keys=False).encode()
         self.train(**kwargs)
+        lost = self.lost()
+        if lost is not None:
+            raise Refusal(f"The training ended after {self.trainer.global_step} steps. {lost}")
         if self.trainer.state.finished:
             self.report()
+
+    def lost(self) -> str | None:
+        """Why what was trained last is not on the disk, and what is; None where it is there."""
+        failures = (
+            callback.failure for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)
+        )
+        failure = next((failure for failure in failures if failure is not None), None)
+        if failure is None or self.trainer.global_rank != 0:
+            return None
+        found = find_checkpoint(self.folder)
+        there = "no checkpoint" if found is None else f"{found.path.name} of step {found.progress.steps}"
+        then = "begins anew" if found is None else "goes on from there"
+        return (
+            f"Its last checkpoint could not be written ({brief(failure)}), and what was trained since is lost: {self.folder} "
+            f"holds {there}. Make room on the disk; the same command {then}."
+        )
 
     def found(self) -> Found | None:
         """The run's last checkpoint that is whole; says which were passed over."""
@@ -266,15 +317,23 @@ class CommandLine(LightningCLI):
             try:
                 self.begin(trainer.fit, **kwargs)
             except SIGTERMException:
-                number = signal.SIGINT if interrupt.times else signal.SIGTERM
-                say(f"Stopped by {number.name} after {trainer.global_step} steps; the same command goes on from there.")
+                number = interrupt.number or signal.SIGTERM
+                then = self.lost() or "The same command goes on from there."
+                say(f"Stopped by {number.name} after {trainer.global_step} steps. {then}")
                 raise SystemExit(128 + number) from None
             except SystemExit:
-                if not interrupt.times:
+                if interrupt.number is None:
                     raise
                 again = "the same command goes on from the last checkpoint"
                 say(f"Stopped at once; {again if self.beginning.over else 'nothing was trained'}.")
-                raise SystemExit(128 + signal.SIGINT) from None
+                raise SystemExit(128 + interrupt.number) from None
+            except OSError as error:
+                if error.errno not in UNWRITABLE:
+                    raise
+                raise Refusal(
+                    f"{error.filename or folder} could not be written ({error.strerror}). Make room on the disk; the same "
+                    "command tries again."
+                ) from error
             finally:
                 if not self.beginning.over and trainer.global_rank == 0:
                     leave_nothing(folder, there)
@@ -282,13 +341,14 @@ class CommandLine(LightningCLI):
     def report(self) -> None:
         """Say what came out, and where it is."""
         folder = self.folder
-        accuracy = self.trainer.callback_metrics.get("validation/accuracy")
-        if accuracy is not None:
-            say(f"Validation accuracy of the student: {100 * float(accuracy):.2f} %.")
+        score, title = self.model.evaluation.score, self.model.evaluation.title
+        value = self.trainer.callback_metrics.get(f"validation/{score}")
+        if value is not None:
+            say(f"Validation {title} of the student: {100 * float(value):.2f} %.")
         elif not self.beginning.validated:
             say(
                 f"No validation took place (trainer.check_val_every_n_epoch is {self.trainer.check_val_every_n_epoch}); "
-                "frskd-fast validate with the same options gives the accuracy of the student."
+                f"frskd-fast validate with the same options gives the {title} of the student."
             )
         say(f"Records and checkpoints: {folder} (steps.csv, epochs.csv, last.ckpt).")
         trust = " --trust" if self.model.has_own_student or needs_trust(self.model.hparams.backbone) else ""

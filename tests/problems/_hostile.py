@@ -11,6 +11,14 @@ from torch import Tensor
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
+def shrunk(tensor: Tensor) -> Tensor:
+    """A copy with half of its storage given back, as sharding frees what it does not need for the moment."""
+    copy = tensor.clone()
+    storage = copy.untyped_storage()
+    storage.resize_(storage.nbytes() // 2)
+    return copy
+
+
 class Hostile:
     """Draws arguments that are right most of the time and wrong in one or two ways otherwise."""
 
@@ -46,14 +54,14 @@ class Hostile:
         shape = self.often(shape, shape[:-1], [*shape, 2])
         dtype = self.often(dtype, *FLOATING, torch.int64, torch.bool)
         tensor = torch.randn(shape).mul(self.often(1.0, 1e30)).to(dtype)
-        return self.often(self.layout(tensor), tensor.to("meta"))
+        return self.often(self.layout(tensor), tensor.to("meta"), shrunk(tensor))
 
     def working(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Numbers to be written, or those of a pass before."""
         sizes = [*shape[:-1], *(self.often(size, size + 1, max(size - 1, 0), 0) for size in shape[-1:])]
         dtype = self.often(dtype, torch.float32, torch.float64, torch.bfloat16)
         tensor = torch.full(self.often(sizes, [*sizes, 1]), float("nan"), dtype=dtype)
-        return self.often(tensor, torch.stack([tensor, tensor], -1)[..., 0])
+        return self.often(tensor, torch.stack([tensor, tensor], -1)[..., 0], shrunk(tensor))
 
     def number(self, value: float) -> float:
         return self.often(value, float("nan"), float("inf"), -1.0, 0.0)

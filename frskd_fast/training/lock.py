@@ -1,0 +1,77 @@
+"""One process at a time trains in a run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+from .errors import Refusal
+
+try:
+    import fcntl
+except ImportError:  # not on this system, and then there are no locks
+    fcntl = None  # type: ignore[assignment]
+
+
+class RunLock:
+    """Holds the lock of a run's folder: a file beside it, which the system unlocks when its process ends, however it ends.
+
+    It lies beside the folder because `--fresh` renames that. It holds the process and the host for the message.
+
+    Args:
+        folder: of the run; need not exist yet.
+
+    Raises:
+        Refusal: when another process holds the lock.
+
+    Example:
+        >>> import tempfile
+        >>> lock = RunLock(Path(tempfile.mkdtemp()) / "run")
+        >>> lock.path.name, lock.taken_over
+        ('.run.lock', None)
+        >>> lock.release()
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder.with_name(f".{folder.name}.lock")
+        self.taken_over: str | None = None  # of whom a lock was left behind
+        self._descriptor: int | None = None
+        if fcntl is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while self._descriptor is None:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held the file may have removed it since it was opened; then it is no lock any more.
+                if os.path.exists(self.path) and os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+                    self._descriptor = descriptor
+            except BlockingIOError:
+                raise Refusal(
+                    f"{_holder(descriptor) or 'Another process'} is training in {folder}; wait for it, or give --run_dir "
+                    "another folder."
+                ) from None
+            finally:
+                if self._descriptor is None:
+                    os.close(descriptor)
+        self.taken_over = _holder(self._descriptor)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back and remove its file."""
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _holder(descriptor: int) -> str | None:
+    """The process that wrote the file, in words; None where nobody did."""
+    try:
+        content = json.loads(os.pread(descriptor, 4096, 0))
+        return f"Process {int(content['process'])} on {content['host']}"
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
