@@ -45,7 +45,7 @@ lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-	$(RUN) bench/report.py --readme README.md --docs docs/benchmarks.md --check
+	$(RUN) bench/report.py --readme README.md --docs docs/benchmarks.md --methods docs/methods/index.md --check
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, fed hostile arguments and odd sizes.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all

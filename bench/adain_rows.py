@@ -1,33 +1,32 @@
-"""AdaIN-KD in the suite `methods`: moments and transfer by themselves, and a whole training step, resnet32x4 -> resnet8x4.
+"""AdaIN-KD in the suite `methods`: moments and transfer by themselves, and the training step, resnet32x4 -> resnet8x4.
 
-A step is forward, loss and backward of student and connectors, with the teacher's forward and its tails behind each of the
-three stages; the optimiser is left out. There is no published code of the method: the baselines write mean, variance and
-transfer as style transfer does, for each term anew, and the tails by hand.
+The step has the teacher's forward, and its tails behind each of the three stages. There is no published code of the method:
+the baselines write mean, variance and transfer as style transfer does, for each term anew, and the tails by hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import inputs
+from bench import inputs, method_step
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
+from bench.method_step import Step, with_statistics
+
+if TYPE_CHECKING:
+    from frskd_fast.tasks import AdaINTask
 
 SHAPES = ((64, 256, 8, 8), (64, 512, 16, 16))
-TENSORS_MOVED = (
-    7  # style and content are read twice, the upstream gradient once; the result and one gradient are written
-)
-STEP_BATCH = 64
+# Style and content are read twice, the upstream gradient once; the result and one gradient are written.
+TENSORS_MOVED = 7
 TEACHER, STUDENT, TINY = "resnet32x4", "resnet8x4", "resnet8"
 EPSILON = 1e-5
-PLAIN = ("plain",)
-OURS = ("auto compiled",)
 
 
 def statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,86 +114,33 @@ def plain(images: Tensor, targets: Tensor, student: nn.Module, connectors: nn.Mo
         return F.cross_entropy(student(images)[1], targets)
 
 
-def ours(layout: str, name: str) -> Callable[..., Tensor]:
-    """The task, with every operation by the implementation that `name` begins with; also the student by itself."""
-    import frskd_fast
-    from frskd_fast.tasks import AdaINTask
-
-    if name in PLAIN:
-        return plain
-    implementation, *form = name.split()
-    built: list[Any] = []
-
-    def step(
-        images: Tensor, targets: Tensor, student: nn.Module, connectors: nn.ModuleList, teacher: nn.Module
-    ) -> Tensor:
-        with frskd_fast.use_impl(implementation), half_precision(images):
-            if not built or built[0] is not student:
-                task = AdaINTask(
-                    student, teacher, image_shape=images.shape[1:], channels_last=layout == "channels_last"
-                )
-                task.connectors = connectors
-                if "compiled" in form:
-                    task.compile()
-                built[:] = [student, task]
-            loss: Tensor = built[1](images, targets)["loss"]
-            return loss
-
-    return step
-
-
-def operands(student: str, teacher: str, images: Tensor, targets: Tensor) -> Operands:
-    """A batch, a fresh student with connectors, and a teacher that does not learn."""
-    from bench.cases.methods import with_statistics
+def networks(images: Tensor, small: bool) -> dict[str, nn.Module]:
+    """A fresh student with connectors, and a teacher that does not learn."""
     from frskd_fast import models
     from frskd_fast.tasks.adain import connector
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(inputs.SEED)
-        networks = [models.create_model(name, inputs.CLASSES) for name in (student, teacher)]
-        widths: Any = [network.channels for network in networks]
-        connectors = nn.ModuleList(connector(*pair) for pair in zip(*widths, strict=True))
-        frozen = with_statistics(networks[1], images).requires_grad_(False)
-    return {"images": images, "targets": targets, "student": networks[0], "connectors": connectors, "teacher": frozen}
+    names = (TINY, TINY) if small else (STUDENT, TEACHER)
+    student, teacher = (models.create_model(name, inputs.CLASSES) for name in names)
+    widths: Any = student.channels, teacher.channels
+    connectors = nn.ModuleList(connector(*pair) for pair in zip(*widths, strict=True))
+    frozen = with_statistics(teacher, images).requires_grad_(False)
+    return {"student": student, "connectors": connectors, "teacher": frozen}
 
 
-def digits(batch: int) -> Operands:
-    """A batch of digit images."""
-    images, targets, _ = inputs.digit_images(batch)
-    return operands(STUDENT, TEACHER, images, targets)
+def task(
+    images: Tensor, channels_last: bool, student: nn.Module, connectors: nn.ModuleList, teacher: nn.Module
+) -> AdaINTask:
+    """Ours, with these connectors."""
+    from frskd_fast.tasks import AdaINTask
+
+    built = AdaINTask(student, teacher, image_shape=images.shape[1:], channels_last=channels_last)
+    built.connectors = connectors
+    return built
 
 
-def tiny() -> Operands:
-    """Small networks on two small images of noise."""
-    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(inputs.SEED))
-    return operands(TINY, TINY, noise, torch.arange(2))
-
-
-def step_cases(selection: Selection) -> Iterator[Case]:
-    """dtype x layout; what is compiled is measured where compiling was asked for."""
-    batch = selection.batch or STEP_BATCH
-    for dtype in selection.dtypes_of_networks():
-        for layout in selection.layouts:
-            yield Case(
-                suite="methods",
-                shape=f"AdaIN step N={batch}",
-                dtype=dtype,
-                layout=layout,
-                backward=True,
-                bytes_moved=0,
-                operands=partial(digits, batch),
-                tiny=tiny,
-                differentiated=("student", "connectors"),
-                original=original,
-                ours=partial(ours, layout),
-                chain=True,
-                compiles=selection.compiles_network(dtype, layout),
-                operations=("moments", "logits"),
-                more=(*PLAIN, *OURS),
-                images=batch,
-            )
+STEP = Step("AdaIN", 64, networks, ("student", "connectors"), original, task, {"plain": plain}, ("moments", "logits"))
 
 
 def cases(selection: Selection) -> list[Case]:
     """Moments and transfer, then the step."""
-    return [*transfer_cases(selection), *step_cases(selection)]
+    return [*transfer_cases(selection), *method_step.cases(STEP, selection)]

@@ -1,27 +1,22 @@
-"""A whole training step of CollaborativeTeaching, WRN-16-1 beside and under a WRN-40-1: in the original's order, and ours.
-
-A step is the expert's forward pass, and forward, loss and backward of student and scratch teacher; the optimiser is left out.
-"""
+"""The training step of CollaborativeTeaching: WRN-16-1 beside a WRN-40-1 from scratch, under a trained one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import inputs, originals
-from bench.case import Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
+from bench.method_step import Step
+
+if TYPE_CHECKING:
+    from frskd_fast.tasks import CollaborativeTeachingTask
 
 BATCH = 128  # of the recipe
-STEP_BATCH = 32
 STUDENT, TEACHER, TINY = 16, 40, 10  # depths
-PLAIN = ("plain",)
-OURS = ("auto teacher cached", "auto compiled")
 
 
 def original(images: Tensor, targets: Tensor, student: nn.Module, scratch: nn.Module, expert: nn.Module) -> Tensor:
@@ -40,83 +35,37 @@ def plain(images: Tensor, targets: Tensor, student: nn.Module, scratch: nn.Modul
         return F.cross_entropy(student(images)[1], targets)
 
 
-def ours(layout: str, name: str) -> Callable[..., Tensor]:
-    """The task, with every operation by the implementation that `name` begins with; also the student alone."""
-    import frskd_fast
-    from frskd_fast.tasks import CollaborativeTeachingTask
-
-    if name in PLAIN:
-        return plain
-    implementation, *form = name.split()
-    built: list[Any] = []
-
-    def task_of(student: nn.Module, scratch: nn.Module, expert: nn.Module) -> Any:
-        """The task of these networks, built once for as long as they come."""
-        if not built or built[0] is not student:
-            task = CollaborativeTeachingTask(student, scratch, expert, channels_last=layout == "channels_last")
-            if "compiled" in form:
-                task.compile()
-            built[:] = [student, task, None]
-        return built[1]
-
-    def step(images: Tensor, targets: Tensor, student: nn.Module, scratch: nn.Module, expert: nn.Module) -> Tensor:
-        with frskd_fast.use_impl(implementation), half_precision(images):
-            task = task_of(student, scratch, expert)
-            if "cached" in form and built[2] is None:
-                with torch.no_grad():
-                    built[2] = task.teacher_outputs(images)
-            loss: Tensor = task(images, targets, built[2])["loss"]
-            return loss
-
-    return step
-
-
-def operands(student: int, teacher: int, images: Tensor, targets: Tensor) -> Operands:
-    """A batch, two fresh networks and an expert with statistics, in evaluation mode."""
+def networks(images: Tensor, small: bool) -> dict[str, nn.Module]:
+    """Two fresh networks and an expert with statistics, in evaluation mode."""
     from frskd_fast.models.cifar_wide_resnet import CIFARWideResNet
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(inputs.SEED)
-        names = {"student": student, "scratch": teacher, "expert": teacher}
-        networks = {name: CIFARWideResNet(depth, 1, inputs.CLASSES) for name, depth in names.items()}
+    depths = {"student": STUDENT, "scratch": TEACHER, "expert": TEACHER}
+    built: dict[str, nn.Module] = {
+        name: CIFARWideResNet(TINY if small else depth, 1, inputs.CLASSES) for name, depth in depths.items()
+    }
     with torch.no_grad():
-        networks["expert"](images)
-    networks["expert"].eval().requires_grad_(False)
-    return {"images": images, "targets": targets, **networks}
+        built["expert"](images)
+    built["expert"].eval().requires_grad_(False)
+    return built
 
 
-def digits(batch: int) -> Operands:
-    """A batch of digit images."""
-    images, targets, _ = inputs.digit_images(batch)
-    return operands(STUDENT, TEACHER, images, targets)
+def task(
+    images: Tensor, channels_last: bool, student: nn.Module, scratch: nn.Module, expert: nn.Module
+) -> CollaborativeTeachingTask:
+    """Ours."""
+    from frskd_fast.tasks import CollaborativeTeachingTask
+
+    return CollaborativeTeachingTask(student, scratch, expert, channels_last=channels_last)
 
 
-def tiny() -> Operands:
-    """Small networks on two small images of noise."""
-    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(inputs.SEED))
-    return operands(TINY, TINY, noise, torch.arange(2))
-
-
-def cases(selection: Selection) -> Iterator[Case]:
-    """dtype x layout; what is compiled is measured where compiling was asked for."""
-    batch = selection.batch or STEP_BATCH
-    for dtype in selection.dtypes_of_networks():
-        for layout in selection.layouts:
-            yield Case(
-                suite="methods",
-                shape=f"CollaborativeTeaching step N={batch}",
-                dtype=dtype,
-                layout=layout,
-                backward=True,
-                bytes_moved=0,
-                operands=partial(digits, batch),
-                tiny=tiny,
-                differentiated=("student", "scratch"),
-                original=original,
-                ours=partial(ours, layout),
-                chain=True,
-                compiles=selection.compiles_network(dtype, layout),
-                operations=("logits", "attention"),
-                more=(*PLAIN, *OURS),
-                images=batch,
-            )
+STEP = Step(
+    "CollaborativeTeaching",
+    32,
+    networks,
+    ("student", "scratch"),
+    original,
+    task,
+    {"plain": plain},
+    ("logits", "attention"),
+    cached=True,
+)

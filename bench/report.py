@@ -1,6 +1,7 @@
 """Tables and plots from the results of bench/run.py: `python bench/report.py bench/results/X.json --markdown`.
 
-What the README and docs/benchmarks.md show between their markers is generated from result files.
+What the README, docs/benchmarks.md and docs/methods/index.md show between their markers is generated from result files. That
+of the last is also from results of scripts/evidence.py, which its block names.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -19,6 +20,7 @@ from bench import plots, results, tables
 from bench.names import BASELINES, FORCED
 from bench.results import Document, Row
 from bench.tables import markdown_table, ratio, significant
+from scripts import evidence
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SOURCE = re.compile(r"<!-- bench:source (\S+) -->")
@@ -98,6 +100,20 @@ def docs_block(sources: Sequence[tuple[str, Document]], folder: Path) -> str:
     return "\n".join([*out, tables.markdown_legend([document for _, document in sources])])
 
 
+def methods_block(sources: Sequence[tuple[str, Document]], studies: Sequence[tuple[str, Document]]) -> str:
+    """What stands in docs/methods/index.md: a row for each method."""
+    from bench import methods_table
+
+    lines = [source_line(name) for name, _ in [*sources, *studies]]
+    documents = ([document for _, document in found] for found in (sources, studies))
+    return "\n".join([*lines, "", *methods_table.table(*documents)])
+
+
+def is_study(name: str) -> bool:
+    """Whether a result file is one of scripts/evidence.py."""
+    return "evidence" in Path(name).name
+
+
 def source_line(name: str) -> str:
     """The line of a block that names a result file."""
     return f"<!-- bench:source {name} -->"
@@ -116,21 +132,24 @@ def split(page: Path, content: str) -> tuple[str, str, str]:
     return content[:start], content[start:stop], content[stop:]
 
 
-def update(page: Path, files: Sequence[Path], check: bool, docs: Path | None) -> bool:
+Block = Callable[[list[tuple[str, Document]], list[tuple[str, Document]]], str]
+
+
+def update(page: Path, files: Sequence[Path], check: bool, block: Block) -> bool:
     """Rewrite a page's block from `files`, or with `check` only compare; True when it was up to date before.
 
-    Without `files` those are taken that the block itself names. A README's block links to the page `docs`; a page that gets all
-    tables has none (None).
+    Without `files` those are taken that the block itself names; results of scripts/evidence.py always are.
     """
     content = page.read_text(encoding="utf-8")
     before, old, after = split(page, content)
     folder = page.absolute().parent
-    names = [relative(path, folder) for path in files] or SOURCE.findall(old)
+    in_block = SOURCE.findall(old)
+    names = [relative(path, folder) for path in files] or [name for name in in_block if not is_study(name)]
     if not names:
         raise ValueError(f"{page} names no result file yet; give one, as in bench/report.py bench/results/X.json.")
     sources = [(name, results.load(folder / name)) for name in names]
-    block = docs_block(sources, folder) if docs is None else readme_block(sources, relative(docs, folder))
-    new = f"{before}\n{block}\n{after}"
+    studies = [(name, results.load(folder / name, evidence.SCHEMA)) for name in in_block if is_study(name)]
+    new = f"{before}\n{block(sources, studies)}\n{after}"
     if new != content and not check:
         page.write_text(new, encoding="utf-8")
     return new == content
@@ -146,7 +165,8 @@ def parser() -> argparse.ArgumentParser:
     between = f"between {BEGIN} and {END}, from the files named here or else in that block"
     result.add_argument("--readme", type=Path, metavar="README.md", help=f"write the short table {between}")
     result.add_argument("--docs", type=Path, metavar="docs/benchmarks.md", help=f"write all tables {between}")
-    result.add_argument("--check", action="store_true", help="with --readme, --docs: change nothing, 1 if out of date")
+    result.add_argument("--methods", type=Path, metavar="docs/methods/index.md", help=f"write a row a method {between}")
+    result.add_argument("--check", action="store_true", help="with a page: change nothing, 1 if it is out of date")
     result.add_argument(
         "--check-auto", action="store_true", help="1 if auto is more than 5 %% slower than eager PyTorch in any row"
     )
@@ -154,11 +174,26 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def blocks_of(arguments: argparse.Namespace) -> dict[Path, Block]:
+    """The pages that the command line names, and what makes the block of each."""
+    pages: dict[Path, Block] = {}
+    if arguments.readme is not None:
+        readme: Path = arguments.readme
+        link = relative(arguments.docs or readme.parent / "docs" / "benchmarks.md", readme.absolute().parent)
+        pages[readme] = lambda sources, _: readme_block(sources, link)
+    if arguments.docs is not None:
+        folder = arguments.docs.absolute().parent
+        pages[arguments.docs] = lambda sources, _: docs_block(sources, folder)
+    if arguments.methods is not None:
+        pages[arguments.methods] = methods_block
+    return pages
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says; 1 if a page is out of date or auto loses, 2 if something is missing."""
     command_line = parser()
     arguments = command_line.parse_args(argv)
-    pages = [page for page in (arguments.readme, arguments.docs) if page is not None]
+    pages = blocks_of(arguments)
     if arguments.check and not pages:
         command_line.error("--check compares a page; name it with --readme README.md or --docs docs/benchmarks.md")
     if not arguments.results and (arguments.check_auto or not pages):
@@ -168,9 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     try:
         documents = [results.load(path) for path in arguments.results]
-        for page in pages:
-            docs = None if page is arguments.docs else arguments.docs or page.parent / "docs" / "benchmarks.md"
-            current = update(page, arguments.results, arguments.check, docs)
+        for page, block in pages.items():
+            current = update(page, arguments.results, arguments.check, block)
             if arguments.check and not current:
                 print(f"{page} is out of date; run python bench/report.py without --check.")
                 code = 1

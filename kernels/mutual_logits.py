@@ -18,16 +18,23 @@ _STEP = 1024  # rows that are summed at a time
 _MOST_CLASSES = 1 << 16
 
 
-@triton.jit
-def _inverse_valid(targets, rows, ignore_index, STEP: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """1 / rows that have a label, 0 where none has."""
+@triton.jit(do_not_specialize=["rows"])
+def _valid_kernel(
+    targets,  # (N,)
+    inverse_valid,  # (), 1 / rows that have a label, 0 where none has
+    rows,  # N
+    ignore_index,
+    STEP: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """One program, so that the labels are read once and not by every row."""
     counts = tl.full([STEP], 0, tl.int32)
     for begin in range(0, rows, STEP):
         row = begin + tl.arange(0, STEP)
         label = tl.load(targets + row, mask=row < rows, other=0)
         counts += ((label != ignore_index) & (row < rows)).to(tl.int32)
     valid = tl.sum(counts, axis=0).to(ACCUMULATE)
-    return tl.where(valid == 0, 0.0, 1.0 / tl.maximum(valid, 1.0))
+    tl.store(inverse_valid, tl.where(valid == 0, 0.0, 1.0 / tl.maximum(valid, 1.0)))
 
 
 @triton.jit
@@ -42,6 +49,7 @@ def _targets(z, inside, inverse_temperature, offset, tiny):
 def _rows_kernel(
     logits,  # (HEADS, N, K), the fused classifier's last
     targets,  # (N,), or unused
+    inverse_valid,  # (), or unused
     weight,  # ()
     row_losses,  # (2, HEADS, N)
     gradients,  # (HEADS, N, K)
@@ -54,7 +62,6 @@ def _rows_kernel(
     HEADS: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     """One program for each row."""
@@ -76,7 +83,7 @@ def _rows_kernel(
         label = tl.load(targets + row)
         kept = label != ignore_index
         known = (label >= 0) & (label < classes)
-        ce_scale = _inverse_valid(targets, rows, ignore_index, STEP, ACCUMULATE)
+        ce_scale = tl.load(inverse_valid)
         ce_scale = tl.where(kept, tl.where(known, ce_scale, float("nan")), 0.0)
     ensemble = tl.zeros([BLOCK], ACCUMULATE)
     for head in tl.static_range(HEADS - 1):
@@ -119,21 +126,20 @@ def _rows_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _terms_kernel(
     row_losses,  # (2, HEADS, N)
-    targets,  # (N,), or unused
+    inverse_valid,  # (), or unused
     weight,  # ()
     loss,  # ()
     terms,  # (2, HEADS)
     rows,  # N
-    ignore_index,
     HEADS: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     STEP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     """One program: the means over the rows and the loss."""
-    inverse_valid = tl.full([], 0.0, ACCUMULATE)
+    ce_scale = tl.full([], 0.0, ACCUMULATE)
     if HAS_TARGETS:
-        inverse_valid = _inverse_valid(targets, rows, ignore_index, STEP, ACCUMULATE)
+        ce_scale = tl.load(inverse_valid)
     inverse_rows = 1.0 / tl.maximum(rows, 1).to(ACCUMULATE)
     pull = tl.load(weight)
     total = tl.full([], 0.0, ACCUMULATE)
@@ -144,7 +150,7 @@ def _terms_kernel(
             sums += tl.load(row_losses + term * rows.to(tl.int64) + row, mask=row < rows, other=0.0)
         mean = tl.sum(sums, axis=0)
         if term < HEADS:
-            mean = mean * inverse_valid
+            mean = mean * ce_scale
             total += mean
         else:
             mean = mean * inverse_rows
@@ -156,7 +162,7 @@ def _terms_kernel(
 def forward(
     logits: Sequence[Tensor], targets: Tensor | None, weight: Tensor, settings: MutualSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, its terms (2, S + 1) and its gradients (S + 1, N, K), in two launches behind one that stacks the logits."""
+    """The loss, its terms (2, S + 1) and its gradients (S + 1, N, K), in three launches behind one that stacks the logits."""
     together = torch.stack(list(logits))
     heads, rows, classes = together.shape
     if classes > _MOST_CLASSES:
@@ -169,18 +175,24 @@ def forward(
     terms = torch.empty((2, heads), dtype=dtype, device=device)
     gradients = torch.empty((heads, rows, classes), dtype=dtype, device=device)
     row_losses = torch.empty((2, heads, rows), dtype=dtype, device=device)
-    labels = weight if targets is None else targets.contiguous()
+    labels, inverse_valid = weight, weight  # unused
     block = power_of_two(classes, 16, _MOST_CLASSES)
+    if targets is not None:
+        labels, inverse_valid = targets.contiguous(), torch.empty((), dtype=dtype, device=device)
+        launch(
+            _valid_kernel, 1, device,
+            labels, inverse_valid, rows, settings.ignore_index, STEP=_STEP, ACCUMULATE=accumulate, num_warps=4,
+        )  # fmt: skip
     launch(
         _rows_kernel, rows, device,
-        together, labels, weight, row_losses, gradients, rows, classes,
+        together, labels, inverse_valid, weight, row_losses, gradients, rows, classes,
         settings.temperature, settings.offset, torch.finfo(dtype).tiny, settings.ignore_index,
-        HEADS=heads, HAS_TARGETS=targets is not None, BLOCK=block, STEP=_STEP, ACCUMULATE=accumulate,
+        HEADS=heads, HAS_TARGETS=targets is not None, BLOCK=block, ACCUMULATE=accumulate,
         num_warps=power_of_two(block // 128, 4, 16),
     )  # fmt: skip
     launch(
         _terms_kernel, 1, device,
-        row_losses, labels, weight, loss, terms, rows, settings.ignore_index,
+        row_losses, inverse_valid, weight, loss, terms, rows,
         HEADS=heads, HAS_TARGETS=targets is not None, STEP=_STEP, ACCUMULATE=accumulate, num_warps=4,
     )  # fmt: skip
     return loss, terms, gradients

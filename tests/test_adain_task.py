@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from task_checks import check_autocast, check_copies, check_kept_outputs, check_sharded
 from test_tasks import CLASSES, Net, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from frskd_fast.functional import adain, channel_moments
 from frskd_fast.losses import AdaINLoss
@@ -127,20 +126,15 @@ def test_tails_of_ones_own() -> None:
 
 def test_kept_outputs_of_the_teacher_take_its_place() -> None:
     task = small_task()
-    images, labels = batch()
-    outputs = task.teacher_outputs(images)
-    assert list(outputs) == ["logits", "features_1", "features_2"] and all(
-        len(output) == len(images) for output in outputs.values()
-    )
-    wanted = copy.deepcopy(task)(images, labels)
-    task.teacher.network.forward = None
+    check_kept_outputs(task, task.teacher, *batch(), ["logits", "features_1", "features_2"])
+
+
+def test_a_teacher_that_was_woken_runs_in_evaluation_mode() -> None:
+    task = small_task()
     for module in task.modules():
         module.train()
-    got = task(images, labels, teacher_outputs=outputs)
+    task(*batch())
     assert not any(module.training for module in task.teacher.network.modules())
-    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
-    halves = {key: output.half() for key, output in outputs.items()}
-    torch.testing.assert_close(task(images, labels, halves)["loss"], wanted["loss"], rtol=2e-2, atol=0)
 
 
 def test_states_and_copies_agree() -> None:
@@ -156,29 +150,13 @@ def test_states_and_copies_agree() -> None:
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         ),
     ]
-    wanted = copy.deepcopy(task)(images, labels)["loss"]
-    again = copy.deepcopy(task)
-    nn.init.zeros_(again.connectors[0][0].weight)
-    again.load_state_dict(state)
-    for same in (again, pickle.loads(pickle.dumps(task))):
-        assert torch.equal(same(images, labels)["loss"], wanted)
+    check_copies(task, images, labels, small_task(), "connectors.0.0")
+    for same in (copy.deepcopy(task), pickle.loads(pickle.dumps(task))):
         assert same._tails[0].network.fc is same.teacher.network.fc
-    with pytest.raises(RuntimeError, match="build the task with the teacher that it was trained with"):
-        small_task().load_state_dict(state)
-    double = copy.deepcopy(task).double()
-    torch.testing.assert_close(double(images.double(), labels)["loss"].float(), wanted)
 
 
-def test_autocast() -> None:
-    task = small_task()
-    images, labels = batch()
-    wanted = copy.deepcopy(task)(images, labels)["loss"]
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = task(images, labels)
-    assert parts["output"].dtype == torch.bfloat16 and parts["loss"].dtype == torch.float32
-    torch.testing.assert_close(parts["loss"], wanted, rtol=0.1, atol=0)
-    parts["loss"].backward()
-    assert all(p.grad.isfinite().all() for p in task.parameters() if p.requires_grad)
+def test_autocast_with_a_scaler() -> None:
+    check_autocast(small_task(), *batch())
 
 
 @pytest.mark.parametrize(
@@ -195,29 +173,11 @@ def test_data_parallel_finds_no_unused_parameter(tmp_path: Path) -> None:
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in task.parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"transfer_weight": 0.0}, {"stages": [1]}], ids=str)
-def test_sharded_tasks_train_and_evaluate(settings: dict[str, Any], tmp_path: Path) -> None:
-    """FSDP2 in a group of one, whose parameters are sharded all the same."""
+def test_sharded_tasks_train_and_evaluate(tmp_path: Path) -> None:
     images, labels = batch()
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        plain = small_task(channels_last=False, **settings)
-        task = copy.deepcopy(plain)
-        for network in [*task.networks(), task]:
-            fully_shard(network, mesh=mesh)
-        for each in (task, plain):
-            each(images, labels)["loss"].backward()
-        for (key, ours), theirs in zip(task.named_parameters(), plain.parameters(), strict=True):
-            assert (ours.grad is None) == (theirs.grad is None), key
-            if ours.grad is not None:
-                torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=key)
-        measured, wanted = (each.eval().evaluate(images, labels) for each in (task, plain))
-        torch.testing.assert_close(measured, wanted)
-        torch.testing.assert_close(task.student()(images), plain.student()(images))
-    finally:
-        torch.distributed.destroy_process_group()
+    variants: tuple[dict[str, Any], ...] = ({}, {"transfer_weight": 0.0}, {"stages": [1]})
+    tasks = [small_task(channels_last=False, **settings) for settings in variants]
+    check_sharded(tasks, images, labels, images, tmp_path)
 
 
 def test_networks_of_the_zoo() -> None:

@@ -21,11 +21,10 @@ sys.path.append(str(ROOT))
 
 from bench import (  # noqa: E402
     adain_rows,
-    collaborative_step,
     correctness,
-    ffl_step,
     measure,
     memory,
+    method_step,
     run,
     timing,
     traffic,
@@ -33,6 +32,7 @@ from bench import (  # noqa: E402
 from bench.call import Call, map_tensors, place, tensors_in  # noqa: E402
 from bench.case import DTYPES, Case, Operands, Selection  # noqa: E402
 from bench.cases import SUITES, attention, cases_of, fusion, in_order, logits, loss, methods, self_teacher, step  # noqa: E402
+from bench.method_step import Step  # noqa: E402
 
 LOSS_SUITES = ("attention", "logits", "loss", "methods")
 
@@ -73,15 +73,6 @@ def test_case_names_are_unique_over_all_suites() -> None:
     for selection in (Selection(), Selection(quick=True)):
         names = [case.name for suite in SUITES for case in cases_of(suite, selection)]
         assert len(names) == len(set(names)) > 0
-
-
-def test_adain_is_measured_by_itself_and_in_a_step() -> None:
-    transfer, *_, step = adain_rows.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
-    check_original(transfer)
-
-    rows = run_tiny(dataclasses.replace(step, operands=step.tiny, images=2), "eager", "auto")
-    assert list(rows) == ["eager", "auto", *adain_rows.PLAIN]
-    assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
 
 
 def test_full_run_covers_the_documented_shapes_dtypes_and_layouts() -> None:
@@ -171,28 +162,21 @@ def test_originals_of_methods_are_the_objectives_of_the_library(objective: metho
     assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
 
 
-@pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.name)
-def test_a_step_with_a_frozen_teacher_is_measured(method: methods.Method) -> None:
-    case = next(
-        case
-        for case in methods.step_cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
-        if case.shape.startswith(method.name)
-    )
-    rows = run_tiny(dataclasses.replace(case, operands=case.tiny, images=2), "eager", "auto")
-    assert list(rows) == ["eager", "auto", *methods.PLAIN, "auto teacher cached"]
-    assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
-    assert all(row.parts_ms is None for row in rows.values())  # which are those of FRSKD's step
-    # Nothing of the teacher is kept for backward.
-    assert rows["auto"].saved_bytes < 1.1 * rows["plain with heads"].saved_bytes
+def test_the_transfer_of_adain_is_measured_by_itself() -> None:
+    transfer, *_ = adain_rows.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
+    check_original(transfer)
 
 
-@pytest.mark.parametrize(("step", "more"), [(ffl_step, []), (collaborative_step, ["auto teacher cached"])])
-def test_a_step_of_networks_that_learn_together_is_measured(step: Any, more: list[str]) -> None:
-    (case,) = step.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))
+@pytest.mark.parametrize("step", [*methods.STEPS, adain_rows.STEP], ids=lambda step: step.name)
+def test_the_step_of_a_method_is_measured(step: Step) -> None:
+    (case,) = method_step.cases(step, Selection(dtypes=("fp32",), layouts=("channels_last",)))
     assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
     rows = run_tiny(dataclasses.replace(case, operands=case.tiny, images=2), "eager", "auto")
-    assert list(rows) == ["eager", "auto", *step.PLAIN, *more]
+    assert list(rows) == ["eager", "auto", *step.plain, *([method_step.CACHED] if step.cached else [])]
     assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
+    assert all(row.parts_ms is None for row in rows.values())  # which are those of FRSKD's step
+    if "plain with heads" in rows:  # nothing of the teacher is kept for backward
+        assert rows["auto"].saved_bytes < 1.1 * rows["plain with heads"].saved_bytes
 
 
 def test_full_run_covers_the_settings_of_the_networks() -> None:

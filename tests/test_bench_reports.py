@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench import breakdown, measure, plots, report, results, tables  # noqa: E402
+from bench import breakdown, measure, methods_table, plots, report, results, tables  # noqa: E402
 
 
 @pytest.fixture
@@ -143,6 +143,48 @@ def test_the_readme_shows_auto_and_else_what_was_forced(document: dict[str, Any]
     assert forced[-1].split(" | ")[4] == "4.00"
     with pytest.raises(ValueError, match="no result file has a row of ours for loss fp32 channels_last"):
         report.readme_table([{**document, "rows": []}])
+
+
+def test_the_table_of_methods_is_made_of_both_kinds_of_results(
+    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, result = tmp_path / "index.md", tmp_path / "x.json"
+    for method in methods_table.METHODS:
+        names = ("auto", "plain", *([methods_table.CACHED] if method.name == "SSKD" else []))
+        for number, name in enumerate(names):
+            shape = f"{method.shape} N=2"
+            row = measure.Row(method.suite, shape, shape, "fp32", "channels_last", "forward+backward", name, 0)
+            figures = {"ms": 20.0, "of_plain": 2.5 - number, "extra_bytes": 3_000_000 * (2 - number)}
+            document["rows"].append({**dataclasses.asdict(row), **figures})
+    results.save(document, result)
+    accuracies = {"ce": (90.0, 92.0, 91.0), "sskd": (93.0, 94.0)}
+    run = {"curve": [], "seconds": 1.0, "peak": 1, "epochs": 2}
+    runs = {
+        name: {str(seed): {**run, "accuracy": value} for seed, value in enumerate(values)}
+        for name, values in accuracies.items()
+    }
+    study = {"schema": "evidence, 1", "study": "teachers", "runs": runs}
+    (tmp_path / "evidence-teachers.json").write_text(json.dumps(study), encoding="utf-8")
+    source = report.source_line("evidence-teachers.json")
+    page.write_text(f"{report.BEGIN}\n{source}\n{report.END}\n", encoding="utf-8")
+
+    assert report.main([str(result), "--methods", str(page)]) == 0
+    assert report.main(["--methods", str(page), "--check"]) == 0, "both files are taken from the block"
+    table = {line.split("]")[0][3:]: line for line in page.read_text("utf-8").splitlines() if line.startswith("| [")}
+    assert list(table) == [method.name for method in methods_table.METHODS] and len(table) == 6
+    assert table["SSKD"] == (
+        "| [SSKD](sskd.md) | `digits_sskd_head`, from `digits_resnet20_plain` | 20.0 ms, 2.50x | 0.50x | 6.00 MB, 2.00x | "
+        "72.51 → 76.20, `cifar100_resnet32x4_resnet8x4_sskd` (its README; unconfirmed by a run of ours) | +2.50 ± 6.35 |"
+    )
+    assert "73.80 → 77.71, `cifar100_resnet18_frskd`" in table["FRSKD"], (
+        "the student alone is that of the recipe's base"
+    )
+    assert table["FFL"].endswith("| nothing | 20.0 ms, 2.50x | - | 6.00 MB, 2.00x | no figure found | not measured |")
+
+    document["rows"] = [row for row in document["rows"] if not row["shape"].startswith("FFL")]
+    results.save(document, result)
+    assert report.main(["--methods", str(page), "--check"]) == 2
+    assert "no result file has a row of auto for the step of FFL (methods, fp32" in capsys.readouterr().err
 
 
 def test_every_result_file_is_named_by_a_page_or_by_the_dispatch() -> None:

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from task_checks import check_autocast, check_copies, check_kept_outputs, check_sharded, check_step
 from test_tasks import CLASSES, Net, PreactNet, batch, compare_compiled, every_kind_of_targets, train_in_a_group_of_one
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from frskd_fast.losses import CollaborativeTeachingLoss
 from frskd_fast.models import vgg8, wrn_16_1
@@ -57,18 +56,7 @@ def test_the_dict_is_what_networks_and_loss_give(name: str) -> None:
     hand = copy.deepcopy(task)
     images, labels = batch()
     for targets in every_kind_of_targets(labels):
-        got, (wanted, others) = task(images, targets), by_hand(hand, images, targets)
-        assert got.keys() == {"loss", *others} and torch.equal(got["loss"], wanted)
-        for key, value in others.items():
-            assert torch.equal(got[key], value), key
-            assert key.endswith("output") or (value.dim() == 0 and not got[key].requires_grad)
-        task.zero_grad()
-        hand.zero_grad()
-        got["loss"].backward()
-        wanted.backward()
-        for (key, parameter), other in zip(task.named_parameters(), hand.parameters(), strict=True):
-            assert (parameter.grad is None) == (not parameter.requires_grad), key
-            assert parameter.grad is None or torch.equal(parameter.grad, other.grad), key
+        check_step(task, hand, targets, images, by_hand)
     assert list(task(images)) == ["output"] and list(task.eval()(images, labels)) == ["output"]
     student = task.student()
     assert type(student) is Student and student.backbone is task.backbone
@@ -135,16 +123,8 @@ def test_a_shared_stem_is_one_parameter_that_both_train() -> None:
 @pytest.mark.parametrize("name", ["default", "no scratch teacher"])
 def test_kept_outputs_of_the_expert_take_its_place(name: str) -> None:
     task = task_of(name)
-    images, labels = batch()
-    outputs = task.teacher_outputs(images)
-    assert list(outputs) == [*(["logits"] if name != "default" else []), "features_1", "features_2"]
-    assert all(len(output) == len(images) for output in outputs.values())
-    wanted = copy.deepcopy(task)(images, labels)
-    task.expert.network.forward = None
-    got = task(images, labels, teacher_outputs=outputs)
-    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
-    halves = {key: output.half() for key, output in outputs.items()}
-    torch.testing.assert_close(task(images, labels, halves)["loss"], wanted["loss"], rtol=2e-2, atol=0)
+    names = [*(["logits"] if name != "default" else []), "features_1", "features_2"]
+    check_kept_outputs(task, task.expert, *batch(), names)
 
 
 def test_without_attention_the_expert_does_not_run() -> None:
@@ -160,33 +140,12 @@ def test_states_and_copies_agree() -> None:
     state = task.state_dict()
     assert {key.split(".")[0] for key in state} == {"backbone", "scratch", "expert"}
     assert [key for key in state if key.startswith("expert.")] == ["expert.source"]
-    wanted = copy.deepcopy(task)(images, labels)["loss"]
-    again = copy.deepcopy(task)
-    nn.init.zeros_(again.scratch.fc.weight)
-    again.load_state_dict(state)
-    for same in (again, pickle.loads(pickle.dumps(task))):
-        assert torch.equal(same(images, labels)["loss"], wanted)
-    with pytest.raises(RuntimeError, match="build the task with the teacher that it was trained with"):
-        task_of("shared").load_state_dict(state)
-    double = copy.deepcopy(task).double()
-    torch.testing.assert_close(double(images.double(), labels)["loss"].float(), wanted)
+    check_copies(task, images, labels, task_of("shared"), "scratch.fc")
 
 
 @pytest.mark.parametrize("name", ["shared", "both", "no scratch teacher"])
 def test_autocast_with_a_scaler(name: str) -> None:
-    task = task_of(name)
-    images, labels = batch()
-    wanted = copy.deepcopy(task)(images, labels)["loss"]
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    optimiser = torch.optim.SGD(task.parameter_groups(), lr=0.01)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = task(images, labels)
-    assert parts["output"].dtype == torch.bfloat16 and parts["loss"].dtype == torch.float32
-    torch.testing.assert_close(parts["loss"], wanted, rtol=0.1, atol=0)
-    scaler.scale(parts["loss"]).backward()
-    scaler.step(optimiser)
-    scaler.update()
-    assert scaler.get_scale() == 64.0 and all(parameter.isfinite().all() for parameter in task.parameters())
+    check_autocast(task_of(name), *batch(), lr=0.01)
 
 
 # PyTorch chooses between two convolutions on the CPU at 16 rows, and a graph serves one side of that.
@@ -207,28 +166,9 @@ def test_data_parallel_finds_no_unused_parameter(name: str, tmp_path: Path) -> N
 
 
 def test_sharded_tasks_train_and_evaluate(tmp_path: Path) -> None:
-    """FSDP2 in a group of one, whose parameters are sharded all the same."""
     images, labels = batch()
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for name in ("default", "shared"):
-            plain = task_of(name, channels_last=False)
-            task = copy.deepcopy(plain)
-            for network in [*task.networks(), task]:
-                fully_shard(network, mesh=mesh)
-            for each in (task, plain):
-                each(images, labels)["loss"].backward()
-            for (key, ours), theirs in zip(task.named_parameters(), plain.parameters(), strict=True):
-                assert (ours.grad is None) == (theirs.grad is None), f"{name}: {key}"
-                if ours.grad is not None:
-                    torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=f"{name}: {key}")
-            measured, wanted = (each.eval().evaluate(images, labels) for each in (task, plain))
-            torch.testing.assert_close(measured, wanted)
-            torch.testing.assert_close(task.student()(images), plain.student()(images))
-    finally:
-        torch.distributed.destroy_process_group()
+    tasks = [task_of(name, channels_last=False) for name in ("default", "shared")]
+    check_sharded(tasks, images, labels, images, tmp_path)
 
 
 def test_the_scratch_teacher_is_measured_and_may_be_taken_away() -> None:
@@ -296,14 +236,24 @@ def test_networks_by_name_and_an_expert_from_a_file(tmp_path: Path) -> None:
         (lambda: CollaborativeTeachingTask("wrn_16_1", Net(), Net()), TypeError, "backbone is a str"),
         (lambda: CollaborativeTeachingTask(Net(), None, Net()), TypeError, "scratch is None, but a torch.nn.Module or"),
         (lambda: CollaborativeTeachingTask(Net(), 3, Net()), TypeError, "scratch is a int"),
-        (lambda: CollaborativeTeachingTask(Net(), "wrn_40", Net()), ValueError, "wrn_40"),
+        (lambda: CollaborativeTeachingTask(Net(), "wrn_40", Net()), ValueError, "scratch is 'wrn_40', but one of"),
         (
             lambda: CollaborativeTeachingTask(Net(described=False), "wrn_40_1", Net(), beta=0.0),
             TypeError,
             "scratch is 'wrn_40_1'.*backbone .Net. has no num_classes",
         ),
         (lambda: CollaborativeTeachingTask(*[Net()] * 2, Net()), ValueError, "scratch is the backbone itself"),
-        (lambda: CollaborativeTeachingTask(Net(), Net(), 3), TypeError, "source is a int"),
+        (lambda: CollaborativeTeachingTask(Net(), Net(), 3), TypeError, "expert is a int"),
+        (
+            lambda: CollaborativeTeachingTask(Net(), Net(), Net(), expert_name="wrn_16_1"),
+            ValueError,
+            r"expert is a module \(Net\), which is used as it is, so expert_name",
+        ),
+        (
+            lambda: CollaborativeTeachingTask(Net(), Net(), "no file"),
+            ValueError,
+            "expert is 'no file'.*with expert_name=",
+        ),
         (
             lambda: CollaborativeTeachingTask(Net(), Net(), wrn_16_1(CLASSES)),
             ValueError,

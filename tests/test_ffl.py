@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +79,9 @@ def test_golden_network() -> None:
         taken = resnet8(10).double().eval()
         taken.load_state_dict(alone.state_dict())
         assert torch.equal(taken(images)[1], found)
+        assert alone is network.subnetwork(index) and not alone.training
+        twin = copy.deepcopy(network).train().subnetwork(index)
+        assert twin.training and twin.conv1 is not alone.conv1 and torch.equal(twin.conv1.weight, alone.conv1.weight)
     assert network(images[:, :, :20, :24])[1][0].shape == (4, 64, 5, 6)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from golden_utils import golden_settings, load_golden
+from task_checks import check_sharded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from trajectory_utils import assert_final, filled, follow
@@ -134,6 +136,13 @@ def test_one_graph_for_every_batch_and_epoch(shared: bool) -> None:
     assert backend.frame_count == 1
 
 
+def test_sharded_tasks_train_and_every_classifier_runs_alone(tmp_path: Path) -> None:
+    images, targets = batch()
+    settings: list[dict[str, Any]] = [{"which": name, "channels_last": False} for name in NAMES]
+    tasks = [*(small(**one) for one in settings), FFLTask(resnet8(10), "resnet14", **settings[1])]
+    check_sharded(tasks, images, targets, images, tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     task, (images, targets) = small(), batch()
@@ -188,13 +197,14 @@ class NoMaps(nn.Module):
         (lambda: FFLTask(resnet8(10), []), ValueError, "peers is empty, but at least one other network"),
         (lambda: FFLTask(resnet8(10), resnet8(7)), ValueError, r"peers\[0\] \(CIFARResNet\) scores 7 classes"),
         (lambda: FFLTask(resnet8(10), [3]), TypeError, r"peers\[0\] is a int"),  # type: ignore[list-item]
-        (lambda: FFLTask(resnet8(10), ["resnet9"]), ValueError, "backbone is 'resnet9', but one of"),
+        (lambda: FFLTask(resnet8(10), ["resnet9"]), ValueError, r"peers\[0\] is 'resnet9', but one of"),
         (lambda: FFLTask(FFLResNet(8, 10), resnet8(10)), ValueError, "peers were given, but backbone .FFLResNet. has"),
         (lambda: small(which="fuse"), ValueError, "which is 'fuse', but one of 'subnetwork_1', 'subnetwork_2', 'fused'"),
         (lambda: small().student("net1"), ValueError, "which is 'net1', but one of"),
         (lambda: small(ramp_epochs=-1), ValueError, "ramp_epochs is -1, but at least 0"),
         (lambda: small(ramp_epochs=0.5), ValueError, "ramp_epochs is 0.5"),
         (lambda: small(fusion_weight_decay="a"), TypeError, "fusion_weight_decay is 'a'"),
+        (lambda: small(fusion_weight_decay=-1), ValueError, "fusion_weight_decay is -1, but None or at least 0"),
         (lambda: small(temperature=0.0), ValueError, "temperature is 0.0"),
         (lambda: small()(*batch()[:1], torch.tensor([0, 1, 2, 10])), ValueError, "holds the label 10"),
         (

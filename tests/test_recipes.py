@@ -18,6 +18,7 @@ pytest.importorskip("sklearn")
 
 import data_files
 import yaml
+from training_utils import process
 
 from frskd_fast.models import create_model
 from frskd_fast.models.registry import imported
@@ -487,3 +488,9 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["cifar100_resnet18_plain"] == "plain" and found["digits"] == "frskd"
     assert main(["recipes", "cifar100_wrn16x2_frskd_sla"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == recipe_files.recipe("cifar100_wrn16x2_frskd_sla")
+
+
+def test_a_reader_that_leaves_ends_the_list_quietly() -> None:
+    listing = process(["recipes", "frskd"])
+    listing.stdout.close()
+    assert listing.stderr.read() == "" and listing.wait(timeout=60) == 0

@@ -116,19 +116,22 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert same_weights(weights(folder), weights(reference))
 
 
-def test_interrupted_at_the_terminal_a_run_saves_and_goes_on(reference: Path, tmp_path: Path) -> None:
-    """Ctrl-C reaches the workers, too, which must not die of it before the step has ended."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(
+    number: signal.Signals, reference: Path, tmp_path: Path
+) -> None:
+    """As Ctrl-C and clusters send it. It reaches the workers, too, which must not die of it before the step has ended."""
     folder = tmp_path / "interrupted"
     words = small_run(folder, trainer__callbacks="training_utils.Slow", data__workers=1, checkpoint__every_n_steps=0)
     running = process(words, group=True)
     try:
         wait_for_row(running, folder, 5)
-        os.killpg(running.pid, signal.SIGINT)
+        os.killpg(running.pid, number)
         out, error = running.communicate(timeout=60)
     finally:
         running.kill()
-    assert running.returncode == 128 + signal.SIGINT, out + error
-    assert "Stopped by SIGINT after " in out and "Traceback" not in error
+    assert running.returncode == 128 + number, out + error
+    assert f"Stopped by {number.name} after " in out and "Traceback" not in error
     found = find_checkpoint(folder)
     assert found is not None and found.progress.steps == len(steps(folder)) in (6, 7)
     assert main(small_run(folder)) == 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from task_checks import check_autocast, check_copies, check_kept_outputs, check_sharded, check_step
 from test_tasks import (
     CLASSES,
     Net,
@@ -20,8 +20,6 @@ from test_tasks import (
     train_in_a_group_of_one,
 )
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frskd_fast.losses import HSAKDLoss, HSAKDOnlineLoss, HSAKDTeacherLoss, SSKDHeadLoss, SSKDLoss
@@ -96,18 +94,7 @@ def test_the_dict_is_what_networks_and_loss_give(name: str) -> None:
     hand = copy.deepcopy(task)
     images, labels = views()
     for targets in [labels] if name.startswith("sskd") else every_kind_of_targets(labels):
-        got, (wanted, others) = task(images, targets), by_hand(hand, images, targets)
-        assert got.keys() == {"loss", *others} and torch.equal(got["loss"], wanted)
-        for key, value in others.items():
-            assert torch.equal(got[key], value), key
-            assert key.endswith("output") or (value.dim() == 0 and not got[key].requires_grad)
-        task.zero_grad()
-        hand.zero_grad()
-        got["loss"].backward()
-        wanted.backward()
-        for (key, parameter), other in zip(task.named_parameters(), hand.parameters(), strict=True):
-            assert (parameter.grad is None) == (not parameter.requires_grad), key
-            assert parameter.grad is None or torch.equal(parameter.grad, other.grad), key
+        check_step(task, hand, targets, images, by_hand)
     plain = images[::4]
     assert list(task(plain)) == ["output"] and list(task.eval()(plain, labels)) == ["output"]
     student = task.student()
@@ -138,16 +125,8 @@ def test_what_is_frozen_neither_learns_nor_wakes(name: str) -> None:
 @pytest.mark.parametrize("name", TAUGHT)
 def test_kept_outputs_of_the_teacher_take_its_place(name: str) -> None:
     task = TASKS[name]()
-    images, labels = views()
-    outputs = task.teacher_outputs(images)
-    assert list(outputs) == (["logits", "projections"] if name == "sskd" else ["logits", "auxiliary_1", "auxiliary_2"])
-    assert all(len(output) == len(images) for output in outputs.values())
-    wanted = copy.deepcopy(task)(images, labels)
-    task.teacher.network.forward = None
-    got = task(images, labels, teacher_outputs=outputs)
-    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
-    halves = {key: output.half() for key, output in outputs.items()}
-    torch.testing.assert_close(task(images, labels, halves)["loss"], wanted["loss"], rtol=2e-2, atol=0)
+    names = ["logits", "projections"] if name == "sskd" else ["logits", "auxiliary_1", "auxiliary_2"]
+    check_kept_outputs(task, task.teacher, *views(), names)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -160,34 +139,12 @@ def test_states_and_copies_agree(name: str) -> None:
         {"net1", "net2"} if online else {"net", "teacher"} if name in TAUGHT else {"net"}
     )
     assert [key for key in state if key.startswith("teacher.")] == (["teacher.source"] if name in TAUGHT else [])
-    wanted = copy.deepcopy(task)(images, labels)["loss"]
-    again = copy.deepcopy(task)
-    torch.nn.init.zeros_(again.backbone.fc.weight)
-    again.load_state_dict(state)
-    for same in (again, pickle.loads(pickle.dumps(task))):
-        assert torch.equal(same(images, labels)["loss"], wanted)
-    if name in TAUGHT:
-        with pytest.raises(RuntimeError, match="build the task with the teacher that it was trained with"):
-            TASKS[name]().load_state_dict(state)
-    double = copy.deepcopy(task).double()
-    torch.testing.assert_close(double(images.double(), labels)["loss"].float(), wanted)
+    check_copies(task, images, labels, TASKS[name]() if name in TAUGHT else None)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_autocast_with_a_scaler(name: str) -> None:
-    task = TASKS[name]()
-    images, labels = views()
-    wanted = copy.deepcopy(task)(images, labels)["loss"]
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    optimiser = torch.optim.SGD(task.parameter_groups(), lr=0.1)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = task(images, labels)
-    assert parts["output"].dtype == torch.bfloat16 and parts["loss"].dtype == torch.float32
-    torch.testing.assert_close(parts["loss"], wanted, rtol=0.1, atol=0)
-    scaler.scale(parts["loss"]).backward()
-    scaler.step(optimiser)
-    scaler.update()
-    assert scaler.get_scale() == 64.0 and all(parameter.isfinite().all() for parameter in task.parameters())
+    check_autocast(TASKS[name](), *views())
 
 
 # PyTorch chooses between two convolutions on the CPU at 16 rows, and a graph serves one side of that.
@@ -222,28 +179,9 @@ def test_data_parallel_without_similarities(tmp_path: Path) -> None:
 
 
 def test_sharded_tasks_train_and_evaluate(tmp_path: Path) -> None:
-    """FSDP2 in a group of one, whose parameters are sharded all the same."""
     images, labels = views()
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for name, build in TASKS.items():
-            plain = build(channels_last=False)
-            task = copy.deepcopy(plain)
-            for network in [*task.networks(), task]:
-                fully_shard(network, mesh=mesh)
-            for each in (task, plain):
-                each(images, labels)["loss"].backward()
-            for (key, ours), theirs in zip(task.named_parameters(), plain.parameters(), strict=True):
-                assert (ours.grad is None) == (theirs.grad is None), f"{name}: {key}"
-                if ours.grad is not None:
-                    torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, msg=f"{name}: {key}")
-            measured, wanted = (each.eval().evaluate(images[::4], labels) for each in (task, plain))
-            torch.testing.assert_close(measured, wanted)
-            torch.testing.assert_close(task.student()(images), plain.student()(images))
-    finally:
-        torch.distributed.destroy_process_group()
+    tasks = [build(channels_last=False) for build in TASKS.values()]
+    check_sharded(tasks, images, labels, images[::4], tmp_path)
 
 
 def test_evaluation_measures_heads_and_both_networks() -> None:

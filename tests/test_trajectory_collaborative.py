@@ -13,6 +13,8 @@ from frskd_fast._dispatch import use_impl
 from frskd_fast.models.cifar_wide_resnet import CIFARWideResNet
 from frskd_fast.tasks import CollaborativeTeachingTask
 
+EXPERT = partial(CIFARWideResNet, 22, 1, 10)
+
 
 # On a CPU with the extension, "auto" is "cpu".
 @pytest.mark.parametrize(("impl", "steps"), [("reference", 2), ("auto", None)])
@@ -46,6 +48,3 @@ def test_every_step_is_the_original_s(attention_on: str, impl: str, steps: int |
         assert_final(task.student()(images), stored["final_eval_logits"])
         assert_final(task.scratch_teacher()(images), stored["final_eval_scratch_logits"])
         assert_final(task.expert(images)[1], stored["expert_eval_logits"])
-
-
-EXPERT = partial(CIFARWideResNet, 22, 1, 10)

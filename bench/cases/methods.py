@@ -1,8 +1,7 @@
-"""The methods: each loss by itself, and a whole training step.
+"""The methods: each loss by itself, and a whole training step (bench/method_step.py).
 
-A step is forward, loss and backward of the student, with the teacher's forward; the optimiser is left out. The networks of
-HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. Other methods' rows are in bench/ffl_step.py,
-bench/collaborative_step.py and bench/adain_rows.py.
+The networks of HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. What the steps of other methods
+are made of is in bench/ffl_step.py, bench/collaborative_step.py and bench/adain_rows.py.
 """
 
 from __future__ import annotations
@@ -15,18 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import adain_rows, collaborative_step, ffl_step, inputs, originals
+from bench import adain_rows, collaborative_step, ffl_step, inputs, method_step, originals
 from bench.call import tensors_in
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
+from bench.method_step import Step, with_statistics
 
 ORDER = 4
 BATCH = 64  # images of the recipes; 256 rows
-STEP_BATCH = 16
 TEACHER, STUDENT = "resnet32x4", "resnet8x4"
 TINY = "resnet8"
-PLAIN = ("plain", "plain with heads")
-OURS = ("auto teacher cached", "auto compiled")
 HEADS = 3
 WRN_MAPS = ((16, 32), (32, 16), (64, 8))  # channels and side
 PROJECTIONS = (128, 2048)  # of WRN-x-2, and of ResNet50
@@ -292,117 +289,38 @@ def plain_with_heads(images: Tensor, targets: Tensor, student: nn.Module, teache
         return originals.hsakd_teacher(logits, heads, targets)
 
 
-class Method(NamedTuple):
-    """One method's training step."""
-
-    name: str
-    wrapper: str  # what a backbone gets, a name of frskd_fast.models
-    original: Callable[..., Tensor]
-    task: str  # a name of frskd_fast.tasks
-
-
-METHODS = (
-    Method("HSAKD", "with_auxiliary_heads", hsakd_step, "HSAKDTask"),
-    Method("SSKD", "ProjectionHead", sskd_step, "SSKDTask"),
-)
-
-
-def our_step(task_name: str, layout: str, name: str) -> Callable[..., Tensor]:
-    """The task, with every operation by the implementation that `name` begins with; also the rows without a teacher."""
-    import frskd_fast
-    from frskd_fast import mixing, tasks
-
-    if name in PLAIN:
-        return plain if name == "plain" else plain_with_heads
-    implementation, *form = name.split()
-    built: list[Any] = []
-
-    def task_of(student: nn.Module, teacher: nn.Module) -> Any:
-        """The task of these networks, built once for as long as they come."""
-        if not built or built[0] is not student:
-            task = getattr(tasks, task_name)(student, teacher=teacher, channels_last=layout == "channels_last")
-            if "compiled" in form:
-                task.compile()
-            built[:] = [student, task, None]
-        return built[1]
-
-    def step(images: Tensor, targets: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
-        with frskd_fast.use_impl(implementation), half_precision(images):
-            views = mixing.rotate4(images)
-            task = task_of(student, teacher)
-            if "cached" not in form:
-                return task(views, targets)["loss"]
-            if built[2] is None:
-                with torch.no_grad():
-                    built[2] = task.teacher_outputs(views)
-            return task(views, targets, built[2])["loss"]
-
-    return step
-
-
-def with_statistics(network: nn.Module, images: Tensor) -> nn.Module:
-    """The network in evaluation mode, its BatchNorms with the statistics of `images`: untrained, its maps would explode."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        network(originals.rotated(images))
-    return network.eval()
-
-
-def step_operands(method: Method, student: str, teacher: str, images: Tensor, targets: Tensor) -> Operands:
-    """A batch, a fresh student and a teacher that does not learn."""
+def pair(wrapper: str, images: Tensor, small: bool) -> dict[str, nn.Module]:
+    """A fresh student and a teacher that does not learn, each within `wrapper`, a name of frskd_fast.models."""
     from frskd_fast import models
 
-    def built(name: str) -> nn.Module:
-        network: nn.Module = getattr(models, method.wrapper)(models.create_model(name, inputs.CLASSES))
-        return network
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(inputs.SEED)
-        networks = {"student": built(student), "teacher": with_statistics(built(teacher), images)}
-    return {"images": images, "targets": targets, **networks}
+    names = (TINY, TINY) if small else (STUDENT, TEACHER)
+    student, teacher = (getattr(models, wrapper)(models.create_model(name, inputs.CLASSES)) for name in names)
+    return {"student": student, "teacher": with_statistics(teacher, images)}
 
 
-def digits(method: Method, batch: int) -> Operands:
-    """A batch of digit images."""
-    images, targets, _ = inputs.digit_images(batch)
-    return step_operands(method, STUDENT, TEACHER, images, targets)
+def task(name: str, images: Tensor, channels_last: bool, student: nn.Module, teacher: nn.Module) -> Any:
+    """Ours, a name of frskd_fast.tasks."""
+    from frskd_fast import tasks
+
+    return getattr(tasks, name)(student, teacher=teacher, channels_last=channels_last)
 
 
-def tiny_step(method: Method) -> Operands:
-    """Small networks on two small images of noise."""
-    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(inputs.SEED))
-    return step_operands(method, TINY, TINY, noise, torch.arange(2))
+def taught(name: str, wrapper: str, original: Callable[..., Tensor], task_name: str) -> Step:
+    """The step of a method with a frozen teacher of rotated images."""
+    rows = {"plain": plain, "plain with heads": plain_with_heads}
+    networks = partial(pair, wrapper)
+    return Step(name, 16, networks, ("student",), original, partial(task, task_name), rows, ("logits",), cached=True)
 
 
-def step_cases(selection: Selection) -> Iterator[Case]:
-    """Method x dtype x layout; what is compiled is measured where compiling was asked for."""
-    batch = selection.batch or STEP_BATCH
-    for method in METHODS:
-        for dtype in selection.dtypes_of_networks():
-            for layout in selection.layouts:
-                yield Case(
-                    suite="methods",
-                    shape=f"{method.name} step N={batch}",
-                    dtype=dtype,
-                    layout=layout,
-                    backward=True,
-                    bytes_moved=0,
-                    operands=partial(digits, method, batch),
-                    tiny=partial(tiny_step, method),
-                    differentiated=("student",),
-                    original=method.original,
-                    ours=partial(our_step, method.task, layout),
-                    chain=True,
-                    compiles=selection.compiles_network(dtype, layout),
-                    operations=("logits",),
-                    more=(*PLAIN, *OURS),
-                    images=batch,
-                )
+STEPS = (
+    taught("HSAKD", "with_auxiliary_heads", hsakd_step, "HSAKDTask"),
+    taught("SSKD", "ProjectionHead", sskd_step, "SSKDTask"),
+    ffl_step.STEP,
+    collaborative_step.STEP,
+)
 
 
 def cases(selection: Selection) -> list[Case]:
     """The losses, then the steps."""
-    more = step_cases, ffl_step.cases, collaborative_step.cases, adain_rows.cases
-    return [*loss_cases(selection), *(case for of_method in more for case in of_method(selection))]
+    steps = (case for step in STEPS for case in method_step.cases(step, selection))
+    return [*loss_cases(selection), *steps, *adain_rows.cases(selection)]

@@ -1,7 +1,8 @@
 """Backbones and self-teachers: `model(x, preact=False) -> (features, logits)`, finest feature map first.
 
 `create_model` makes one by its name; `adapt_backbone` turns other networks into backbones; `with_auxiliary_heads` gives
-them the auxiliary classifiers of HSAKD.
+them the auxiliary classifiers of HSAKD. Segmentation networks, `EfficientDetSeg` and `SegmentationNetwork`, return
+`(student_feats, teacher_feats, student_maps, teacher_maps)`.
 """
 
 from .adapters import (

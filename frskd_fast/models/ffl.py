@@ -72,6 +72,7 @@ class FFLResNet(nn.Module):
         self.classfier3_1 = nn.Linear(PLANES[2], num_classes)
         self.classfier3_2 = nn.Linear(PLANES[2], num_classes)
         initialise_convolutions(self)
+        self._alone: dict[int, CIFARResNet] = {}  # no submodules: their parameters are those above
 
     @property
     def _blocks(self) -> int:
@@ -103,8 +104,10 @@ class FFLResNet(nn.Module):
         """
         if index not in (0, 1):
             raise ValueError(f"index is {index!r}, but 0 or 1, one of two sub-networks, was wanted.")
-        with torch.device("meta"):
-            network = CIFARResNet(BasicBlock, [self._blocks] * 3, PLANES, PLANES[0], self.num_classes)
+        if index not in self._alone:
+            with torch.device("meta"):
+                self._alone[index] = CIFARResNet(BasicBlock, [self._blocks] * 3, PLANES, PLANES[0], self.num_classes)
+        network = self._alone[index]
         for name in ("conv1", "bn1", "layer1", "layer2"):
             setattr(network, name, getattr(self, name))
         network.layer3 = getattr(self, f"layer3_{index + 1}")

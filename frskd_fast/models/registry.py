@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from torch import nn
@@ -97,6 +97,11 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
         >>> create_model("wrn16x2", 10).channels
         [32, 64, 128]
     """
+    return created(name, num_classes, arguments, "backbone")
+
+
+def created(name: str, num_classes: int, arguments: Mapping[str, Any], argument: str) -> nn.Module:
+    """`create_model`, whose errors call the name `argument`."""
     for wanted in (name, name.removesuffix("_aux")):
         builder = _builders.get(_aliases.get(wanted, wanted))
         if builder is not None:
@@ -105,16 +110,16 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
     if name.startswith("timm:"):
         return TimmBackbone.create(name.removeprefix("timm:"), num_classes=num_classes, **arguments)
     if "." in name:
-        imported_builder = imported(name, "backbone ", "a function or class that is called with num_classes,")
+        imported_builder = imported(name, f"{argument} ", "a function or class that is called with num_classes,")
         network = imported_builder(num_classes=num_classes, **arguments)
         if not isinstance(network, nn.Module):
-            raise TypeError(f"backbone gave a {type(network).__name__}, but a torch.nn.Module was wanted.")
-        own = any(hasattr(network, name) for name in ("channels", "student_maps"))
+            raise TypeError(f"{argument} gave a {type(network).__name__}, but a torch.nn.Module was wanted.")
+        own = any(hasattr(network, attribute) for attribute in ("channels", "student_maps"))
         return network if own else adapt_backbone(network)
     alike = difflib.get_close_matches(name, [*_builders, *_aliases], n=3)
     raise ValueError(
-        f"backbone is {name!r}, but one of {', '.join(list_models())} was wanted, or 'timm:NAME' for a network of timm, or an "
-        "import path such as 'mypackage.networks.MyNet'"
+        f"{argument} is {name!r}, but one of {', '.join(list_models())} was wanted, or 'timm:NAME' for a network of timm, or "
+        "an import path such as 'mypackage.networks.MyNet'"
         + (f"; did you mean {' or '.join(map(repr, alike))}?" if alike else ".")
     )
 

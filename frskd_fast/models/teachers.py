@@ -14,7 +14,7 @@ from .adapters import TimmBackbone
 from .auxiliary import with_auxiliary_heads
 from .checkpoints import LAST, PREVIOUS, CheckpointError, classes_in, load_file, load_weights, without_heads
 from .projection import ProjectionHead
-from .registry import create_model
+from .registry import create_model, created
 
 TIMM = "timm:"
 
@@ -147,25 +147,37 @@ def load_teacher(
         ...     load_teacher(f"{folder}/teacher.pth", "wrn16x2").num_classes
         10
     """
+    return loaded_teacher(source, name, num_classes, heads, arguments)
+
+
+def loaded_teacher(
+    source: Any,
+    name: str | None,
+    num_classes: int | None,
+    heads: str | None,
+    arguments: Mapping[str, Any],
+    called: tuple[str, str] = ("source", "name"),
+) -> nn.Module:
+    """`load_teacher` for callers whose own arguments have other names: `called` are those of source and name in errors."""
     if heads not in (None, "auxiliary", "projection"):
         raise ValueError(f'heads is {heads!r}, but "auxiliary", "projection" or None was wanted.')
     if isinstance(source, nn.Module):
         if name is not None or num_classes is not None or arguments:
             raise ValueError(
-                f"source is a module ({type(source).__name__}), which is used as it is, so name, num_classes and arguments of "
-                "the network say nothing; leave them out."
+                f"{called[0]} is a module ({type(source).__name__}), which is used as it is, so {called[1]}, num_classes and "
+                "arguments of the network say nothing; leave them out."
             )
         return source
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"source is a {type(source).__name__}, but a module, a path or 'timm:NAME' was wanted.")
+        raise TypeError(f"{called[0]} is a {type(source).__name__}, but a module, a path or 'timm:NAME' was wanted.")
     if str(source).startswith(TIMM):
-        return _from_timm(str(source), name, num_classes, heads, arguments)
-    path = _checkpoint(Path(source))
+        return _from_timm(str(source), name, num_classes, heads, arguments, called)
+    path = _checkpoint(Path(source), called)
     content = load_file(path)
     if heads == "auxiliary" and name is not None and not _names_network(content) and not {".", ":"} & {*name}:
         name = name.removesuffix("_aux") + "_aux"  # another network than the one without heads, where one is registered
-    found = described(content, path, name, num_classes, arguments)
-    network = create_model(found.name, found.num_classes, **found.arguments)
+    found = described(content, path, name, num_classes, arguments, (called[1], "num_classes"))
+    network = created(found.name, found.num_classes, found.arguments, called[1])
     if heads is not None or name is None:
         network = _with_heads(network, heads)
     load_weights(network, content, path)
@@ -184,12 +196,12 @@ def _with_heads(network: nn.Module, heads: str | None) -> nn.Module:
     return ProjectionHead(without_heads(network)) if heads == "projection" else without_heads(network)
 
 
-def _checkpoint(path: Path) -> Path:
+def _checkpoint(path: Path, called: tuple[str, str]) -> Path:
     """The checkpoint itself: the last one of a run where `path` is its folder."""
     if not path.exists():
         raise CheckpointError(
-            f"source is {str(path)!r}, which is neither a file nor a folder; a network that has learned was wanted: a "
-            "checkpoint (with name=..., the name of its network), the folder of a run, 'timm:NAME', or a module."
+            f"{called[0]} is {str(path)!r}, which is neither a file nor a folder; a network that has learned was wanted: a "
+            f"checkpoint (with {called[1]}=..., the name of its network), the folder of a run, 'timm:NAME', or a module."
         )
     if not path.is_dir() or (path / ".metadata").exists():  # a file, or shards
         return path
@@ -204,17 +216,23 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _from_timm(
-    source: str, name: str | None, num_classes: int | None, heads: str | None, arguments: Mapping[str, Any]
+    source: str,
+    name: str | None,
+    num_classes: int | None,
+    heads: str | None,
+    arguments: Mapping[str, Any],
+    called: tuple[str, str],
 ) -> nn.Module:
     if name is not None or heads is not None:
         raise ValueError(
-            f"source is {source!r}, timm's weights, but name is {name!r} and heads {heads!r}, which say something of files; "
-            f"leave them out, or give the file of the weights as source and name={source!r}."
+            f"{called[0]} is {source!r}, timm's weights, but {called[1]} is {name!r} and heads {heads!r}, which say something "
+            f"of files; leave them out, or give the file of the weights as {called[0]} and {called[1]}={source!r}."
         )
     network = TimmBackbone.create(source.removeprefix(TIMM), pretrained=True, **arguments)
     if num_classes not in (None, network.num_classes):
         raise ValueError(
             f"num_classes is {num_classes}, but {source} was trained for {network.num_classes} classes, and with another "
-            f"number its classifier would know nothing; give the file of fine-tuned weights as source and name={source!r}."
+            f"number its classifier would know nothing; give the file of fine-tuned weights as {called[0]} and "
+            f"{called[1]}={source!r}."
         )
     return network.eval()

@@ -64,11 +64,10 @@ def mutual_objective(
     The arguments are already checked: logits (N, K) of S networks, then of the fused classifier, labels of one head, and a
     scalar weight in the accumulate dtype on their device. J is that of `reference.mutual_logits.mutual_divergences`.
     """
-    targets = labels.first[0] if labels.first else None
+    (targets,) = labels.first
     mixed = len(labels.second) > 0
-    if not mixed and (targets is None or not targets.is_floating_point()) and not _dispatch.is_plain(impl):
-        given = None if targets is None else kept(targets)
-        loss, terms = _MutualLogits.apply(settings, impl, given, kept(weight), *logits)
+    if not (mixed or targets.is_floating_point() or _dispatch.is_plain(impl)):
+        loss, terms = _MutualLogits.apply(settings, impl, kept(targets), kept(weight), *logits)
         return loss, terms
     heads = len(logits)
     tensors = [*logits, *labels.first, *labels.second]

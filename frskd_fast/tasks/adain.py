@@ -141,7 +141,8 @@ class AdaINTask(Task):
         if teacher_outputs is None:
             with torch.no_grad():
                 teacher_outputs = self.teacher_outputs(images)
-        teacher_output, *teacher_features = teacher_outputs.values()
+        teacher_output = teacher_outputs["logits"]
+        teacher_features = [teacher_outputs[f"features_{stage + 1}"] for stage in self.stages]
         features, output = features_and_logits(self.backbone, images)
         maps = one_dtype([*self._connected(features), *teacher_features])
         students, teachers = maps[: len(self.stages)], maps[len(self.stages) :]
@@ -155,9 +156,8 @@ class AdaINTask(Task):
         transferred = []
         if self.loss.transfer_weight != 0.0:
             settings = self.loss.eps, self.loss.unbiased
-            if (
-                self.teacher.network.training
-            ):  # where its outputs were handed in, no forward pass has put it back to sleep
+            if self.teacher.network.training:
+                # Where its outputs were handed in, no forward pass has put it back to sleep.
                 self.teacher.network.train(False)
             for run_on, content, theirs, ours in zip(self._tails, teachers, teacher_moments, moments, strict=True):
                 transferred.append(run_on(adain(content, *ours, *settings, theirs, self.loss.impl)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from frskd_fast.losses.collaborative import ATTENTION_ON, CollaborativeTeachingLoss
-from frskd_fast.models import create_model
+from frskd_fast.models.registry import created
 
 from .base import Student, Task, features_and_logits, laid_out, logits_of, one_dtype, traceable_targets
 from .networks import (
@@ -17,6 +17,7 @@ from .networks import (
     check_same_classes,
     check_same_levels,
     frozen_teacher,
+    in_order,
     like,
     with_channels,
 )
@@ -113,7 +114,7 @@ class CollaborativeTeachingTask(Task):
         for name, network in (("backbone", backbone), ("scratch", self.scratch)):
             if isinstance(expert, nn.Module) and network is not None:
                 check_apart(expert, network, ("expert", name))
-        self.expert = frozen_teacher(expert, expert_name, backbone)
+        self.expert = frozen_teacher(expert, expert_name, backbone, argument="expert")
         if self.scratch is not None:
             check_same_classes(backbone, self.scratch, "scratch")
         check_same_classes(backbone, self.expert.network, "expert")
@@ -147,7 +148,7 @@ class CollaborativeTeachingTask(Task):
             scratch_features, teacher_logits = self._outputs("scratch", self.scratch, images)
         if teacher_logits is not None:
             output, teacher_logits = one_dtype([output, teacher_logits])
-        expert_features = [value for name, value in teacher_outputs.items() if name != "logits"]
+        expert_features = in_order(teacher_outputs, "features")
         maps = one_dtype([*features, *scratch_features, *expert_features]) if expert_features else []
         begin, end = len(features), len(features) + len(scratch_features)
         scratch_output, expert_output = (None, teacher_logits) if self.scratch is None else (teacher_logits, None)
@@ -236,7 +237,7 @@ def _scratch_teacher(
                 f"scratch is {scratch!r}, a network with as many classes as the student's, but backbone "
                 f"({type(backbone).__name__}) has no num_classes; give scratch as a module, or backbone the attribute."
             )
-        return like(backbone, create_model(scratch, classes))
+        return like(backbone, created(scratch, classes, {}, "scratch"))
     if not isinstance(scratch, nn.Module):
         raise TypeError(
             f"scratch is {_named(scratch)}, but a torch.nn.Module or the name of a network (frskd_fast.models.list_models()) "

@@ -18,6 +18,7 @@ from .networks import (
     check_same_levels,
     check_takes_preact,
     frozen_teacher,
+    in_order,
     like,
     with_channels,
 )
@@ -178,7 +179,7 @@ class DistillationTask(Task):
         if teacher_outputs is None:
             with torch.no_grad():
                 teacher_outputs = self.teacher_outputs(images)
-        teacher_output, *teacher_features = teacher_outputs.values()
+        teacher_output, teacher_features = teacher_outputs["logits"], in_order(teacher_outputs, self._features)
         features, output = self._outputs(self.backbone, images, "backbone")
         smoothing, ignored = declared(self.loss, "label_smoothing"), declared(self.loss, "ignore_index")
         targets = traceable_targets(targets, output, ignored, smoothing)
@@ -199,8 +200,11 @@ class DistillationTask(Task):
     def teacher_outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's logits and, where the loss compares them, its feature maps; see `Task.teacher_outputs`."""
         features, output = self._outputs(self.teacher, images, "teacher")
-        name = "preact_features" if self._preact else "features"
-        return {"logits": output, **{f"{name}_{number}": feature for number, feature in enumerate(features, 1)}}
+        return {"logits": output, **{f"{self._features}_{number}": maps for number, maps in enumerate(features, 1)}}
+
+    @property
+    def _features(self) -> str:
+        return "preact_features" if self._preact else "features"
 
     def _outputs(self, network: nn.Module, images: Tensor, name: str) -> tuple[list[Tensor], Tensor]:
         """Feature maps, where the loss compares them, and logits."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from frskd_fast.losses import FFLLoss
 from frskd_fast.losses.base import channels_of
-from frskd_fast.models import FusionModule, create_model
+from frskd_fast.models import FusionModule
+from frskd_fast.models.registry import created
 from frskd_fast.ops import _checks
 
 from .base import Student, Task, called, features_and_logits, laid_out, one_dtype, traceable_targets
@@ -149,6 +150,8 @@ class FFLTask(Task):
         self.fusion_weight_decay = fusion_weight_decay
         if fusion_weight_decay is not None:
             self.fusion_weight_decay = _checks.finite_number(fusion_weight_decay, "fusion_weight_decay")
+            if self.fusion_weight_decay < 0.0:
+                raise ValueError(f"fusion_weight_decay is {fusion_weight_decay}, but None or at least 0 was wanted.")
         networks = _side_by_side(backbone, peers)
         fusion = like(backbone, FusionModule(networks.channels, networks.num_classes))  # type: ignore[arg-type]
         self.net = FusedNetwork(networks, fusion)
@@ -192,6 +195,15 @@ class FFLTask(Task):
         if self.fusion_weight_decay is not None:
             groups[1]["weight_decay"] = self.fusion_weight_decay
         return groups
+
+    def networks(self) -> list[nn.Module]:
+        """As of every task, and before these what `student()` calls without the whole: networks, or layers that two share."""
+        modules = set(self.modules())
+        parts: list[nn.Module] = []
+        for name in self.names[:-1]:
+            network = self._network(name)
+            parts += [network] if network in modules else network.children()
+        return [*dict.fromkeys(parts), *super().networks()]
 
     def _logits(self, images: Tensor) -> dict[str, Tensor]:
         logits, fused = called(self.net, laid_out(images, self.channels_last), "backbone", all_logits=True)
@@ -274,7 +286,7 @@ def _side_by_side(backbone: Any, peers: Any) -> nn.Module:
     others: list[nn.Module] = []
     for index, peer in enumerate(peers):
         name = f"peers[{index}]"
-        other = like(first, create_model(peer, classes)) if isinstance(peer, str) else peer
+        other = like(first, created(peer, classes, {}, name)) if isinstance(peer, str) else peer
         check_module(other, name)
         other = with_channels(other)
         check_same_classes(first, other, name)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from frskd_fast.losses import HSAKDLoss, HSAKDOnlineLoss, HSAKDTeacherLoss
 from frskd_fast.mixing import rotate4
-from frskd_fast.models import AuxiliaryNetwork, create_model, with_auxiliary_heads
+from frskd_fast.models import AuxiliaryNetwork, with_auxiliary_heads
+from frskd_fast.models.registry import created
 
 from .base import Student, Task, features_and_logits, laid_out, logits_of, one_dtype
 from .networks import (
@@ -17,6 +18,7 @@ from .networks import (
     check_rotated,
     check_same_classes,
     frozen_teacher,
+    in_order,
     upright,
     with_channels,
     with_shuffled_weights,
@@ -208,11 +210,9 @@ class HSAKDTask(Task):
             with torch.no_grad():
                 teacher_outputs = self.teacher_outputs(images)
         logits, auxiliary = self.net(images, detach_features=False)
-        heads = one_dtype([logits, *auxiliary, *teacher_outputs.values()])
-        (logits, *auxiliary), (teacher_logits, *teacher_auxiliary) = (
-            heads[: 1 + self.net.heads],
-            heads[1 + self.net.heads :],
-        )
+        teacher_heads = [teacher_outputs["logits"], *in_order(teacher_outputs, "auxiliary")]
+        heads, count = one_dtype([logits, *auxiliary, *teacher_heads]), len(teacher_heads)
+        (logits, *auxiliary), (teacher_logits, *teacher_auxiliary) = heads[:count], heads[count:]
         parts = self.loss(logits, teacher_logits, auxiliary, teacher_auxiliary, targets, return_parts=True)
         return {
             "loss": parts.loss,
@@ -306,7 +306,7 @@ class HSAKDOnlineTask(Task):
         if peer is None:
             peer = with_shuffled_weights(backbone)
         elif isinstance(peer, str):
-            peer = create_model(peer, self.net1.num_classes)
+            peer = created(peer, self.net1.num_classes, {}, "peer")
         self.net2 = _auxiliary_network(peer, "peer")
         _check_same_heads(self.net1, self.net2, "peer")
         self.loss = HSAKDOnlineLoss(temperature)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from frskd_fast.losses.base import channels_of
-from frskd_fast.models import AuxiliaryNetwork, ProjectionHead, adapt_backbone, load_teacher
+from frskd_fast.models import AuxiliaryNetwork, ProjectionHead, adapt_backbone
+from frskd_fast.models.teachers import loaded_teacher
 from frskd_fast.ops.labels import is_mix
 
 from .base import FrozenTeacher
@@ -77,19 +78,22 @@ def frozen_teacher(
     name: str | None,
     backbone: nn.Module,
     heads: Literal["auxiliary", "projection"] | None = None,
+    argument: str = "teacher",
 ) -> FrozenTeacher:
     """What `load_teacher` gives, frozen, without heads unless they are wanted; out of a file, where the `backbone` is.
+
+    Errors call the teacher `argument` and its name `argument`_name.
 
     Raises:
         ValueError: when the teacher has parameters of the `backbone`.
     """
     if isinstance(teacher, FrozenTeacher):
-        check_apart(teacher.network, backbone)
+        check_apart(teacher.network, backbone, (argument, "backbone"))
         return teacher
-    network = load_teacher(teacher, name, heads=heads)
+    network = loaded_teacher(teacher, name, None, heads, {}, (argument, f"{argument}_name"))
     if heads is None and isinstance(network, AuxiliaryNetwork | ProjectionHead):
         network = network.backbone
-    check_apart(network, backbone)
+    check_apart(network, backbone, (argument, "backbone"))
     if isinstance(teacher, nn.Module):
         return FrozenTeacher(network)
     frozen = FrozenTeacher(network, str(teacher))  # its checksum is that of the file, whatever the backbone's dtype
@@ -97,7 +101,7 @@ def frozen_teacher(
     return frozen
 
 
-def check_apart(teacher: nn.Module, backbone: nn.Module, names: tuple[str, str] = ("teacher", "backbone")) -> None:
+def check_apart(teacher: nn.Module, backbone: nn.Module, names: tuple[str, str]) -> None:
     """Raise where the first network, which will be frozen, has parameters of the second; errors call them `names`."""
     learns = {id(parameter) for parameter in backbone.parameters()}
     if any(id(parameter) in learns for parameter in teacher.parameters()):
@@ -137,6 +141,14 @@ def check_rotated(images: Tensor, targets: Any) -> None:
             f"images has {images.shape[0]} rows and targets {labels.shape[0]}, but the four rotations of each image were "
             "wanted: call task(frskd_fast.mixing.rotate4(images), targets)."
         )
+
+
+def in_order(outputs: dict[str, Tensor], name: str) -> list[Tensor]:
+    """The entries `name_1`, `name_2`, ... of a teacher's outputs, in whatever order these were kept."""
+    found: list[Tensor] = []
+    while f"{name}_{len(found) + 1}" in outputs:
+        found.append(outputs[f"{name}_{len(found) + 1}"])
+    return found
 
 
 def upright(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a run's setting-up is over, and what Ctrl-C does before and after."""
+"""Whether a run's setting-up is over, and what signals do before and after."""
 
 from __future__ import annotations
 
@@ -54,33 +54,46 @@ class Beginning(Callback):
 
 
 class Interrupt:
-    """Within it the first SIGINT (Ctrl-C) stops a fit as SIGTERM does, and a second one at once.
+    """Within it the first SIGINT (Ctrl-C), SIGHUP or SIGUSR1 stops a fit as SIGTERM does, and a second SIGINT at once.
+
+    Clusters announce with SIGUSR1 that they are going to take the node back. A signal that is ignored (nohup), or that
+    somebody else handles (Lightning requeues jobs of SLURM), is left alone.
 
     Args:
         trainer: whose fit it is.
         beginning: tells whether there is anything to save yet; before, the first SIGINT stops at once.
+
+    Attributes:
+        times: how often SIGINT came.
+        number: the signal that came first, None before.
     """
 
     def __init__(self, trainer: Trainer, beginning: Beginning) -> None:
         self.trainer, self.beginning = trainer, beginning
         self.process = os.getpid()
         self.times = 0
-        self.before: Any = None
+        self.number: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # no other may set a handler
-            self.before = signal.signal(signal.SIGINT, self.told)
+            self.before[signal.SIGINT] = signal.signal(signal.SIGINT, self.told)
+            for name in ("SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                    self.before[number] = signal.signal(number, self.told)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def told(self, number: int, frame: Any) -> None:
         """The handler. Workers, forked from this process, have it too; the trainer's process ends them."""
         if os.getpid() != self.process:
             return
-        self.times += 1
+        self.number = self.number or signal.Signals(number)
+        self.times += number == signal.SIGINT
         if self.times > 1 or not self.beginning.over:
             raise KeyboardInterrupt
         # Lightning asks for it after each step, and tells it to the other processes.

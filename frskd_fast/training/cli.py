@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     try:
         if command == "recipes":
-            return _recipes(rest)
+            status = _recipes(rest)
+            sys.stdout.flush()
+            return status
         if command == "export":
             from . import export
 
@@ -77,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Refusal, RecipeError) as error:
         print(f"frskd-fast {command}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # The reader has left, as `head` does; what it did not read goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"frskd-fast {command}: stopped.", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -317,16 +317,16 @@ class CommandLine(LightningCLI):
             try:
                 self.begin(trainer.fit, **kwargs)
             except SIGTERMException:
-                number = signal.SIGINT if interrupt.times else signal.SIGTERM
+                number = interrupt.number or signal.SIGTERM
                 then = self.lost() or "The same command goes on from there."
                 say(f"Stopped by {number.name} after {trainer.global_step} steps. {then}")
                 raise SystemExit(128 + number) from None
             except SystemExit:
-                if not interrupt.times:
+                if interrupt.number is None:
                     raise
                 again = "the same command goes on from the last checkpoint"
                 say(f"Stopped at once; {again if self.beginning.over else 'nothing was trained'}.")
-                raise SystemExit(128 + signal.SIGINT) from None
+                raise SystemExit(128 + interrupt.number) from None
             except OSError as error:
                 if error.errno not in UNWRITABLE:
                     raise

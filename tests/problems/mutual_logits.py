@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,23 @@ from problems._mutual_logits_entry_points import ENTRY_POINTS as ENTRY_POINTS
 TEMPERATURE, WEIGHT, UPSTREAM = 3.0, 0.6, 64.0
 
 
-def plain(logits: list[Tensor], targets: Tensor, offset: float) -> Tensor:
+IGNORED = -7
+
+
+def cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the images that have a label; 0 without any."""
+    return F.cross_entropy(z, targets, ignore_index=IGNORED, reduction="sum") / (targets != IGNORED).sum().clamp_min(1)
+
+
+def plain(logits: list[Tensor], targets: Any, offset: float) -> Tensor:
     """The objective in the original's order of operations."""
     *networks, fused = logits
-    loss = sum(F.cross_entropy(z, targets) for z in logits)
+    first, second, mix = targets if isinstance(targets, tuple) else (targets, targets, 1.0)
+    loss = sum(mix * cross_entropy(z, first) + (1 - mix) * cross_entropy(z, second) for z in logits)
     for z, t in [*((z, fused) for z in networks), (fused, sum(networks) / len(networks))]:
         q = F.softmax(t.detach() / TEMPERATURE, 1) + offset
         ratio = torch.log(q) - F.log_softmax(z / TEMPERATURE, 1)
-        loss = loss + WEIGHT * TEMPERATURE**2 * (q * ratio).sum() / len(z)
+        loss = loss + WEIGHT * TEMPERATURE**2 * (q * ratio).sum() / max(len(z), 1)
     return loss
 
 
@@ -40,26 +50,34 @@ class Mutual:
     classes: int
     dtype: torch.dtype
     offset: float = 1e-7
+    labels: str = "of all rows"  # "of some rows", "of no row", "mixed"
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.networks} networks, {self.rows} rows of {self.classes} classes, offset {self.offset}, {dtype}"
+        size = f"{self.networks} networks, {self.rows} rows of {self.classes} classes"
+        return f"{size}, labels {self.labels}, offset {self.offset}, {dtype}"
 
     def run(self, implementation: str, device: str) -> None:
         generator = torch.Generator().manual_seed(1)
         shape = (self.networks + 1, self.rows, self.classes)
         given = (2 * torch.randn(shape, generator=generator)).to(self.dtype).to(device)
-        targets = torch.randint(self.classes, (self.rows,), generator=generator).to(device)
+        targets: Any = torch.randint(self.classes, (self.rows,), generator=generator).to(device)
+        if self.labels in ("of some rows", "of no row"):
+            targets[:: 2 if self.labels == "of some rows" else 1] = IGNORED
+        labels = Labels((targets,), (), 1.0)
+        if self.labels == "mixed":  # what is mixed is the business of operation `logits`, all else of this one
+            labels = Labels((targets,), (targets.flip(0),), 0.3)
+            targets = (targets, targets.flip(0), 0.3)
 
         def run(dtype: torch.dtype, ours: bool) -> list[Tensor]:
             logits = [z.to(dtype, copy=True).requires_grad_() for z in given]
             if ours:
-                settings = MutualSettings(TEMPERATURE, self.offset, -100)
+                settings = MutualSettings(TEMPERATURE, self.offset, IGNORED)
                 name = _dispatch.choose_for("mutual_logits", implementation, logits[0])
                 wide = torch.float64 if dtype == torch.float64 else torch.float32
                 weight = torch.tensor(WEIGHT, dtype=wide, device=device)
-                loss, _ = mutual_objective(logits, Labels((targets,), (), 1.0), weight, settings, name)
+                loss, _ = mutual_objective(logits, labels, weight, settings, name)
             else:
                 loss = plain(logits, targets, self.offset)
             return [loss.detach(), *torch.autograd.grad(UPSTREAM * loss, logits)]
@@ -68,7 +86,7 @@ class Mutual:
         results = run(self.dtype, True), run(self.dtype, False), run(torch.float64, False)
         for name, mine, theirs, true in zip(names, *results, strict=True):
             # Probabilities and targets cancel in a gradient.
-            scale = 8.0 if name == "loss" else UPSTREAM * TEMPERATURE / self.rows
+            scale = 8.0 if name == "loss" else UPSTREAM * TEMPERATURE / max(self.rows, 1)
             assert_close(mine, theirs, true, f"{self.name}: {name}", scale=scale)
 
 
@@ -82,6 +100,8 @@ PROBLEMS = [
     Mutual(2, 2, 1001, torch.bfloat16),
     Mutual(2, 6, 11, torch.float64, 0.0),
     Mutual(2, 6, 11, torch.float32, 0.1),
+    Mutual(2, 0, 4, torch.float32),
+    *(Mutual(2, 5, 9, torch.float32, labels=labels) for labels in ("of some rows", "of no row", "mixed")),
 ]
 
 

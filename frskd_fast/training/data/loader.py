@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import threading
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -125,6 +128,25 @@ class _Requests(Sampler[Request]):
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker live on when its process group is told to end: the main process needs it until it has saved.
+
+    Clusters and terminals signal the whole group. A SIGTERM of the main process ends a worker, and so does its end.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in threads that are started later
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class ImageLoader:
@@ -309,6 +331,7 @@ class ImageLoader:
             sampler=_Requests(self),
             num_workers=self.workers,
             collate_fn=_unchanged,
+            worker_init_fn=_outlive_signals,
             pin_memory=self.pin_memory,
             persistent_workers=self.persistent_workers and self.workers > 0,
             # Without its own generator a DataLoader draws from the global one at the start of each epoch.
