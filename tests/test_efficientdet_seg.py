@@ -170,12 +170,10 @@ def test_the_originals_resizing_says_which_sizes_it_cannot_take() -> None:
 
 
 def test_the_self_teacher_does_not_run_for_the_student_alone() -> None:
-    network = EfficientDetSeg(num_classes=3)
+    network = EfficientDetSeg(num_classes=3).eval()
     for part in (network.BiFPN2, network.classifier2):
         part.register_forward_hook(lambda *_: pytest.fail("the self-teacher ran"))
-    network.student_maps(torch.randn(2, 3, 64, 64)).sum().backward()
-    without = [p for p in network.parameters() if p.requires_grad and p.grad is None]
-    assert {id(p) for p in network.self_teacher_parameters()} == {id(p) for p in without}
+    assert network.student_maps(torch.randn(1, 3, 64, 64)).shape == (1, 3, 16, 16)
 
 
 def test_every_parameter_that_learns_gets_a_gradient() -> None:

@@ -34,6 +34,7 @@ from .mobilenet import MobileNetV2, mobilenetv2, mobilenetv2_aux
 from .projection import ProjectionHead
 from .registry import create_model, list_models, register_model
 from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
+from .segmentation import SegmentationNetwork
 from .self_teacher import BiFPN, BiFPNc
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
 from .tails import tail
@@ -60,6 +61,7 @@ __all__ = [
     "OutputBackbone",
     "ProjectionHead",
     "ResNet",
+    "SegmentationNetwork",
     "ShuffleNetV1",
     "ShuffleNetV2",
     "TimmBackbone",

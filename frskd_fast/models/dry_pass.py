@@ -26,7 +26,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _image_shapes(model: nn.Module, image_shape: Sequence[int] | None) -> list[tuple[int, int, int]]:
+def _image_shapes(
+    model: nn.Module, image_shape: Sequence[int] | None, sides: Sequence[int]
+) -> list[tuple[int, int, int]]:
     """The shapes (C, H, W) that a dry pass tries, in this order."""
     if image_shape is not None:
         if not isinstance(image_shape, list | tuple) or len(image_shape) != 3:
@@ -41,9 +43,9 @@ def _image_shapes(model: nn.Module, image_shape: Sequence[int] | None) -> list[t
             # create_model(in_chans=...) and create_model(img_size=...) may have changed either.
             return [
                 (_image_channels(model, channels), height, width),
-                *((_image_channels(model, channels), side, side) for side in DRY_PASS_SIDES),
+                *((_image_channels(model, channels), side, side) for side in sides),
             ]
-    return [(_image_channels(model, 3), side, side) for side in DRY_PASS_SIDES]
+    return [(_image_channels(model, 3), side, side) for side in sides]
 
 
 def _image_channels(model: nn.Module, otherwise: int) -> int:
@@ -57,14 +59,16 @@ def dry_pass(
     model: nn.Module,
     function: Callable[[Tensor], tuple[Sequence[Tensor], Tensor]],
     image_shape: Sequence[int] | None = None,
+    sides: Sequence[int] = DRY_PASS_SIDES,
 ) -> tuple[list[Tensor], Tensor]:
     """maps, logits = function(two zero images), without a trace: no gradient, no statistics, no random numbers drawn.
 
     Args:
         model: the network that `function` calls; it runs in evaluation mode on its own device and in its own dtype.
         function: from images (2, C, H, W) to feature maps and logits.
-        image_shape: (C, H, W); None takes what the model's timm configuration says, else 64, 32 and 224 pixels a side
-            with the channels of the first convolution, the first that the network accepts.
+        image_shape: (C, H, W); None takes what the model's timm configuration says, else `sides` with the channels of the
+            first convolution, the first that the network accepts.
+        sides: of square images, in pixels.
 
     Returns:
         The maps and the logits (2, K).
@@ -75,7 +79,7 @@ def dry_pass(
     """
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     on_device = [] if reference.device.type in ("cpu", "meta") else [reference.device.index or 0]
-    shapes = _image_shapes(model, image_shape)
+    shapes = _image_shapes(model, image_shape, sides)
     failure: Exception | None = None
     with torch.no_grad(), torch.random.fork_rng(on_device, device_type=_random_device(reference)), _evaluating(model):
         for shape in shapes:

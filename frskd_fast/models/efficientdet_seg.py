@@ -5,6 +5,7 @@ Ji et al., CVPR 2021 (arXiv 2103.08273), section 4.2; Tan et al., "EfficientDet"
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ GROUPS = ((2, 2, 2, 6, 4), (3, 3, 3, 3, 11), (3, 3, 3, 3, 11))
 STUDENT_LAYERS, TEACHER_LAYERS = 3, 2
 HEAD_WIDTH = 256
 MINIMUM_SIDE = 32
+EPSILON, MOMENTUM = 1e-4, 0.997  # of the BatchNorms outside backbone and pyramids
 
 
 def node(channels: int) -> nn.Sequential:
@@ -31,18 +33,32 @@ def node(channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, channels, 1, groups=channels), nn.BatchNorm2d(channels), nn.ReLU())
 
 
-def convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+def convolution(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, eps: float = 1e-5, momentum: float = 0.1
+) -> nn.Sequential:
     """relu(bn(convolution(x)))."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2),
-        nn.BatchNorm2d(out_channels, eps=1e-4, momentum=0.997),
+        nn.BatchNorm2d(out_channels, eps, momentum),
         nn.ReLU(),
     )
 
 
-def segmentation_head(channels: int, num_classes: int) -> nn.Sequential:
+def segmentation_head(
+    channels: int, width: int, num_classes: int, eps: float = 1e-5, momentum: float = 0.1
+) -> nn.Sequential:
     """The class maps of a feature map, at its size: 3x3 convolution, BatchNorm, ReLU, 3x3 convolution."""
-    return nn.Sequential(*convolution(channels, HEAD_WIDTH, 3), nn.Conv2d(HEAD_WIDTH, num_classes, 3, padding=1))
+    return nn.Sequential(
+        *convolution(channels, width, 3, 1, eps, momentum), nn.Conv2d(width, num_classes, 3, padding=1)
+    )
+
+
+def top_down(laterals: Sequence[Tensor]) -> list[Tensor]:
+    """p_L = l_L, p_i = l_i + enlarge(p_{i+1}), bilinear: a feature pyramid from maps of one width, finest first."""
+    pyramid = [laterals[-1]]
+    for own in reversed(laterals[:-1]):
+        pyramid.insert(0, enlarged(pyramid[0], own) + own)
+    return pyramid
 
 
 def enlarged(coarser: Tensor, finer: Tensor, original_resizing: bool = False) -> Tensor:
@@ -61,7 +77,7 @@ def enlarged(coarser: Tensor, finer: Tensor, original_resizing: bool = False) ->
 
 
 class BiFPNSeg(nn.Module):
-    """U_7 = node(P_7), U_k = node(P_k + enlarge(U_{k+1})); T_2 = U_2, T_k = node(P_k + U_k + reduce(T_{k-1})).
+    """U_L = node(P_L), U_k = node(P_k + enlarge(U_{k+1})); T_2 = U_2, T_k = node(P_k + U_k + reduce(T_{k-1})); k = 2 ... L.
 
     `enlarge` is bilinear and `reduce` takes the nearest neighbour, both to the size of level k; a node is
     `relu(bn(weight * x + bias))`.
@@ -70,28 +86,32 @@ class BiFPNSeg(nn.Module):
         channels: of every map.
         is_last: give the maps U and leave the way down out.
         original_resizing: see `EfficientDetSeg`.
+        levels: number of maps, L - 1.
 
-    Calling `layer(maps)` with the maps P_2 to P_7 returns T_2 to T_7.
+    Calling `layer(maps)` with the maps P_2 to P_L, finest first and of any sizes, returns T_2 to T_L.
     """
 
-    def __init__(self, channels: int, is_last: bool = False, original_resizing: bool = False) -> None:
+    def __init__(
+        self, channels: int, is_last: bool = False, original_resizing: bool = False, levels: int = len(LEVELS)
+    ) -> None:
         super().__init__()
         self.is_last = is_last
         self.original_resizing = original_resizing
-        for level in reversed(LEVELS):
+        self.levels = range(2, 2 + levels)
+        for level in reversed(self.levels):
             self.add_module(f"conv{level}up", node(channels))
-        for level in () if is_last else LEVELS[1:]:
+        for level in () if is_last else self.levels[1:]:
             self.add_module(f"conv{level}dw", node(channels))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         up: list[Tensor] = []
-        for level, own in zip(reversed(LEVELS), reversed(maps), strict=True):
+        for level, own in zip(reversed(self.levels), reversed(maps), strict=True):
             total = own + enlarged(up[0], own, self.original_resizing) if up else own
             up.insert(0, getattr(self, f"conv{level}up")(total))
         if self.is_last:
             return up
         out = [up[0]]
-        for level, own, above in zip(LEVELS[1:], maps[1:], up[1:], strict=True):
+        for level, own, above in zip(self.levels[1:], maps[1:], up[1:], strict=True):
             finer = F.interpolate(out[-1], size=above.shape[2:], mode="nearest")
             out.append(getattr(self, f"conv{level}dw")(own + above + finer))
         return out
@@ -164,23 +184,24 @@ class EfficientDetSeg(nn.Module):
         blocks = [f"layer{number}.{place}" for number, group in enumerate(groups, 1) for place in range(len(group))]
         self.names_of_part = names_in_files(stages, "layer0", blocks)
         stride4, stride8, stride16, _, stride32 = (stages.channels[end - 1] for end in ends)
-        self.conv6 = convolution(stride32, width, 3, stride=2)
-        self.conv7 = convolution(width, width, 3, stride=2)
-        self.toplayer = convolution(stride32, width, 1)
+        block = functools.partial(convolution, eps=EPSILON, momentum=MOMENTUM)
+        self.conv6 = block(stride32, width, 3, stride=2)
+        self.conv7 = block(width, width, 3, stride=2)
+        self.toplayer = block(stride32, width, 1)
         # Registered and never called by the original.
-        self.smooth1 = convolution(width, width, 3).requires_grad_(False)
-        self.smooth2 = convolution(width, width, 3).requires_grad_(False)
-        self.latlayer1 = convolution(stride16, width, 1)
-        self.latlayer2 = convolution(stride8, width, 1)
-        self.latlayer3 = convolution(stride4, width, 1)
+        self.smooth1 = block(width, width, 3).requires_grad_(False)
+        self.smooth2 = block(width, width, 3).requires_grad_(False)
+        self.latlayer1 = block(stride16, width, 1)
+        self.latlayer2 = block(stride8, width, 1)
+        self.latlayer3 = block(stride4, width, 1)
         self.BiFPN1 = nn.Sequential(
             *(BiFPNSeg(width, original_resizing=original_resizing) for _ in range(STUDENT_LAYERS))
         )
         self.BiFPN2 = nn.Sequential(
             *(BiFPNSeg(width, layer == TEACHER_LAYERS - 1, original_resizing) for layer in range(TEACHER_LAYERS))
         )
-        self.classifier1 = segmentation_head(width, num_classes)
-        self.classifier2 = segmentation_head(width, num_classes)
+        self.classifier1 = segmentation_head(width, HEAD_WIDTH, num_classes, EPSILON, MOMENTUM)
+        self.classifier2 = segmentation_head(width, HEAD_WIDTH, num_classes, EPSILON, MOMENTUM)
 
     def neck(self, images: Tensor) -> list[Tensor]:
         """P2 to P7 before the pyramids: from the backbone's maps."""
@@ -193,25 +214,13 @@ class EfficientDetSeg(nn.Module):
         for group in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5):
             maps.append(group(maps[-1]))
         p6 = self.conv6(maps[5])
-        pyramid = [self.toplayer(maps[5]), p6, self.conv7(p6)]
-        for lateral, finer in ((self.latlayer1, maps[3]), (self.latlayer2, maps[2]), (self.latlayer3, maps[1])):
-            own = lateral(finer)
-            pyramid.insert(0, enlarged(pyramid[0], own) + own)
-        return pyramid
+        laterals = (self.latlayer3(maps[1]), self.latlayer2(maps[2]), self.latlayer1(maps[3]), self.toplayer(maps[5]))
+        return [*top_down(laterals), p6, self.conv7(p6)]
 
     def student_maps(self, images: Tensor) -> Tensor:
         """The student's logits (N, K, h, w) at stride 4, without the self-teacher."""
         maps: Tensor = self.classifier1(self.BiFPN1(self.neck(images))[0])
         return maps
-
-    def self_teacher_parameters(self) -> list[nn.Parameter]:
-        """Those that `student_maps` does not depend on: freeze them to train the student alone.
-
-        They include the last student layer's way down, which makes P3 to P7.
-        """
-        last = self.BiFPN1[-1]
-        parts = [self.BiFPN2, self.classifier2, *(getattr(last, f"conv{level}dw") for level in LEVELS[1:])]
-        return [parameter for part in parts for parameter in part.parameters()]
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         student = self.BiFPN1(self.neck(images))
