@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frskd_fast.losses import SegmentationLoss
-from frskd_fast.models import create_model
+from frskd_fast.models import SegmentationNetwork, create_model
 from frskd_fast.models.dry_pass import dry_pass
 from frskd_fast.ops import _checks
 
@@ -33,7 +33,7 @@ class SegmentationStudent(Student):
 
     Example:
         >>> import torch
-        >>> from frskd_fast.models import create_model
+        >>> from frskd_fast.models import SegmentationNetwork, create_model
         >>> student = SegmentationStudent(create_model("efficientdet_seg_d0", num_classes=5)).eval()
         >>> student(torch.zeros(1, 3, 64, 96)).shape
         torch.Size([1, 5, 64, 96])
@@ -58,8 +58,9 @@ class FRSKDSegmentationTask(Task):
 
     Args:
         backbone: a segmentation network, `network(images) -> (student_feats, teacher_feats, student_maps, teacher_maps)` with
-            `num_classes` and `student_maps(images)`, such as `frskd_fast.models.EfficientDetSeg`, or the name of one for
-            `create_model`. It is used, not copied.
+            `num_classes` and `student_maps(images)`, such as `frskd_fast.models.EfficientDetSeg`; or any network that
+            gives feature maps, which `frskd_fast.models.SegmentationNetwork` makes into one; or a name for `create_model`. It
+            is used, not copied.
         num_classes: number of classes K; None takes the backbone's own.
         alpha, beta, temperature, ignore_index: as in `SegmentationLoss`.
         warmup_epochs: W, how many epochs are without distillation.
@@ -271,10 +272,13 @@ def _segmentation_network(backbone: nn.Module | str, num_classes: int | None) ->
                 "num_classes out, or build the network for as many."
             )
         return backbone
-    raise TypeError(
-        f"backbone ({type(backbone).__name__}) has no student_maps(images), but a segmentation network was wanted, such as "
-        "frskd_fast.models.EfficientDetSeg."
-    )
+    num_classes = own if num_classes is None else num_classes
+    if num_classes is None:
+        raise ValueError(
+            f"num_classes is None, and backbone ({type(backbone).__name__}) does not say how many classes there are; give "
+            "num_classes."
+        )
+    return like(backbone, SegmentationNetwork(backbone, num_classes))
 
 
 def _not_reached(network: nn.Module, outputs: Callable[[Tensor], list[Tensor]]) -> list[str]:
