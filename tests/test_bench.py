@@ -231,12 +231,10 @@ def test_every_file_of_cases_is_a_suite() -> None:
 def test_every_reader_is_measured() -> None:
     pytest.importorskip("lightning")
     cases = cases_of("data", Selection(quick=True))
-    assert len(cases) == 8
+    assert len(cases) == 9
     for case in cases:
         (row,) = measure.run_case(case, measure.Settings(repeats=2), None, None)
-        assert (
-            row.runs == 2 and row.images_per_second == pytest.approx(1e3 * case.images / row.ms) and case.images >= 64
-        )
+        assert row.runs == 2 and row.images_per_second == pytest.approx(1e3 * case.images / row.ms) and case.images >= 8
 
 
 def test_the_trainers_step_takes_turns_with_the_bare_step() -> None:

@@ -31,8 +31,9 @@ from frskd_fast.training import checkpoints, panels, schedules
 from frskd_fast.training.cli import main, run
 from frskd_fast.training.data import DigitsData, ImageFolderData, ImageLoader
 from frskd_fast.training.errors import sentence_of
+from frskd_fast.training.evaluation import fraction_correct
 from frskd_fast.training.metrics import MeanOfParts
-from frskd_fast.training.module import DistillationModule, fraction_correct, step_seed
+from frskd_fast.training.module import DistillationModule, step_seed
 from frskd_fast.training.progress import ProgressBar
 from frskd_fast.training.records import Predictions, Records, Throughput
 from frskd_fast.training.tables import Table, read_table

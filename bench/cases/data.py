@@ -68,6 +68,22 @@ def files(root: Path, count: int, width: int, height: int, suffix: str, **argume
     return ImageFolderData(str(root), **arguments)
 
 
+def masks(root: Path, count: int, width: int, height: int, **arguments: Any) -> Any:
+    """The reader of `count` images with masks, made of at most 64 different pictures."""
+    from PIL import Image
+
+    from frskd_fast.training.data import MaskFolderData
+
+    several = pictures(min(count, 64), height, width)
+    for kind in ("images", "masks"):
+        (root / "train" / kind).mkdir(parents=True)
+    for number in range(count):
+        picture = several[number % len(several)]
+        Image.fromarray(picture).save(root / "train" / "images" / f"{number}.jpg", quality=90)
+        Image.fromarray(picture[:, :, 0] // 16 % CLASSES).save(root / "train" / "masks" / f"{number}.png")
+    return MaskFolderData(str(root), CLASSES, **arguments)
+
+
 def epochs(reader: Any, count: int, settings: Any) -> dict[str, list[float]]:
     """Milliseconds of the epochs after the first."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -111,6 +127,11 @@ def cases(selection: Selection) -> list[Program]:
             "JPEG files of 500 x 375, resized crop to 224",
             large,
             partial(files, width=500, height=375, suffix=".jpg", **photos),
+        ),
+        (
+            "JPEG files of 500 x 375 with masks, window of 512",
+            8 if selection.quick else large,
+            partial(masks, width=500, height=375, **{**photos, "batch_size": selection.batch or 8}),
         ),
     )
     return [Program("data", name, partial(epochs, reader, count), images=count) for name, count, reader in readers]

@@ -84,7 +84,8 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
         arguments: further keyword arguments of the network.
 
     Returns:
-        A module `(images) -> (features, logits)`. What an import path gives is adapted where it has no `channels`. With
+        A module `(images) -> (features, logits)`. What an import path gives is adapted where it has no `channels` and is no
+        segmentation network (`student_maps`). With
         `_aux` an `AuxiliaryNetwork`, `(images) -> (logits, auxiliary logits)`.
 
     Raises:
@@ -108,7 +109,8 @@ def create_model(name: str, num_classes: int = 100, **arguments: Any) -> nn.Modu
         network = imported_builder(num_classes=num_classes, **arguments)
         if not isinstance(network, nn.Module):
             raise TypeError(f"backbone gave a {type(network).__name__}, but a torch.nn.Module was wanted.")
-        return network if hasattr(network, "channels") else adapt_backbone(network)
+        own = any(hasattr(network, name) for name in ("channels", "student_maps"))
+        return network if own else adapt_backbone(network)
     alike = difflib.get_close_matches(name, [*_builders, *_aliases], n=3)
     raise ValueError(
         f"backbone is {name!r}, but one of {', '.join(list_models())} was wanted, or 'timm:NAME' for a network of timm, or an "

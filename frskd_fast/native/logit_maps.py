@@ -53,13 +53,15 @@ def pixels_backward(
 ) -> list[Tensor]:
     """Gradients of the student's and of the teacher's maps, as wanted, in their dtype."""
     dtype = accumulate_dtype(maps.student.dtype)
-    student = torch.empty_like(maps.student, dtype=dtype) if wanted.student else None
-    teacher = torch.empty_like(maps.teacher, dtype=dtype) if wanted.teacher and maps.teacher is not None else None
+    student = torch.empty_like(maps.student, dtype=dtype) if wanted.student_gradient else None
+    teacher = (
+        torch.empty_like(maps.teacher, dtype=dtype) if wanted.teacher_gradient and maps.teacher is not None else None
+    )
     _ops.logit_maps_pixels_backward.default(
         [grad.contiguous() for grad in grads],
         *maps,
         *settings,
-        wanted.teacher and wanted.kd_to_teacher,
+        wanted.teacher_gradient and wanted.kd_to_teacher,
         student,
         teacher,
     )

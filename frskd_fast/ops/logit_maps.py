@@ -57,7 +57,10 @@ def pixels_backward(
     grads: Sequence[Tensor], maps: Maps, settings: MapSettings, wanted: WantedGradients, impl: str
 ) -> list[Tensor]:
     """Gradients of the student's and of the teacher's maps, as wanted, given those of the three losses, (N, H, W) each."""
-    inputs = [*([maps.student] if wanted.student else []), *([maps.teacher] if wanted.teacher else [])]
+    inputs = [
+        *([maps.student] if wanted.student_gradient else []),
+        *([maps.teacher] if wanted.teacher_gradient else []),
+    ]
     return [torch.empty_like(one) for one in inputs if one is not None]
 
 
@@ -129,8 +132,8 @@ class _PixelLosses(torch.autograd.Function):
         call: _Call = ctx.call
         gradients = pixels_backward(grads, Maps(*ctx.saved_tensors), call.settings, call.wanted, call.impl)
         rest = iter(gradients)
-        student = next(rest) if call.wanted.student else None
-        teacher = next(rest) if call.wanted.teacher else None
+        student = next(rest) if call.wanted.student_gradient else None
+        teacher = next(rest) if call.wanted.teacher_gradient else None
         return None, student, teacher, None, None
 
 
@@ -264,7 +267,7 @@ def logit_map_losses(
     )
     call = _Call(settings, wanted, reduction, name)
     function = _PixelLosses if reduction == "none" else _ReducedLosses
-    if teacher is not None and not wanted.teacher:
+    if teacher is not None and not wanted.teacher_gradient:
         teacher = teacher.detach()
     tensors = [None if one is None else kept(one) for one in (student, teacher, labels, weights)]
     parts: tuple[Tensor, Tensor, Tensor] = function.apply(call, *tensors)

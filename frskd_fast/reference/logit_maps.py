@@ -39,9 +39,9 @@ class Maps(NamedTuple):
 class WantedGradients(NamedTuple):
     """Which gradients are computed. Absent terms have none: those of a cross-entropy need labels."""
 
-    student: bool
-    teacher: bool
-    kd_to_teacher: bool  # whether the divergence reaches the teacher; only where `teacher` is True
+    student_gradient: bool
+    teacher_gradient: bool
+    kd_to_teacher: bool  # whether the divergence reaches the teacher; only where that has a gradient
 
 
 class GradientTerm(NamedTuple):
@@ -54,13 +54,13 @@ class GradientTerm(NamedTuple):
 def gradient_terms(maps: Maps, wanted: WantedGradients) -> list[GradientTerm]:
     """The gradient maps of one call, in the order in which raw functions return them."""
     terms = []
-    if wanted.student and maps.targets is not None:
+    if wanted.student_gradient and maps.targets is not None:
         terms.append(GradientTerm(0, False))
-    if wanted.student and maps.teacher is not None:
+    if wanted.student_gradient and maps.teacher is not None:
         terms.append(GradientTerm(2, False))
-    if wanted.teacher and maps.targets is not None:
+    if wanted.teacher_gradient and maps.targets is not None:
         terms.append(GradientTerm(1, True))
-    if wanted.teacher and wanted.kd_to_teacher:
+    if wanted.teacher_gradient and wanted.kd_to_teacher:
         terms.append(GradientTerm(2, True))
     return terms
 

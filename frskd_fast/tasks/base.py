@@ -120,6 +120,10 @@ class Task(nn.Module):
         """Feature maps (N, C, H, W) by the network that they are of, finest first, for pictures of where it looks."""
         return {"student": features_and_logits(self.backbone, laid_out(images, self.channels_last))[0]}
 
+    def predicted_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Class scores (N, K, h, w) by the network that they are of, where `predicts` is "maps"; for pictures of them."""
+        return {"student": self(images)["output"]}
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile this module's calls: one graph for forward, loss and backward, and one for every batch size.
 

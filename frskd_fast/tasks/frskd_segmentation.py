@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from frskd_fast.ops import _checks
 from .base import Student, Task, called, laid_out, one_dtype
 from .networks import check_module, like
 
-T = TypeVar("T")
 RAMPS = ("anneal", "constant")
 
 
@@ -218,14 +217,16 @@ class FRSKDSegmentationTask(Task):
 
     def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Feature maps of the student, and of the self-teacher where there is one."""
-        return self._of_both(*all_outputs_of(self.backbone, laid_out(images, self.channels_last))[:2])
+        student_feats, teacher_feats, *_ = all_outputs_of(self.backbone, laid_out(images, self.channels_last))
+        return {"student": student_feats, **({} if self.loss.alpha == 0.0 else {"self-teacher": teacher_feats})}
 
     def predicted_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Class scores (N, K, h, w) of the student, and of the self-teacher where there is one."""
-        return self._of_both(*all_outputs_of(self.backbone, laid_out(images, self.channels_last))[2:])
-
-    def _of_both(self, student: T, teacher: T) -> dict[str, T]:
-        return {"student": student} if self.loss.alpha == 0.0 else {"student": student, "self-teacher": teacher}
+        """Class scores of the student, and of the self-teacher where there is one."""
+        images = laid_out(images, self.channels_last)
+        if self.loss.alpha == 0.0:
+            return {"student": student_maps_of(self.backbone, images)}
+        *_, maps, teacher_maps = all_outputs_of(self.backbone, images)
+        return {"student": maps, "self-teacher": teacher_maps}
 
     def student(self) -> SegmentationStudent:
         """The student alone, `student(images) -> scores` at the size of the images, as `Task.student`."""

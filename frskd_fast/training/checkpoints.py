@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import zipfile
@@ -181,7 +182,8 @@ class RunCheckpoint(Checkpoint):
             A run that is told to stop (by SIGTERM, `max_steps`, early stopping) saves besides.
         keep_best: also keep `best.ckpt`: of the epochs that end with a validation, the one with the highest `monitor`.
             Checkpoints that are folders (sharded ones) are not kept.
-        monitor: name of the metric that decides, larger is better.
+        monitor: name of the metric that decides, larger is better; None is what the module is judged by on the validation
+            images, its accuracy or mIoU.
         folder: where; None is the trainer's `default_root_dir`.
     """
 
@@ -190,7 +192,7 @@ class RunCheckpoint(Checkpoint):
         every_n_steps: int = 500,
         every_n_epochs: int = 1,
         keep_best: bool = False,
-        monitor: str = "validation/accuracy",
+        monitor: str | None = None,
         folder: str | None = None,
     ) -> None:
         super().__init__()
@@ -202,7 +204,7 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
         self.keep_best = keep_best
-        self.monitor = monitor
+        self.monitor = monitor or ""
         self.folder = folder
         self.best: float | None = None
         self.saved_step = 0
@@ -214,6 +216,10 @@ class RunCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.monitor:
+            self.monitor = f"validation/{getattr(getattr(pl_module, 'evaluation', None), 'score', 'accuracy')}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_step = trainer.global_step
@@ -310,7 +316,8 @@ class RunCheckpoint(Checkpoint):
         if not self.keep_best or trainer.global_step != self.validated_step:
             return False
         value = trainer.callback_metrics.get(self.monitor)
-        return value is not None and (self.best is None or float(value) > self.best)
+        # nan where nothing could be measured
+        return value is not None and not math.isnan(value) and (self.best is None or float(value) > self.best)
 
 
 @rank_zero_only

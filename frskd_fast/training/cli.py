@@ -32,7 +32,9 @@ usage: frskd-fast COMMAND [options]
                             needs (a teacher) comes first unless it is there; with --no-prerequisites it is only named
   validate --config RECIPE  accuracy of the run's student on the validation images
   test --config RECIPE      the same on the test images
-  predict --config RECIPE   class of each test image, into predictions.csv
+  predict --config RECIPE   class of each test image, into predictions.csv, or masks, into predictions/
+  predict --checkpoint FILE --images FOLDER --out FOLDER
+                            masks of the images in a folder: PNGs of class indices, of the images' own sizes
   export --checkpoint FILE --out FILE
                             the student alone: .safetensors, .pt2 (torch.export) or .onnx, verified
   panels --run_dir FOLDER   draw the curves of a run again
@@ -65,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return export.main(rest)
         if command == "panels":
             return _panels(rest)
+        if command == "predict" and any(word.partition("=")[0] == "--images" for word in rest):
+            from . import predict_folder
+
+            return predict_folder.main(rest)
         if command in STAGES:
             run(command, rest)
             return 0

@@ -32,7 +32,7 @@ from .loggers import loggers
 from .module import DistillationModule
 from .panels import Panels
 from .progress import ProgressBar
-from .records import Predictions, Records
+from .records import Masks, Predictions, Records
 from .run_folder import check_same_run, is_over, leave_nothing, length_matters, set_aside
 from .teacher_cache import TeacherCache
 
@@ -166,7 +166,9 @@ class CommandLine(LightningCLI):
         callbacks = settings.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         self.beginning = Beginning()
-        own: list[Any] = [self.beginning, Records(), Predictions()]
+        maps = self.model.task.predicts == "maps"
+        writer = Masks(self.model.hparams["num_classes"]) if maps else Predictions()
+        own: list[Any] = [self.beginning, Records(), writer]
         if settings.get("enable_model_summary") is not False and not settings.get("fast_dev_run"):
             own.append(ModelSummary(max_depth=2))  # the networks within the task
         if self.subcommand == "fit":
@@ -282,13 +284,14 @@ class CommandLine(LightningCLI):
     def report(self) -> None:
         """Say what came out, and where it is."""
         folder = self.folder
-        accuracy = self.trainer.callback_metrics.get("validation/accuracy")
-        if accuracy is not None:
-            say(f"Validation accuracy of the student: {100 * float(accuracy):.2f} %.")
+        score, title = self.model.evaluation.score, self.model.evaluation.title
+        value = self.trainer.callback_metrics.get(f"validation/{score}")
+        if value is not None:
+            say(f"Validation {title} of the student: {100 * float(value):.2f} %.")
         elif not self.beginning.validated:
             say(
                 f"No validation took place (trainer.check_val_every_n_epoch is {self.trainer.check_val_every_n_epoch}); "
-                "frskd-fast validate with the same options gives the accuracy of the student."
+                f"frskd-fast validate with the same options gives the {title} of the student."
             )
         say(f"Records and checkpoints: {folder} (steps.csv, epochs.csv, last.ckpt).")
         trust = " --trust" if self.model.has_own_student or needs_trust(self.model.hparams.backbone) else ""

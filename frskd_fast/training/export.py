@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from frskd_fast.models import create_model
 from frskd_fast.models.checkpoints import STATE, load_file, load_weights
+from frskd_fast.models.registry import imported
 from frskd_fast.models.teachers import described
 from frskd_fast.tasks import Student
 
@@ -32,7 +33,7 @@ class ExportError(Exception):
 
 @dataclass(frozen=True)
 class Export:
-    """The student with what is known about its input."""
+    """The student with what is known about its input; `predicts` as in `Task`."""
 
     student: Student
     backbone: str
@@ -42,6 +43,7 @@ class Export:
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    predicts: str = "classes"
 
 
 def load_student(
@@ -53,7 +55,8 @@ def load_student(
     channels: int | None = None,
     trust: bool = False,
 ) -> Export:
-    """student(images) = logits, in evaluation mode, out of a checkpoint of this library or of another program.
+    """student(images) = logits (N, K), or maps of them (N, K, H, W), in evaluation mode, out of a checkpoint of this library or
+    of another program.
 
     Args:
         path: the checkpoint. Those of `frskd-fast fit` say themselves what network they hold; for others give
@@ -84,7 +87,8 @@ def load_student(
         else:
             load_weights(network, content, path)
             # Runs of earlier versions have it among their settings.
-            student = Student(network, bool(state.get("channels_last", settings.get("channels_last", False))))
+            channels_last = bool(state.get("channels_last", settings.get("channels_last", False)))
+            student = _kind_of_student(state)(network, channels_last)
     except (ValueError, TypeError, ImportError) as error:
         raise ExportError(str(error)) from error
     if size is None:
@@ -99,7 +103,19 @@ def load_student(
         sides,
         tuple(about.get("mean", ())),
         tuple(about.get("std", ())),
+        str(state.get("predicts", "classes")),
     )
+
+
+def _kind_of_student(state: Mapping[str, Any]) -> type[Student]:
+    """The class of the package that a checkpoint names; code from elsewhere is not called here."""
+    kind = imported(state["student"]) if is_of_the_package(state.get("student", "")) else Student
+    return kind if isinstance(kind, type) and issubclass(kind, Student) else Student
+
+
+def is_of_the_package(path: str) -> bool:
+    """Whether an import path leads into this package."""
+    return path.startswith(f"{__name__.partition('.')[0]}.")
 
 
 def _own_student(content: Mapping[str, Any], network: nn.Module, trust: bool) -> Student:
@@ -133,17 +149,27 @@ def bound(student: nn.Module, logits: Tensor) -> float:
     return 4 * max(layers, 1) * torch.finfo(logits.dtype).eps * max(1.0, float(logits.detach().abs().max()))
 
 
+class Written(NamedTuple):
+    """Largest difference of logits between the student and what was read back, the bound it was held against, and whether
+    the file takes images of other heights and widths than the training's."""
+
+    difference: float
+    limit: float
+    any_size: bool
+
+
 @torch.no_grad()
-def write_student(exported: Export, out: str | os.PathLike[str]) -> tuple[float, float]:
+def write_student(exported: Export, out: str | os.PathLike[str]) -> Written:
     """Write the student in the format that the file's name ends in, read it back and compare logits.
 
     Args:
         exported: what `load_student` gave.
         out: a name ending in .safetensors (weights under the backbone's own names, and how to use them as metadata),
-            .pt2 (torch.export, any batch size) or .onnx (any batch size; needs the extra `onnx`).
+            .pt2 (torch.export, any batch size) or .onnx (any batch size; needs the extra `onnx`). A student that predicts maps
+            is written for any height and width, with the upsampling to it, where the network can be traced so.
 
     Returns:
-        Largest difference of logits between the student and what was read back, and the bound it was held against.
+        What the comparison gave.
 
     Raises:
         ExportError: on an unknown format, a missing package, or a difference above the bound; then no file is left.
@@ -152,18 +178,16 @@ def write_student(exported: Export, out: str | os.PathLike[str]) -> tuple[float,
     if path.suffix not in FORMATS:
         raise ExportError(f"--out is {path}, but a name ending in {', '.join(FORMATS)} was wanted.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    # Two sizes of batch, so that a size built into the file would be noticed.
-    batches = [torch.randn(count, exported.channels, *exported.size, generator=generator) for count in (2, 3)]
-    wanted = [exported.student(images) for images in batches]
     partial = path.with_name(f".partial-{path.name}")
     try:
-        reload = {".safetensors": _safetensors, ".pt2": _pt2, ".onnx": _onnx}[path.suffix](
-            exported, partial, batches[0]
-        )
-        given = [reload(images) for images in batches]
-        difference = max(float((a - b).abs().max()) for a, b in zip(wanted, given, strict=True))
-        limit = max(bound(exported.student, logits) for logits in wanted)
+        reload, any_size = {".safetensors": _safetensors, ".pt2": _pt2, ".onnx": _onnx}[path.suffix](exported, partial)
+        # Two sizes of batch, so that a size built into the file would be noticed.
+        batches = [_images(exported, 2), _images(exported, 3, _another(exported.size) if any_size else exported.size)]
+        difference = limit = 0.0
+        for images in batches:
+            wanted = exported.student(images)
+            difference = max(difference, float((wanted - reload(images)).abs().max()))
+            limit = max(limit, bound(exported.student, wanted))
         if not difference <= limit:
             raise ExportError(
                 f"The exported student differs from the checkpoint's by up to {difference:.3g} in its logits, which is more "
@@ -172,10 +196,40 @@ def write_student(exported: Export, out: str | os.PathLike[str]) -> tuple[float,
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return difference, limit
+    return Written(difference, limit, any_size)
 
 
-def _safetensors(exported: Export, path: Path, images: Tensor) -> Any:
+def _images(exported: Export, count: int, size: tuple[int, int] | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, exported.channels, *(size or exported.size), generator=generator)
+
+
+def _another(size: tuple[int, int]) -> tuple[int, int]:
+    """Larger, and with another ratio of its sides."""
+    return size[0] + 32, size[1] + 96
+
+
+def _program(exported: Export) -> tuple[torch.export.ExportedProgram, bool]:
+    """The student as a graph for any batch size, and whether also for any height and width: maps alone may be."""
+    batch = torch.export.Dim("batch", min=1)
+    if exported.predicts == "maps":
+        # Sides with nothing in common: what is equal in the example would be equal in the graph.
+        images = _images(exported, 2, (exported.size[0], exported.size[1] + 64))
+        sides = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+        try:
+            program = torch.export.export(
+                exported.student, (images,), dynamic_shapes=({0: batch, **sides},), strict=False
+            )
+            for size in (exported.size, _another(exported.size)):
+                program.module()(_images(exported, 3, size))
+            return program, True
+        except Exception:  # a size that a layer builds in, which tracing and guards report in many ways
+            pass
+    images = _images(exported, 2)
+    return torch.export.export(exported.student, (images,), dynamic_shapes=({0: batch},), strict=False), False
+
+
+def _safetensors(exported: Export, path: Path) -> tuple[Any, bool]:
     from safetensors.torch import load_file as load_safetensors
     from safetensors.torch import save
 
@@ -188,6 +242,7 @@ def _safetensors(exported: Export, path: Path, images: Tensor) -> Any:
         "backbone": exported.backbone,
         "backbone_args": json.dumps(dict(exported.backbone_args)),
         "num_classes": str(exported.num_classes),
+        "predicts": exported.predicts,
         "input": json.dumps(
             {"channels": exported.channels, "size": exported.size, "mean": exported.mean, "std": exported.std}
         ),
@@ -195,19 +250,18 @@ def _safetensors(exported: Export, path: Path, images: Tensor) -> Any:
     path.write_bytes(save(tensors, metadata))
     again = copy.deepcopy(exported.student)
     again.backbone.load_state_dict(load_safetensors(path))
-    return again
+    return again, False
 
 
-def _pt2(exported: Export, path: Path, images: Tensor) -> Any:
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(exported.student, (images,), dynamic_shapes=({0: batch},), strict=False)
+def _pt2(exported: Export, path: Path) -> tuple[Any, bool]:
+    program, any_size = _program(exported)
     with open(path, "wb") as file:  # a stream: the partial file's name does not end in .pt2
         torch.export.save(program, file)
     with open(path, "rb") as file:
-        return torch.export.load(file).module()
+        return torch.export.load(file).module(), any_size
 
 
-def _onnx(exported: Export, path: Path, images: Tensor) -> Any:
+def _onnx(exported: Export, path: Path) -> tuple[Any, bool]:
     try:
         import onnx
         import onnx.reference
@@ -216,18 +270,10 @@ def _onnx(exported: Export, path: Path, images: Tensor) -> Any:
         raise ExportError(
             f"{error.name} cannot be imported, but is needed to write {path.suffix}; pip install 'frskd_fast[onnx]'."
         ) from error
-    batch = torch.export.Dim("batch", min=1)
+    graph, any_size = _program(exported)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            exported.student,
-            (images,),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: batch},),
-        )
+        program = torch.onnx.export(graph, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
         assert program is not None
         program.save(path)
     model = onnx.load(path)
@@ -238,7 +284,7 @@ def _onnx(exported: Export, path: Path, images: Tensor) -> Any:
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     except ImportError:
         session = onnx.reference.ReferenceEvaluator(model)
-    return lambda values: torch.from_numpy(session.run(None, {"images": values.numpy()})[0])
+    return lambda values: torch.from_numpy(session.run(None, {"images": values.numpy()})[0]), any_size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -267,15 +313,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             channels=options.channels,
             trust=options.trust,
         )
-        difference, limit = write_student(loaded, options.out)
+        written = write_student(loaded, options.out)
     except ExportError as error:
         print(f"frskd-fast export: {error}", file=sys.stderr)
         return 1
     count = sum(parameter.numel() for parameter in loaded.student.parameters())
-    height, width = loaded.size
+    height, width = ("H", "W") if written.any_size else loaded.size
     print(
         f"{options.out}: {loaded.backbone}, {count:,} parameters, images (N, {loaded.channels}, {height}, {width}), "
         f"{loaded.num_classes} classes."
     )
-    print(f"Read back and compared: largest difference of logits {difference:.3g} (bound {limit:.3g}).")
+    print(f"Read back and compared: largest difference of logits {written.difference:.3g} (bound {written.limit:.3g}).")
     return 0

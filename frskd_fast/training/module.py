@@ -8,8 +8,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import create_model
@@ -18,6 +16,8 @@ from frskd_fast.models.last_linear import last_linear
 from frskd_fast.tasks import Student, Task
 
 from .class_paths import Settings, build
+from .evaluation import evaluation_for
+from .export import is_of_the_package
 from .metrics import MeanOfParts
 
 SGD: dict[str, Any] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}}
@@ -94,22 +94,16 @@ class DistillationModule(LightningModule):
         self.needs_weights = weights is None and not own_weights and bool(frozen)
         student = self.task.student()
         # Then an export has to ask the task for it.
-        self.has_own_student = type(student) is not Student or student.backbone is not network
+        kind = type(student)
+        self.kind_of_student = f"{kind.__module__}.{kind.__qualname__}"
+        as_any = is_of_the_package(self.kind_of_student) and kind.__init__ is Student.__init__
+        self.has_own_student = student.backbone is not network or not as_any
         if compile:
             self.task.compile()
         self.teacher_outputs: Callable[[Tensor, Any], dict[str, Tensor]] | None = None
         self.seed = torch.initial_seed()
         self.training_means: MeanOfParts | None = None
-        self.evaluation = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-                "accuracy_top5": MulticlassAccuracy(
-                    num_classes, top_k=min(5, num_classes), average="micro", validate_args=False
-                ),
-                "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
-            },
-            compute_groups=False,
-        )
+        self.evaluation = evaluation_for(self.task, num_classes)
         # The loss, and what the task measures besides; the names are known after the first batch.
         self.evaluation_means: MeanOfParts | None = None
         # What goes into checkpoints, so that an export knows the student's input.
@@ -121,7 +115,7 @@ class DistillationModule(LightningModule):
         return self.task.student().backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        """The student's logits (N, K)."""
+        """The student's logits (N, K), or maps of them (N, K, H, W)."""
         logits: Tensor = self.task.student()(images)
         return logits
 
@@ -130,6 +124,7 @@ class DistillationModule(LightningModule):
         # Before a checkpoint is loaded, which Lightning does ahead of the conversion: float64 weights would be rounded.
         self.trainer.precision_plugin.convert_module(self)
         data = getattr(self.trainer, "datamodule", None)
+        self.evaluation.name_classes(getattr(data, "class_names", None))
         size = getattr(data, "image_size", None)
         if data is None or size is None:
             return
@@ -144,7 +139,7 @@ class DistillationModule(LightningModule):
                 f"data.crop_each_view is set, which hands out four rotations of each image, but {type(self.task).__name__} "
                 f"takes {self.task.views} images; set it to false."
             )
-        if stage == "fit" and self.trainer.is_global_zero:
+        if stage == "fit" and self.trainer.is_global_zero and self.task.predicts == "classes":
             from .data import warn_if_stem_mismatch
 
             warn_if_stem_mismatch(self.backbone, (int(size[0]), int(size[1])), self.images["channels"])
@@ -187,7 +182,7 @@ class DistillationModule(LightningModule):
             measured = {
                 **parts,
                 **{
-                    name.removesuffix("output") + "accuracy": fraction_correct(value, targets)
+                    name.removesuffix("output") + self.evaluation.in_training: self.evaluation.correct(value, targets)
                     for name, value in outputs.items()
                     if name.endswith("output")  # "teacher_output", too
                 },
@@ -227,23 +222,20 @@ class DistillationModule(LightningModule):
         self._log_evaluation("test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Class, and its probability, of each image."""
-        logits = self.task(batch[0])["output"]
-        probability, classes = logits.float().softmax(1).max(1)
-        return {"class": classes, "probability": probability}
+        """What the task says of each image: class and probability, or a mask of the size of the targets."""
+        images, targets = batch
+        return self.evaluation.prediction(self.task(images)["output"].float(), targets.shape[1:])
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
         images, targets = batch
         measured = dict(self.task.evaluate(images, targets))
-        logits = measured.pop("output").float()
-        self.evaluation.update(logits, targets)
-        measured = {"loss": nn.functional.cross_entropy(logits, targets), **measured}
+        measured = {"loss": self.evaluation.update(measured.pop("output").float(), targets), **measured}
         if self.evaluation_means is None:
             self.evaluation_means = MeanOfParts(list(measured)).to(images.device)
         self.evaluation_means.update(list(measured.values()), images.shape[0])
 
     def _log_evaluation(self, stage: str) -> None:
-        values: dict[str, Any] = dict(self.evaluation.compute())
+        values = self.evaluation.compute()
         if self.evaluation_means is not None:
             means = self.evaluation_means.compute().reshape(-1).unbind()
             values.update(zip(self.evaluation_means.names, means, strict=True))
@@ -287,6 +279,8 @@ class DistillationModule(LightningModule):
             "images": self.images,
             "channels_last": self.task.student().channels_last,
             "own_student": self.has_own_student,
+            "student": self.kind_of_student,
+            "predicts": self.task.predicts,
         }
         if self.training_means is not None:
             saved = self.training_means.saved()
@@ -332,19 +326,3 @@ def step_seed(seed: int, epoch: int, batch: int, rank: int = 0) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
         state ^= state >> 31
     return state >> 1
-
-
-def fraction_correct(logits: Tensor, targets: Any) -> Tensor:
-    """Mean over the images of [argmax_k logits = target], for mixup and cutmix of both labels, mixed by lam.
-
-    Example:
-        >>> fraction_correct(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 1])).item()
-        0.5
-    """
-    if isinstance(targets, tuple | list):
-        *labels, mix = targets
-        first, second = (fraction_correct(logits, one) for one in labels)
-        mixed: Tensor = mix * first + (1 - mix) * second
-        return mixed
-    correct: Tensor = logits.argmax(1) == targets
-    return correct.float().mean()

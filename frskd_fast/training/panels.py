@@ -13,10 +13,12 @@ from torch import Tensor
 from frskd_fast.functional import attention_map
 from frskd_fast.tasks import Task
 
+from .evaluation import resized
+from .masks import MOST_CLASSES, palette
 from .records import EPOCHS
 from .tables import read_table
 
-CURVES, ATTENTION = "curves.png", "attention.png"
+CURVES, ATTENTION, MAPS = "curves.png", "attention.png", "maps.png"
 FEW = 20  # points of a curve up to which each is marked
 # Columns of epochs.csv as the legends name them.
 LABELS = {
@@ -29,6 +31,10 @@ LABELS = {
     "train/teacher_accuracy": "teacher accuracy, training",
     "validation/accuracy": "student accuracy, validation",
     "validation/accuracy_top5": "student top-5 accuracy, validation",
+    "train/pixel_accuracy": "student pixel accuracy, training",
+    "train/teacher_pixel_accuracy": "teacher pixel accuracy, training",
+    "validation/miou": "student mIoU, validation",
+    "validation/pixel_accuracy": "student pixel accuracy, validation",
     "validation/loss": "student cross-entropy, validation",
 }
 MISSING = (
@@ -73,14 +79,15 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
     for name, (epochs, values) in columns.items():
         label = LABELS.get(name, name.removeprefix("train/").replace("_", " "))
         marker = "o" if len(values) <= FEW else None  # a line of one point is none
-        if "accuracy" in name:
+        if "accuracy" in name or name.endswith("miou"):
             scores.plot(epochs, [100 * value for value in values], label=label, marker=marker)
         elif name.startswith("train/") or name == "validation/loss":
             losses.plot(epochs, values, label=label, linewidth=2 if name == "train/loss" else 1, marker=marker)
     rate.plot(*columns["learning_rate"], marker="o" if len(rows) <= FEW else None)
     positive = all(value > 0 for name, (_, values) in columns.items() if name.startswith("train/") for value in values)
     losses.set(xlabel="epoch", ylabel="loss (parts before their weights)", yscale="log" if positive else "linear")
-    scores.set(xlabel="epoch", ylabel="accuracy, %")
+    miou = any(name.endswith("miou") for name in columns)
+    scores.set(xlabel="epoch", ylabel="mIoU and accuracy, %" if miou else "accuracy, %")
     rate.set(xlabel="epoch", ylabel="learning rate")
     for axes in (losses, scores, rate):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -96,7 +103,12 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
 
 @torch.no_grad()
 def draw_attention(
-    task: Task, images: Tensor, path: str | os.PathLike[str], mean: Any = (), std: Any = ()
+    task: Task,
+    images: Tensor,
+    path: str | os.PathLike[str],
+    mean: Any = (),
+    std: Any = (),
+    masks: Tensor | None = None,
 ) -> Path | None:
     """Draw the attention maps of the task's networks over images, one row for each image.
 
@@ -105,6 +117,8 @@ def draw_attention(
         images: (N, C, H, W), normalised.
         path: the PNG file.
         mean, std: what the images were normalised with, one number a channel.
+        masks: class indices (N, H, W), which are drawn beside the images, and after them what the task's networks predict:
+            `predicted_maps(images)`.
 
     Returns:
         The file; None without matplotlib.
@@ -115,34 +129,47 @@ def draw_attention(
     modes = [(module, module.training) for module in task.modules()]
     task.eval()
     try:
-        columns = task.maps(images)
+        features = task.maps(images)
+        predicted = {} if masks is None else task.predicted_maps(images)
     finally:
         for module, training in modes:
             module.training = training
     pictures = shown_images(images, mean, std)
-    count = 1 + sum(len(maps) for maps in columns.values())
+    flat = {"image": pictures}
+    if masks is not None:
+        flat["mask"] = coloured(masks)
+        flat.update(
+            {name: coloured(resized(maps.float(), masks.shape[1:]).argmax(1)) for name, maps in predicted.items()}
+        )
+    over = {
+        f"{name} {level}": attention_map(feature.float()).reshape(len(images), *feature.shape[-2:]).cpu().numpy()
+        for name, maps in features.items()
+        for level, feature in enumerate(maps, start=1)
+    }
+    count = len(flat) + len(over)
     figure, axes = plots.subplots(
         len(images), count, figsize=(1.3 * count, 1.3 * len(images) + 0.4), squeeze=False, layout="constrained"
     )
     extent = (0, images.shape[-1], images.shape[-2], 0)
-    for row, picture in enumerate(pictures):
-        axes[row, 0].imshow(picture, extent=extent)
-    axes[0, 0].set_title("image", fontsize=8)
-    column = 1
-    for name, maps in columns.items():
-        for level, feature in enumerate(maps, start=1):
-            attention = attention_map(feature.float()).reshape(len(images), *feature.shape[-2:]).cpu().numpy()
-            for row, picture in enumerate(pictures):
+    for column, (title, shown) in enumerate({**flat, **over}.items()):
+        for row, picture in enumerate(pictures):
+            if title in over:
                 axes[row, column].imshow(picture.mean(-1), cmap="gray", extent=extent)
-                axes[row, column].imshow(attention[row], cmap="viridis", alpha=0.65, extent=extent)
-            axes[0, column].set_title(f"{name} {level}", fontsize=8)
-            column += 1
+                axes[row, column].imshow(shown[row], cmap="viridis", alpha=0.65, extent=extent)
+            else:
+                axes[row, column].imshow(shown[row], extent=extent, interpolation="nearest")
+        axes[0, column].set_title(title, fontsize=8)
     for axis in axes.flat:
         axis.set_axis_off()
     path = Path(path)
     figure.savefig(path, dpi=110)
     plots.close(figure)
     return path
+
+
+def coloured(masks: Tensor) -> Any:
+    """Colours (N, H, W, 3) of class indices, in [0, 1]."""
+    return palette()[masks.clamp(0, MOST_CLASSES - 1).cpu().numpy()] / 255
 
 
 def shown_images(images: Tensor, mean: Any, std: Any) -> Any:
@@ -157,18 +184,27 @@ def shown_images(images: Tensor, mean: Any, std: Any) -> Any:
     return pictures[:, :3].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
+def _largest_class(targets: Tensor) -> Tensor:
+    """The label of each image; of a mask its class of most pixels besides 0, the background, and 255, which is none."""
+    if targets.dim() == 1:
+        return targets
+    counts = torch.stack([torch.bincount(mask.flatten().clamp(0, 255), minlength=256) for mask in targets])
+    counts[:, [0, 255]] = 0
+    return counts.argmax(1)
+
+
 class Panels(Callback):
-    """Draws `curves.png` and `attention.png` when training ends.
+    """Draws `curves.png` when training ends, and `attention.png`, or `maps.png` for a task that predicts maps.
 
     Args:
         enabled: whether to.
-        images: rows of `attention.png`: images of the validation set, of different classes as far as they go.
+        images: rows of the second: images of the validation set, of different classes as far as they go.
     """
 
     def __init__(self, enabled: bool = True, images: int = 6) -> None:
         self.enabled = enabled
         self.images = images
-        self.kept: Tensor | None = None
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def on_validation_batch_end(
         self,
@@ -181,10 +217,11 @@ class Panels(Callback):
     ) -> None:
         if self.enabled and self.kept is None and trainer.is_global_zero:
             images, targets = batch
-            labels = targets.tolist()
+            # Of a mask, the largest of its classes.
+            labels = _largest_class(targets).tolist()
             first = [labels.index(label) for label in sorted(set(labels))]
             rows = (first + [row for row in range(len(labels)) if row not in first])[: self.images]
-            self.kept = images[rows].clone()
+            self.kept = images[rows].clone(), targets[rows].clone()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -196,10 +233,12 @@ class Panels(Callback):
         drawn = [draw_curves(folder)]
         sharded = type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
         if self.kept is not None and not sharded:
-            images = self.kept.to(next(pl_module.parameters()).device)
+            images, targets = (kept.to(next(pl_module.parameters()).device) for kept in self.kept)
             about = getattr(pl_module, "images", {})
             statistics = about.get("mean", ()), about.get("std", ())
-            drawn.append(draw_attention(pl_module.task, images, folder / ATTENTION, *statistics))  # type: ignore[arg-type]
+            masks = targets if targets.dim() > 1 else None
+            file = folder / (ATTENTION if masks is None else MAPS)
+            drawn.append(draw_attention(pl_module.task, images, file, *statistics, masks))  # type: ignore[arg-type]
         for path in drawn:
             if path is not None:
                 print(f"Panel: {path}")

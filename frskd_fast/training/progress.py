@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from .module import DistillationModule
 from .records import Timed, loss_parts
 
 
@@ -36,7 +37,8 @@ class ProgressBar(Timed, TQDMProgressBar):
             names, values = loss_parts(trainer, self.outputs)
             self.shown = {name: f"{value:.3g}" for name, value in zip(names, values.tolist(), strict=True)}
             self.shown = {"images/s": f"{self.rate.images_per_second:.0f}", **self.shown}
-        accuracy = trainer.callback_metrics.get("validation/accuracy")
-        if accuracy is not None:
-            self.shown["validation accuracy"] = f"{float(accuracy):.4f}"
+        if isinstance(pl_module, DistillationModule):
+            score = trainer.callback_metrics.get(f"validation/{pl_module.evaluation.score}")
+            if score is not None:
+                self.shown[f"validation {pl_module.evaluation.title}"] = f"{float(score):.4f}"
         return self.shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from .checkpoints import write_atomically
+from .masks import MaskFolder
 from .module import DistillationModule
 from .tables import Table
 
-STEPS, EPOCHS, PREDICTIONS = "steps.csv", "epochs.csv", "predictions.csv"
+STEPS, EPOCHS, PREDICTIONS, MASKS = "steps.csv", "epochs.csv", "predictions.csv", "predictions"
 
 
 class Throughput:
@@ -171,6 +172,13 @@ def loss_parts(trainer: Trainer, outputs: dict[str, Any]) -> tuple[list[str], Te
     return list(scalars), torch.stack(list(scalars.values()))
 
 
+def positions(trainer: Trainer) -> Iterator[int]:
+    """Of the images that a process predicts, in the data set: every world-th, without those that could not be decoded."""
+    left_out = getattr(trainer.predict_dataloaders, "corrupt", ())
+    every = itertools.count(trainer.global_rank, trainer.world_size)
+    return (position for position in every if position not in left_out)
+
+
 class Predictions(BasePredictionWriter):
     """Writes `predictions.csv` in the run's folder: position of the image in the data set, class, its probability.
 
@@ -184,16 +192,45 @@ class Predictions(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         rows = ["image,class,probability"]
-        # A process has every world-th image, without those that could not be decoded.
-        left_out = getattr(trainer.predict_dataloaders, "corrupt", ())
-        every = itertools.count(trainer.global_rank, trainer.world_size)
-        positions = (position for position in every if position not in left_out)
+        position = positions(trainer)
         for batch in predictions:
             for label, probability in zip(batch["class"].tolist(), batch["probability"].tolist(), strict=True):
-                rows.append(f"{next(positions)},{label},{probability:.6f}")
+                rows.append(f"{next(position)},{label},{probability:.6f}")
         name = PREDICTIONS if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.csv"
         path = Path(trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, ("\n".join(rows) + "\n").encode())
         if trainer.is_global_zero:
             print(f"Predictions: {path}")
+
+
+class Masks(BasePredictionWriter):
+    """Writes `predictions/NUMBER.png` in the run's folder: the mask of each image, by its position in the data set."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__("batch")
+        self.num_classes = num_classes
+        self.masks: MaskFolder | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.masks = MaskFolder(Path(trainer.default_root_dir) / MASKS, self.num_classes)
+        if trainer.is_global_zero:
+            self.masks.begin()
+        trainer.strategy.barrier("the folder of masks is there")
+        self.positions = positions(trainer)
+
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *_: Any) -> None:
+        assert self.masks is not None
+        for mask in prediction["mask"]:
+            self.masks.write(f"{next(self.positions):06d}", mask)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.masks is not None
+        trainer.strategy.barrier("all masks are written")
+        if trainer.is_global_zero:
+            self.masks.finish()
+            print(f"Predictions: {self.masks.folder}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.masks is not None:
+            self.masks.abandon()

@@ -14,6 +14,7 @@ import torch
 
 from .augmentation import draw_resized_crops, random_resized_crop, resize_and_centre_crop
 from .base import ImageData, Part, colour_statistics, probability, whole_number
+from .decoding import errors_of, load
 from .errors import CorruptImageError, DataFileError, MissingDataError
 from .layouts import LAYOUTS, Images, Listing
 from .loader import ImageBatch, Reader, Request, draw_crops_for, keys_of
@@ -275,37 +276,14 @@ class FileReader(Reader):
         return None
 
     def _decode(self, path: str) -> Image:
-        try:
-            from PIL import Image as PILImage
-        except ImportError as error:
-            raise ImportError(
-                "Image files are decoded with Pillow, but it could not be imported; run `pip install pillow`."
-            ) from error
-        try:
+        with errors_of(path, ", or pass on_corrupt='skip' to go on without such images"):
             if self._decode_with_torchvision and path.lower().endswith((".jpg", ".jpeg", ".png")):
                 image = _decode_with_torchvision(path)
                 if image is not None:
                     return image
-            with open(path, "rb") as file:
-                opened = PILImage.open(file)
-                opened.load()
+            opened = load(path)
             # convert would copy an image that is RGB already
             return opened if opened.mode == "RGB" else opened.convert("RGB")
-        except FileNotFoundError as error:
-            raise MissingDataError(
-                f"{path} is in the list of images but was not found; unpack the data set's archive again."
-            ) from error
-        except MemoryError:
-            raise  # the machine's, not the file's
-        except Exception as error:  # decoders raise nearly anything
-            if isinstance(error, OSError) and error.errno is not None:
-                raise DataFileError(
-                    f"{path} could not be read: {error}; check the disk and the permissions."
-                ) from error
-            raise CorruptImageError(
-                f"{path} could not be decoded as an image ({str(error) or type(error).__name__}). Repair or remove it, or pass "
-                "on_corrupt='skip' to go on without such images."
-            ) from error
 
 
 def torchvision_decodes(required: bool = False) -> bool:

@@ -25,9 +25,9 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         images: (N, C, H, W), uint8 (digits: float32), not normalised.
-        targets: int64 (N,).
-        crops: int64 (N, 3) for `crop_and_flip`, (N, 4, 3) for `crop_views`, or None where the images are augmented already,
-            or not at all.
+        targets: int64 (N,), or masks uint8 (N, H, W).
+        crops: int64 (N, 3) for `crop_and_flip`, (N, 4, 3) for `crop_views`, with masks (N, 8) for `resample_images`; None
+            where the images are augmented already, or not at all.
         mixing_seed: seed of the generator of mixup and cutmix; None outside training.
         keys: int64 (N,), on the host: which training image this is, see `Reader.looks`; None where nobody knows.
     """

@@ -14,6 +14,7 @@ class Purpose(IntEnum):
     ORDER = 1
     AUGMENTATION = 2
     MIXING = 3
+    SCENES = 4
 
 
 def stream_seed(seed: int, purpose: Purpose, epoch: int = 0, batch: int = 0, rank: int = 0) -> int:

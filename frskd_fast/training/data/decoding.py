@@ -1,0 +1,45 @@
+"""Image files with Pillow, whose many kinds of errors become those of `errors`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .errors import CorruptImageError, DataFileError, MissingDataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@contextmanager
+def errors_of(path: str, advice: str = "") -> Iterator[None]:
+    """Turn the errors of reading and decoding this file into sentences; `advice` follows "Repair or remove it"."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingDataError(
+            f"{path} is in the list of images but was not found; unpack the data set's archive again."
+        ) from error
+    except (MemoryError, ImportError, DataFileError):
+        raise  # the machine's, not the file's, or a sentence already
+    except Exception as error:  # decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataFileError(f"{path} could not be read: {error}; check the disk and the permissions.") from error
+        raise CorruptImageError(
+            f"{path} could not be decoded as an image ({str(error) or type(error).__name__}). Repair or remove it{advice}."
+        ) from error
+
+
+def load(path: str) -> Image:
+    """The image in the mode of its file, decoded whole."""
+    try:
+        from PIL import Image as PILImage
+    except ImportError as error:
+        raise ImportError(
+            "Image files are decoded with Pillow, but it could not be imported; run `pip install pillow`."
+        ) from error
+    with open(path, "rb") as file:
+        opened = PILImage.open(file)
+        opened.load()
+    return opened

@@ -1,0 +1,81 @@
+"""Masks as files: PNGs of class indices with a palette, a whole folder of them or none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+MOST_CLASSES = 256  # that an index of a PNG tells apart
+
+
+def palette() -> Any:
+    """uint8 (256, 3): colours of the class indices, those of PASCAL VOC. 0 is black.
+
+    Bit 7 - j of red, green and blue is bit 3j, 3j + 1 and 3j + 2 of the index.
+
+    Example:
+        >>> palette()[[0, 1, 15, 255]].tolist()
+        [[0, 0, 0], [128, 0, 0], [192, 128, 128], [224, 224, 192]]
+    """
+    index = np.arange(MOST_CLASSES)
+    colours = np.zeros((MOST_CLASSES, 3), np.uint8)
+    for bit in range(3):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+class MaskFolder:
+    """A folder of PNGs that appears under its name when `finish` is called, with all of them.
+
+    Args:
+        folder: its name. What is there is replaced.
+        num_classes: number of classes, at most 256.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> masks = MaskFolder(Path(tempfile.mkdtemp()) / "masks", num_classes=2)
+        >>> masks.begin(), masks.write("one", torch.tensor([[0, 1]])), masks.finish()
+        (None, None, None)
+        >>> [file.name for file in masks.folder.iterdir()]
+        ['one.png']
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], num_classes: int) -> None:
+        if num_classes > MOST_CLASSES:
+            raise ValueError(
+                f"num_classes is {num_classes}, but a mask is written as a PNG of one byte for each pixel, which tells at "
+                f"most {MOST_CLASSES} classes apart."
+            )
+        self.folder = Path(folder)
+        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self._palette = palette().tobytes()
+
+    def begin(self) -> None:
+        """Make the folder in which the files wait, empty."""
+        self.abandon()
+        self.partial.mkdir(parents=True)
+
+    def write(self, name: str, mask: Tensor) -> None:
+        """Add NAME.png, a mask (H, W) of class indices."""
+        from PIL import Image
+
+        image = Image.fromarray(mask.cpu().numpy().astype(np.uint8))
+        image.putpalette(self._palette)
+        image.save(self.partial / f"{name}.png")
+
+    def finish(self) -> None:
+        """Put the files in place."""
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self.partial.rename(self.folder)
+
+    def abandon(self) -> None:
+        """Leave nothing."""
+        shutil.rmtree(self.partial, ignore_errors=True)
