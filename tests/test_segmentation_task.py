@@ -134,6 +134,7 @@ def test_warm_up_and_ramp() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small(alpha=0.0).start_epoch(0, 8)
+        small(alpha=0.0).start_epoch(40, None)
 
 
 def test_distillation_waits_for_the_end_of_the_warm_up() -> None:

@@ -32,7 +32,7 @@ class SegmentationStudent(Student):
 
     Example:
         >>> import torch
-        >>> from frskd_fast.models import SegmentationNetwork, create_model
+        >>> from frskd_fast.models import create_model
         >>> student = SegmentationStudent(create_model("efficientdet_seg_d0", num_classes=5)).eval()
         >>> student(torch.zeros(1, 3, 64, 96)).shape
         torch.Size([1, 5, 64, 96])
@@ -144,15 +144,16 @@ class FRSKDSegmentationTask(Task):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def start_epoch(self, epoch: int, epochs: int | None = None) -> None:
-        """Set r.
+        """Set r, where there is anything that it weights.
 
         Raises:
             ValueError: where r grows until the last epoch and `epochs` is not known (None, or -1 as trainers write it).
         """
-        self.ramp.fill_(self._ramp_of(epoch, None if epochs is None or epochs < 0 else epochs))
+        if self.loss.alpha != 0.0:
+            self.ramp.fill_(self._ramp_of(epoch, None if epochs is None or epochs < 0 else epochs))
 
     def _ramp_of(self, epoch: int, epochs: int | None) -> float:
-        if epochs is not None and epochs <= self.warmup_epochs and self.loss.alpha != 0.0:
+        if epochs is not None and epochs <= self.warmup_epochs:
             warnings.warn(
                 f"warmup_epochs is {self.warmup_epochs}, but the run has {epochs} epochs, so that nothing is distilled; give a "
                 "smaller number.",
