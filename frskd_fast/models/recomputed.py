@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.batch_norm import foldable, has_hooks
 
 from .fixed_padding import FixedPaddingConv2d, padded
