@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from frskd_fast import _dispatch
+=======
+>>>>>>> main
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.batch_norm import foldable, has_hooks
 
