@@ -6,18 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-<<<<<<< HEAD
-from torch import Tensor, nn
-
-from frskd_fast import functional, losses
-from frskd_fast.losses.hints import feature_distance
-from frskd_fast.models.recomputed import AffineNormReLU, convolved_gated_swish, convolved_swish
-from frskd_fast.ops import _autograd
-
-LABELS = torch.tensor([0, 2, 1, 0])
-NORM, POINTWISE, SQUEEZE = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1)
-WEIGHTED = AffineNormReLU(3)
-=======
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,7 +18,6 @@ LABELS = torch.tensor([0, 2, 1, 0])
 MASKS = LABELS.view(4, 1, 1).expand(4, 6, 5)
 
 NETWORK = EfficientDetSeg(0, num_classes=3)
->>>>>>> main
 
 Case = Callable[[Tensor], Tensor]  # of x (4, 3, 4, 4), float32
 
@@ -58,9 +45,6 @@ CASES: dict[str, Case] = {
     "ffl": lambda x: losses.FFLLoss(impl="cpu")([logits(x), logits(x).exp()], logits(x).cos(), LABELS),
     "hsakd": lambda x: losses.HSAKDTeacherLoss(impl="cpu")(logits(x), [torch.cat([logits(x)] * 4, 1)], LABELS[:1]),
     "sskd_head": lambda x: losses.SSKDHeadLoss(impl="cpu")(torch.cat([logits(x), logits(x).exp()])),
-    "convolved_swish": lambda x: convolved_swish(NORM, x, POINTWISE).square().sum(),
-    "convolved_gated_swish": lambda x: convolved_gated_swish(NORM, x, SQUEEZE, SQUEEZE, POINTWISE).square().sum(),
-    "affine_norm_relu": lambda x: WEIGHTED(x).square().sum(),
     "sskd": lambda x: losses.SSKDLoss(impl="cpu")(
         logits(x), torch.ones(4, 3), logits(x).exp(), torch.eye(4, 5), LABELS[:1]
     ),

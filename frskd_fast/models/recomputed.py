@@ -1,8 +1,8 @@
 """BatchNorm with what surrounds it, keeping its input alone for the backward pass and computing the rest again.
 
 Plain PyTorch keeps two or three maps more for each of these; docs/models.md has the figures. Where a part is not the one that
-was built, on GPUs, in evaluation mode, in half precision, with the implementation "reference" and while torch.compile traces
-(which plans its memory itself), the modules run as they are.
+was built, in evaluation mode, in half precision and while torch.compile traces (which plans its memory itself), the modules run
+as they are.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from frskd_fast import _dispatch
-=======
->>>>>>> main
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.batch_norm import foldable, has_hooks
 
@@ -27,11 +23,11 @@ PER_CHANNEL = (1, -1, 1, 1)
 
 def _trains(batch_norm: nn.Module, x: Tensor) -> bool:
     """Whether `batch_norm` takes the statistics of the batch, of maps in its own dtype, and a gradient is wanted."""
-    if torch.compiler.is_compiling() or _dispatch.is_plain(_dispatch.forced()) or not foldable(batch_norm):
+    if torch.compiler.is_compiling() or not foldable(batch_norm):
         return False
     assert isinstance(batch_norm, nn.BatchNorm2d)
     takes_batch = batch_norm.training and batch_norm.affine and batch_norm.track_running_stats
-    real = type(x) is Tensor and x.device.type == "cpu"  # nothing has been measured elsewhere
+    real = type(x) is Tensor and x.device.type != "meta"
     if not (takes_batch and real and batch_norm.momentum is not None and torch.is_grad_enabled()):
         return False
     return x.dtype == batch_norm.weight.dtype and x.numel() > x.shape[1]
