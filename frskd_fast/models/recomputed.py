@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from frskd_fast import _dispatch
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.batch_norm import foldable, has_hooks
+from frskd_fast.ops.convolution import pointwise_backward
 
 from .fixed_padding import FixedPaddingConv2d, padded
 
@@ -89,6 +90,8 @@ class Convolution(NamedTuple):
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of `x` and `weight`."""
+        if weight.shape[2:] == (1, 1) and self == Convolution((1, 1), (0, 0), 1, 0):
+            return cast(tuple[Tensor, Tensor], pointwise_backward(x, weight, grad, True, True))
         settings = (self.stride, self.padding, (1, 1), False, (0, 0), self.groups, [True, True, False])
         x_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
             grad, padded(x, self.more), weight, None, *settings
