@@ -31,7 +31,10 @@ struct MapsPlan {
         both(call.has_teacher && call.labels != nullptr && call.temperature != 1.0),
         scale(call.has_teacher && call.labels == nullptr ? static_cast<A>(1.0 / call.temperature) : A(1)) {
     const int64 classes = rule.classes, height = rows.cells, width = columns.cells;
-    for (const Map& gradient : call.gradients) gradients += gradient.data != nullptr;
+    for (int slot = 0; slot < kGradientMaps; ++slot) {
+      place_of_map[slot] = gradients;
+      gradients += call.gradients[slot].data != nullptr;
+    }
     band = call.batch * height / kLeastBands;
     band = band < 1 ? 1 : band > kBandRows ? kBandRows : band;
     bands = (height + band - 1) / band;
@@ -54,7 +57,7 @@ struct MapsPlan {
     return Tile<A>(columns, first, last < columns.cells ? last : columns.cells);
   }
   int64 border_of(int64 item, int slot) const {  // where the row stands that a band hands to the next
-    return (item * kGradientMaps + slot) * rule.classes * columns.cells;
+    return (item * gradients + place_of_map[slot]) * rule.classes * columns.cells;
   }
 
   PixelRule<A> rule;
@@ -63,6 +66,7 @@ struct MapsPlan {
   const bool both;  // whether exponentials are taken at temperature 1 and at another one
   const A scale;    // of the logits where they are taken once
   int64 gradients = 0;
+  int64 place_of_map[kGradientMaps];  // among those that are wanted
   int64 band, bands;  // rows of a band, bands of an image
   int64 tile_cells;
   int64 most_blocks = 0;
@@ -292,7 +296,7 @@ void logit_maps(const LogitMaps& call, Element element, ParallelFor run, int) {
     const MapsPlan<A> plan(call);
     const int64 items = call.batch * plan.bands;
     const Scratch<Totals> totals(items);
-    const Scratch<A> borders(plan.gradients > 0 ? plan.border_of(items, 0) : 0);
+    const Scratch<A> borders(plan.border_of(items, 0));
     // Each logit of each pixel costs about as much as forty loads.
     const int64 cost = 40 * plan.networks * plan.rule.classes * call.height / plan.bands * call.width;
     parallel(run, items, grain_for(cost), [&](int64 begin, int64 end) {
