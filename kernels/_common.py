@@ -60,8 +60,8 @@ def launch(
 ) -> None:
     """Run ``programs`` instances of ``kernel`` on the current stream of ``device``; nothing when there are none.
 
-    ``maxnreg`` is the most registers of a thread on NVIDIA's GPUs: fewer let more programs run at once. Without it the assembler
-    weighs that against spilled registers by itself.
+    ``maxnreg`` is the most registers of a thread on NVIDIA's GPUs: fewer let more programs run at once. Without it the
+    assembler weighs that against spilled registers by itself.
     """
     if programs == 0:
         return

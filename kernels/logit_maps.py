@@ -168,8 +168,8 @@ class _Call:
         wide = _layout(geometries([written])).wide
         # Four elements of each of a tile's tensors in a lane, two in double precision.
         warps = cells * block // (128 if self.dtype == torch.float32 else 64)
-        # Three programs of four warps then fit a multiprocessor instead of two. Other forms need more registers.
-        lean = sums and block <= 32 and self.constants["POWER"] == 1 and not (self.constants["SMOOTH"] or terms[3])
+        # Three programs of four warps then fit a multiprocessor instead of two. Other forms would spill.
+        lean = sums and block == 32 and self.constants["POWER"] == 1 and not (self.constants["SMOOTH"] or terms[3])
         names = ("CE_STUDENT", "KD_STUDENT", "CE_TEACHER", "KD_TEACHER")
         launch(
             gradient_kernel, programs, self.device,
