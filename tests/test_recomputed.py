@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import frskd_fast
 from frskd_fast.models.fixed_padding import FixedPaddingConv2d
 from frskd_fast.models.recomputed import AffineNormReLU, convolved_gated_swish, convolved_swish
 
@@ -156,7 +157,7 @@ def test_a_single_value_a_channel_is_refused_by_batch_norm_itself() -> None:
             made(name)(torch.randn(1, CHANNELS, 1, 1, dtype=torch.float64))
 
 
-def test_autocast_and_no_grad_run_the_modules() -> None:
+def test_autocast_no_grad_and_the_reference_run_the_modules() -> None:
     x = torch.randn(2, CHANNELS, 4, 4)
     for name in MODULES:
         module = made(name).float()
@@ -165,4 +166,6 @@ def test_autocast_and_no_grad_run_the_modules() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(module(x.bfloat16()), plain(x.bfloat16()))
         with torch.no_grad():
+            assert torch.equal(module(x), plain(x))
+        with frskd_fast.use_impl("reference"):
             assert torch.equal(module(x), plain(x))

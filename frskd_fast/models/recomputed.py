@@ -1,8 +1,8 @@
 """BatchNorm with what surrounds it, keeping its input alone for the backward pass and computing the rest again.
 
 Plain PyTorch keeps two or three maps more for each of these; docs/models.md has the figures. Where a part is not the one that
-was built, in evaluation mode, in half precision and while torch.compile traces (which plans its memory itself), the modules run
-as they are.
+was built, on GPUs, in evaluation mode, in half precision, with the implementation "reference" and while torch.compile traces
+(which plans its memory itself), the modules run as they are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frskd_fast import _dispatch
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.batch_norm import foldable, has_hooks
+from frskd_fast.ops.convolution import pointwise_backward
 
 from .fixed_padding import FixedPaddingConv2d, padded
 
@@ -23,11 +25,11 @@ PER_CHANNEL = (1, -1, 1, 1)
 
 def _trains(batch_norm: nn.Module, x: Tensor) -> bool:
     """Whether `batch_norm` takes the statistics of the batch, of maps in its own dtype, and a gradient is wanted."""
-    if torch.compiler.is_compiling() or not foldable(batch_norm):
+    if torch.compiler.is_compiling() or _dispatch.is_plain(_dispatch.forced()) or not foldable(batch_norm):
         return False
     assert isinstance(batch_norm, nn.BatchNorm2d)
     takes_batch = batch_norm.training and batch_norm.affine and batch_norm.track_running_stats
-    real = type(x) is Tensor and x.device.type != "meta"
+    real = type(x) is Tensor and x.device.type == "cpu"  # nothing has been measured elsewhere
     if not (takes_batch and real and batch_norm.momentum is not None and torch.is_grad_enabled()):
         return False
     return x.dtype == batch_norm.weight.dtype and x.numel() > x.shape[1]
@@ -88,6 +90,8 @@ class Convolution(NamedTuple):
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of `x` and `weight`."""
+        if weight.shape[2:] == (1, 1) and self == Convolution((1, 1), (0, 0), 1, 0):
+            return cast(tuple[Tensor, Tensor], pointwise_backward(x, weight, grad, True, True))
         settings = (self.stride, self.padding, (1, 1), False, (0, 0), self.groups, [True, True, False])
         x_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
             grad, padded(x, self.more), weight, None, *settings

@@ -221,6 +221,14 @@ class FRSKDSegmentationTask(Task):
         student_feats, teacher_feats, *_ = all_outputs_of(self.backbone, laid_out(images, self.channels_last))
         return {"student": student_feats, **({} if self.loss.alpha == 0.0 else {"self-teacher": teacher_feats})}
 
+    def predicted_maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Class scores of the student, and of the self-teacher where there is one."""
+        images = laid_out(images, self.channels_last)
+        if self.loss.alpha == 0.0:
+            return {"student": student_maps_of(self.backbone, images)}
+        *_, maps, teacher_maps = all_outputs_of(self.backbone, images)
+        return {"student": maps, "self-teacher": teacher_maps}
+
     def student(self) -> SegmentationStudent:
         """The student alone, `student(images) -> scores` at the size of the images, as `Task.student`."""
         return SegmentationStudent(self.backbone, self.channels_last)
