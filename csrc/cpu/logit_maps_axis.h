@@ -59,7 +59,7 @@ inline Vector<A> permuted(Vector<A> value, Mask<A> index) {
 #endif
 #if defined(FRSKD_AVX512)
   if constexpr (sizeof(A) == 4) {
-    return bits_of<Vector<A>>(_mm512_permutexvar_ps(bits_of<__m512i>(index), bits_of<__m512>(value)));
+    return bits_of<Vector<A>>(_mm512_maskz_permutexvar_ps(0xffff, bits_of<__m512i>(index), bits_of<__m512>(value)));
   }
 #endif
   Vector<A> result;
@@ -88,6 +88,25 @@ inline void transpose(Vector<A> values[]) {
     for (int i = 0; i < 4; ++i) {
       values[i] = bits_of<Vector<A>>(_mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20));
       values[i + 4] = bits_of<Vector<A>>(_mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31));
+    }
+    return;
+  }
+#endif
+#if defined(FRSKD_AVX512)
+  if constexpr (width == 16) {
+    // Each step exchanges one bit of the row's number with the same bit of the lane's.
+    for (int step = 1; step < width; step *= 2) {
+      Mask<A> lower = {}, upper = {};
+      for (int lane = 0; lane < width; ++lane) {
+        lower[lane] = lane & step ? width + lane - step : lane;
+        upper[lane] = lane & step ? width + lane : lane + step;
+      }
+      for (int i = 0; i < width; ++i) {
+        if (i & step) continue;
+        const __m512 first = bits_of<__m512>(values[i]), second = bits_of<__m512>(values[i + step]);
+        values[i] = bits_of<Vector<A>>(_mm512_permutex2var_ps(first, bits_of<__m512i>(lower), second));
+        values[i + step] = bits_of<Vector<A>>(_mm512_permutex2var_ps(first, bits_of<__m512i>(upper), second));
+      }
     }
     return;
   }
