@@ -13,7 +13,7 @@ namespace frskd {
 namespace {
 
 constexpr int64 kTileBytes = 1 << 18;  // rows of logits and gradients of one tile, to stay in the second-level cache
-constexpr int64 kExponentialBytes = 1 << 15;  // of a group of rows, to stay in the first-level cache
+constexpr int64 kExponentialBytes = 1 << 16;  // of a group of rows of pixels
 constexpr int64 kLargestGroup = 8;            // rows of pixels
 constexpr int64 kBandRows = 16;
 constexpr int64 kLeastBands = 32;  // of the whole batch where there are rows enough, for the threads
