@@ -28,6 +28,6 @@ struct ChannelMomentsKernels {
   void (*affine)(const ChannelMoments&, Element, ParallelFor, int threads);
   void (*sums)(const ChannelMoments&, Element, ParallelFor, int threads);
 };
-FRSKD_DECLARE_KERNELS(ChannelMomentsKernels)
+FRSKD_DECLARE_WIDE_KERNELS(ChannelMomentsKernels)
 
 }  // namespace frskd

@@ -31,6 +31,9 @@ struct OneByOne {
   }
 };
 
+inline float square_root(float value) { return __builtin_sqrtf(value); }
+inline double square_root(double value) { return __builtin_sqrt(value); }
+
 // Some channels of which the pixels lie together, one channel behind the other.
 template <typename A>
 struct Planes {
@@ -196,7 +199,7 @@ void forward_typed(const ChannelMoments& call, ParallelFor run) {
       return difference * difference;
     });
     for (int64 k = 0; k < set.channels; ++k) {
-      std[k] = static_cast<A>(__builtin_sqrt(sums[k] / static_cast<double>(call.divisor) + call.epsilon));
+      std[k] = square_root(sums[k] / static_cast<A>(call.divisor) + static_cast<A>(call.epsilon));
     }
     if (out == nullptr) return;
     for (int64 k = 0; k < set.channels; ++k) scale[k] = (static_cast<const A*>(call.scale) + first)[k] / std[k];
