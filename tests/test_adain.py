@@ -10,13 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_utils import golden_settings, load_golden
-from numerics import assert_close
+from problems import Problem, problems
 from torch import Tensor
 
 from frskd_fast import functional
 from frskd_fast.functional import adain, channel_moments
 from frskd_fast.losses import AdaINLoss
-from frskd_fast.ops import moments as operation
 
 IMPLS = ["reference", "cpu"]
 CASES = {"adainkd_unbiased": True, "adainkd_biased": False}
@@ -92,18 +91,13 @@ def test_stored_losses_and_gradients(case: str, impl: str) -> None:
     torch.testing.assert_close(criterion(logits, *known, *given[3:]), golden["loss"], rtol=1e-9, atol=0)
 
 
-def layouts(x: Tensor) -> dict[str, Tensor]:
-    wide = x.repeat_interleave(2, 0).repeat_interleave(2, 1)
-    return {
-        "contiguous": x,
-        "channels_last": x.contiguous(memory_format=torch.channels_last),
-        "slice": wide[::2, ::2],
-        "slice of channels_last": wide.contiguous(memory_format=torch.channels_last)[::2, : x.shape[1]],
-        "expanded": x[:1].expand(x.shape),
-        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
-    }
+@pytest.mark.parametrize("problem", problems("channel_moments"), ids=lambda problem: problem.name)
+def test_problem(problem: Problem) -> None:
+    """The kernels; plain PyTorch is what they are compared with."""
+    problem.run("cpu", "cpu")
 
 
+<<<<<<< HEAD
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -144,6 +138,36 @@ def test_values_and_gradients_in_every_dtype_and_layout(
 def test_values_and_gradients_on_a_device(layout: str, dtype: torch.dtype) -> None:
     """Where they are taken at once, by the plain operations and the gradients of this operation."""
     check_values_and_gradients(layout, dtype, "auto", "cuda")
+=======
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(layout: torch.memory_format) -> None:
+    style, content = (torch.randn(7, 130, 9, 9).to(memory_format=layout).requires_grad_() for _ in range(2))
+
+    def results(threads: int) -> list[Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = moved(content, style, impl="cpu")
+            return [out, *torch.autograd.grad(out.square().sum(), (content, style))]
+        finally:
+            torch.set_num_threads(before)
+
+    for one, three in zip(results(1), results(3), strict=True):
+        assert torch.equal(one, three)
+
+
+def test_operators_pass_opcheck() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    numbers = [torch.randn(2, 3) for _ in range(3)]
+    operators = torch.ops.frskd_fast
+    for operator, arguments in (
+        (operators.channel_moments_forward, (x, None, None, 1e-5, True)),
+        (operators.channel_moments_forward, (x, *numbers[:2], 1e-5, False)),
+        (operators.channel_moments_affine, (x, *numbers)),
+        (operators.channel_moments_sums, (x, x, numbers[0])),
+    ):
+        torch.library.opcheck(operator.default, (*arguments, "cpu"))
+>>>>>>> avx512
 
 
 def test_written_gradients_are_those_of_the_function() -> None:
