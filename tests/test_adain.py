@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from golden_utils import golden_settings, load_golden
 from problems import Problem, problems
+from problems.channel_moments import GRID
 from torch import Tensor
 
 from frskd_fast import functional
@@ -97,48 +98,6 @@ def test_problem(problem: Problem) -> None:
     problem.run("cpu", "cpu")
 
 
-<<<<<<< HEAD
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def check_values_and_gradients(layout: str, dtype: torch.dtype, impl: str, device: str = "cpu") -> None:
-    """Maps of two sizes, gradients to the content too, beside plain PyTorch and float64."""
-    style = layouts((5.0 + 2.0 * torch.randn(5, 6, 4, 3)).to(device, dtype))[layout]
-    content = layouts(torch.randn(5, 6, 5, 4).to(device, dtype))[layout]
-    upstream = torch.randn(content.shape).to(device, dtype)
-    grad_style = [torch.randn(5, 6).to(device) for _ in range(2)]
-    results = {}
-    for label, wanted in (("ours", dtype), ("plain", dtype), ("truth", torch.float64)):
-        x, y = (tensor.detach().to(wanted).requires_grad_() for tensor in (style, content))
-        name = impl if label == "ours" else "reference"
-        mean, std = channel_moments(x, impl=name)
-        out = adain(y, mean, std, impl=name)
-        scalar = (out * upstream).sum() + sum((m * g).sum() for m, g in zip((mean, std), grad_style, strict=True))
-        results[label] = [mean, std, out, *torch.autograd.grad(scalar, (x, y))]
-    for name, *values in zip(("mean", "std", "out", "dstyle", "dcontent"), *results.values(), strict=True):
-        assert_close(*values, f"{name} of {layout}", scale=5.0)
-    out = results["ours"][2]
-    assert out.dtype == dtype and results["ours"][0].dtype == (dtype if dtype == torch.float64 else torch.float32)
-    if layout in ("contiguous", "channels_last", "transposed"):
-        assert out.stride() == content.stride() and results["ours"][3].stride() == style.stride()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", layouts(torch.zeros(2, 2, 2, 2)))
-def test_values_and_gradients_in_every_dtype_and_layout(
-    layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(operation, "BLOCK", 256)  # several blocks
-    check_values_and_gradients(layout, dtype, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", layouts(torch.zeros(2, 2, 2, 2)))
-def test_values_and_gradients_on_a_device(layout: str, dtype: torch.dtype) -> None:
-    """Where they are taken at once, by the plain operations and the gradients of this operation."""
-    check_values_and_gradients(layout, dtype, "auto", "cuda")
-=======
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(layout: torch.memory_format) -> None:
     style, content = (torch.randn(7, 130, 9, 9).to(memory_format=layout).requires_grad_() for _ in range(2))
@@ -167,7 +126,13 @@ def test_operators_pass_opcheck() -> None:
         (operators.channel_moments_sums, (x, x, numbers[0])),
     ):
         torch.library.opcheck(operator.default, (*arguments, "cpu"))
->>>>>>> avx512
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", GRID, ids=lambda problem: problem.name)
+def test_problems_on_a_device(problem: Problem) -> None:
+    """Where the plain operations and the gradients of this operation run."""
+    problem.run("auto", "cuda")
 
 
 def test_written_gradients_are_those_of_the_function() -> None:
