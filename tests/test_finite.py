@@ -15,7 +15,8 @@ from training_utils import PLAIN, small_run, steps
 
 from frskd_fast.training.cli import main
 
-POISON = {"trainer__callbacks": "training_utils.Poisoned", "task": PLAIN, "guard": "false"}
+POISON = {"trainer__callbacks": "training_utils.PoisonedImage", "task": PLAIN, "guard": "false"}
+BAD_GRADIENTS = {**POISON, "trainer__callbacks": "training_utils.PoisonedGradients"}
 
 
 def finite(file: Path) -> bool:
@@ -42,19 +43,27 @@ def test_bad_weights_are_not_saved_before_the_loss_shows_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    assert main(small_run(folder, **POISON, checkpoint__every_n_steps=1)) == 1
+    assert main(small_run(folder, **BAD_GRADIENTS, checkpoint__every_n_steps=1)) == 1
     assert "Weights are not finite, as of step 3" in capsys.readouterr().err
     assert finite(folder / "last.ckpt")
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def test_a_step_with_bad_gradients_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_step_with_bad_gradients_is_left_out(together: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert main(small_run(folder, **POISON, on_nan="skip", trainer__max_epochs=2)) == 0
+    accumulated = {"trainer__accumulate_grad_batches": together}
+    assert main(small_run(folder, **POISON, **accumulated, on_nan="skip", trainer__max_epochs=2)) == 0
     assert finite(folder / "last.ckpt")
     state = torch.load(folder / "last.ckpt", weights_only=True)
     assert state["callbacks"]["FiniteGuard"] == {"skipped": 1}
     assert len(steps(folder)) == 8
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_mask_of_infinities_is_no_sign_of_anything(on_nan: str, tmp_path: Path) -> None:
+    words = small_run(tmp_path / "run", model__backbone="training_utils.Masked", task=PLAIN, on_nan=on_nan)
+    assert main([*words, "--trainer.max_epochs", "1"]) == 0
 
 
 def test_told_to_continue_a_run_goes_on(tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ class SmallNet(nn.Module):
         return [first, second] if preact else [F.relu(first), F.relu(second)], logits
 
 
+class Masked(SmallNet):
+    """The same with a buffer of infinities, as attention masks have them."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+
+
 class NormalisedByGroups(SmallNet):
     """The same without random numbers, and without statistics of the batch."""
 
@@ -76,17 +84,22 @@ class Slow(Callback):
         time.sleep(0.1)
 
 
-class Poisoned(Callback):
-    """Gradients, and statistics of BatchNorms, that are no numbers in the third step."""
+class PoisonedGradients(Callback):
+    """Gradients that are no numbers in the third step."""
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 2 and not trainer.fit_loop.epoch_loop.batch_idx > 2:
+        if trainer.fit_loop.total_batch_idx == 2:
             for parameter in pl_module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(float("nan"))
-            for name, buffer in pl_module.named_buffers():
-                if name.endswith("running_mean"):
-                    buffer.fill_(float("nan"))
+
+
+class PoisonedImage(Callback):
+    """An image that is no number in the third batch, and so are its loss, its gradients and the statistics of BatchNorms."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop.total_batch_idx == 2:
+            batch[0][0, 0, 0, 0] = float("nan")
 
 
 class Frozen(Callback):

@@ -60,8 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     try:
         if command == "recipes":
-            status = _recipes(rest)
-            sys.stdout.flush()
+            try:
+                status = _recipes(rest)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                # The reader has left, as `head` does; what it did not read goes nowhere.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
             return status
         if command == "export":
             from . import export
@@ -79,10 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Refusal, RecipeError) as error:
         print(f"frskd-fast {command}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader has left, as `head` does; what it did not read goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print(f"frskd-fast {command}: stopped.", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -39,7 +39,8 @@ class FiniteGuard(Callback):
         self.skipped = 0
         self._in_a_row = 0
         self._finite: Tensor | None = None  # whether all losses since the last look were
-        self._buffers: list[Tensor] = []
+        self._watched: list[Tensor] = []  # parameters, and the buffers that were finite when training began
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # those of BatchNorms and the like, and what they were
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
@@ -47,9 +48,16 @@ class FiniteGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped = state_dict["skipped"]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A mask of infinities is no sign of anything.
+        buffers = [buffer for buffer in _floating(pl_module.buffers()) if _all_finite([buffer])]
+        self._watched = [*_floating(pl_module.parameters()), *buffers]
+        self._buffers = []
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.on_nan == "skip":  # the statistics of a BatchNorm are spoilt in the forward pass
-            self._buffers = [buffer.clone() for buffer in _floating(pl_module.buffers())]
+        # The statistics of a BatchNorm are spoilt in the forward pass, in any batch of those whose gradients are summed.
+        if self.on_nan == "skip" and not self._buffers:
+            self._buffers = [(buffer, buffer.clone()) for buffer in _floating(pl_module.buffers())]
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -60,7 +68,7 @@ class FiniteGuard(Callback):
         if _any(trainer, not _all_finite(gradients)):
             optimizer.zero_grad(set_to_none=True)  # which an optimiser passes over, weight decay and momentum included
             with torch.no_grad():
-                for buffer, before in zip(_floating(pl_module.buffers()), self._buffers, strict=True):
+                for buffer, before in self._buffers:
                     buffer.copy_(before)
             self.skipped += 1
             self._in_a_row += 1
@@ -71,6 +79,7 @@ class FiniteGuard(Callback):
                 )
         else:
             self._in_a_row = 0
+        self._buffers = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -88,9 +97,7 @@ class FiniteGuard(Callback):
         if self.on_nan == "continue":
             return
         self._look(trainer)
-        module = trainer.lightning_module
-        tensors = [*module.parameters(), *module.buffers()]
-        if _any(trainer, not _all_finite(tensors)):
+        if _any(trainer, not _all_finite(self._watched)):
             self._stop(trainer, "Weights")
 
     def _look(self, trainer: Trainer) -> None:

@@ -15,10 +15,24 @@ except ImportError:  # not on this system, and then there are no locks
     fcntl = None  # type: ignore[assignment]
 
 
+_held: set[int] = set()  # descriptors of locked files
+
+
+def _forget() -> None:
+    """In a forked process, which may outlive the one that holds the locks."""
+    while _held:
+        os.close(_held.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_forget)
+
+
 class RunLock:
     """Holds the lock of a run's folder: a file beside it, which the system unlocks when its process ends, however it ends.
 
-    It lies beside the folder because `--fresh` renames that. It holds the process and the host for the message.
+    It lies beside the folder because `--fresh` renames that. It holds the process and the host for the message. Where no
+    file can be written there, or the system has no locks, there is none.
 
     Args:
         folder: of the run; need not exist yet.
@@ -35,36 +49,47 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder.with_name(f".{folder.name}.lock")
+        folder = folder.resolve()
+        self.path = folder.with_name(f".{folder.name}.lock") if folder.name else folder / ".lock"
         self.taken_over: str | None = None  # of whom a lock was left behind
         self._descriptor: int | None = None
         if fcntl is None:
             return
+        try:
+            self._descriptor = self._taken(folder)
+            self.taken_over = _holder(self._descriptor)
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        except OSError:  # the folder beside cannot be written, the disk is full, or its file system has no locks
+            self.release()
+
+    def _taken(self, folder: Path) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        while self._descriptor is None:
+        while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Whoever held the file may have removed it since it was opened; then it is no lock any more.
                 if os.path.exists(self.path) and os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
-                    self._descriptor = descriptor
+                    _held.add(descriptor)
+                    return descriptor
+                os.close(descriptor)
             except BlockingIOError:
+                holder = _holder(descriptor) or "Another process"
+                os.close(descriptor)
                 raise Refusal(
-                    f"{_holder(descriptor) or 'Another process'} is training in {folder}; wait for it, or give --run_dir "
-                    "another folder."
+                    f"{holder} is training in {folder}; wait for it, or give --run_dir another folder."
                 ) from None
-            finally:
-                if self._descriptor is None:
-                    os.close(descriptor)
-        self.taken_over = _holder(self._descriptor)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            except OSError:
+                os.close(descriptor)
+                raise
 
     def release(self) -> None:
         """Give the lock back and remove its file."""
         if self._descriptor is not None:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
+            _held.discard(self._descriptor)
             self._descriptor = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -140,11 +141,13 @@ def _outlive_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in threads that are started later
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        main = multiprocessing.parent_process()
+        assert main is not None and main.pid is not None
+        threading.Thread(target=_end_when_told_by, args=(main.pid, os.getppid()), daemon=True).start()
 
 
-def _end_when_told_by(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+def _end_when_told_by(main: int, parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main and os.getppid() == parent:
         pass
     os._exit(0)
 
