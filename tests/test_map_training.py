@@ -209,6 +209,8 @@ def test_a_bad_image_and_other_mistakes_leave_nothing(
     Image.new("RGB", (20, 20)).save(images / "a.png")
     (images / "b.png").write_bytes((images / "a.png").read_bytes()[:40])
     refused(images, out, f"{images / 'b.png'} could not be decoded")
+    Image.fromarray(numpy.full((20, 20), 40_000, numpy.uint16)).save(images / "b.png")
+    refused(images, out, f"{images / 'b.png'} is an image of mode I;16, but one byte for each colour was wanted")
     (images / "b.png").rename(images / "a.jpg")
     refused(images, out, "would have one mask, a.png")
     refused(images, images, f"--out is {images}, which is there already")
