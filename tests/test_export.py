@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("lightning")
 pytest.importorskip("jsonargparse")
@@ -85,6 +86,32 @@ def test_exported_student_gives_the_same_logits(
     assert not list(tmp_path.glob(".partial*"))
 
 
+class MapsOfOneSize(nn.Module):
+    """images -> maps (N, 3, 16, 16), by a layer that has the size of the images built in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(256, 256)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps: torch.Tensor = self.layer(images.flatten(2)).reshape(-1, 3, 16, 16)
+        return maps
+
+
+def test_it_is_said_why_height_and_width_of_maps_are_fixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = export.Export(MapsOfOneSize(), "mine", {}, 3, 3, (16, 16), (), (), "maps")  # type: ignore[arg-type]
+    monkeypatch.setattr(export, "load_student", lambda *_, **__: loaded)
+    out = tmp_path / "student.pt2"
+    assert export.main(["--checkpoint", "any", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "images (N, 3, 16, 16)" in printed and "Height and width are fixed, because" in printed
+    assert "RuntimeError: " in printed
+    images = torch.randn(5, 3, 16, 16)
+    torch.testing.assert_close(torch.export.load(out).module()(images), loaded.student(images))
+
+
 def test_a_wrong_export_is_noticed_and_not_left_behind(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +170,11 @@ def test_safetensors_are_read_too(tmp_path: Path) -> None:
             lambda: resnet34(5).state_dict(),
             {"backbone": "resnet18"},
             r"96 tensors .* such as layer1\.2\.conv1\.weight",
+        ),
+        (
+            lambda: {"state_dict": wrn16x2(5).state_dict(), "frskd_fast": {"student": ["a"]}},
+            {"backbone": "wrn16x2"},
+            r"kind of student by \['a'\], but the import path of a class was wanted",
         ),
         (lambda: [torch.zeros(2)], {"backbone": "wrn16x2"}, "holds a list"),
         (lambda: {"args": argparse.Namespace(a=1)}, {"backbone": "wrn16x2"}, "Python objects besides tensors"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("lightning")
 
@@ -28,7 +32,7 @@ def test_numbers_of_the_original() -> None:
     for maps, targets in zip(scores_of(case["predictions"]).split(2), case["targets"].long().split(2), strict=True):
         evaluation.update(maps, targets)
     found = evaluation.compute()
-    torch.testing.assert_close(evaluation.confusion.confmat[:-1, :-1].double(), case["confusion_matrix"])
+    torch.testing.assert_close(evaluation.confusion.compute().double(), case["confusion_matrix"])
     for name, wanted in (("miou", "mean_iou"), ("pixel_accuracy", "pixel_accuracy")):
         torch.testing.assert_close(found[name], case[wanted], rtol=1e-12, atol=0)
     iou = torch.stack([found[f"iou_class_{number}"] for number in range(CLASSES)])
@@ -43,12 +47,49 @@ def test_processes_together_count_every_pixel_once() -> None:
     losses = [one.update(maps[part], targets[part]) for one, part in
               ((whole, slice(0, 3)), (first, slice(0, 1)), (second, slice(1, 3)))]  # fmt: skip
     # As torchmetrics reduces states over processes.
-    reduce = first.confusion._reductions["confmat"]
-    first.confusion.confmat = reduce(torch.stack([first.confusion.confmat, second.confusion.confmat]))
+    reduce = first.confusion._reductions["counts"]
+    first.confusion.counts = reduce(torch.stack([first.confusion.counts, second.confusion.counts]))
     assert {name: value.item() for name, value in first.compute().items() if not value.isnan()} == {
         name: value.item() for name, value in whole.compute().items() if not value.isnan()
     }
     torch.testing.assert_close(losses[0], (losses[1] + 2 * losses[2]) / 3)
+
+
+class Watching(TorchDispatchMode):
+    """Keeps the names of the operations that run and the size of the largest tensor that one returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        self.names.add(func.overloadpacket.__name__)
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nothing_larger_than_an_image_s_maps_is_made_and_nothing_read(deterministic: bool) -> None:
+    torch.manual_seed(0)
+    maps, targets = torch.randn(2, CLASSES, 4, 4), torch.randint(CLASSES + 2, (2, 16, 16))
+    evaluation = EvaluationOfMaps(CLASSES)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with Watching() as watching:
+            evaluation.update(maps, targets)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert watching.largest == CLASSES * 16 * 16
+    # What waits for a device: reading a number, and operations whose result has a size that depends on values.
+    assert not watching.names & {"_local_scalar_dense", "bincount", "nonzero", "masked_select", "unique"}
+    predicted = evaluation.prediction(maps, (16, 16))["mask"]
+    wanted = torch.zeros(CLASSES, CLASSES, dtype=torch.long)
+    for target, prediction in zip(targets.flatten().tolist(), predicted.flatten().tolist(), strict=True):
+        if target < CLASSES:
+            wanted[target, prediction] += 1
+    assert torch.equal(evaluation.confusion.compute(), wanted)
 
 
 def test_maps_are_compared_at_the_size_of_the_targets() -> None:

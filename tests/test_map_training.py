@@ -21,8 +21,9 @@ from training_utils import epochs, same_weights, steps, weights
 
 from frskd_fast.training import panels
 from frskd_fast.training.cli import main, run
+from frskd_fast.training.errors import Refusal
 from frskd_fast.training.export import load_student
-from frskd_fast.training.masks import palette
+from frskd_fast.training.masks import MaskFolder, palette
 from frskd_fast.training.module import DistillationModule
 from frskd_fast.training.tables import read_table
 
@@ -160,6 +161,10 @@ def test_export_takes_images_of_any_size(trained: Path, tmp_path: Path, capsys: 
 
 def test_masks_of_the_data_and_of_a_folder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("predict", maps_run(trained)[1:])
+    assert "in place of" not in capsys.readouterr().out
+    (trained / "predictions" / "900000.png").touch()
+    run("predict", maps_run(trained)[1:])
+    assert f"Predictions: {trained / 'predictions'}, in place of the masks that were there" in capsys.readouterr().out
     files = sorted((trained / "predictions").iterdir())
     assert [file.name for file in files] == [f"{number:06d}.png" for number in range(6)]
     command_line = run("test", maps_run(trained)[1:])
@@ -193,6 +198,17 @@ def test_masks_of_the_data_and_of_a_folder(trained: Path, tmp_path: Path, capsys
     assert numpy.array_equal(numpy.array(made["grey.png"]), maps.argmax(1)[0].numpy())
 
 
+def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
+    masks = MaskFolder(tmp_path / "predictions", CLASSES)
+    masks.folder.mkdir()
+    (masks.folder / "notes.txt").touch()
+    with pytest.raises(
+        Refusal, match=r"notes.txt is no mask, but masks replace what is in .*predictions; move it away"
+    ):
+        masks.begin()
+    assert [file.name for file in tmp_path.rglob("*")] == ["predictions", "notes.txt"]
+
+
 def test_a_bad_image_and_other_mistakes_leave_nothing(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +225,8 @@ def test_a_bad_image_and_other_mistakes_leave_nothing(
     Image.new("RGB", (20, 20)).save(images / "a.png")
     (images / "b.png").write_bytes((images / "a.png").read_bytes()[:40])
     refused(images, out, f"{images / 'b.png'} could not be decoded")
+    Image.fromarray(numpy.full((20, 20), 40_000, numpy.uint16)).save(images / "b.png")
+    refused(images, out, f"{images / 'b.png'} is an image of mode I;16, but one byte for each colour was wanted")
     (images / "b.png").rename(images / "a.jpg")
     refused(images, out, "would have one mask, a.png")
     refused(images, images, f"--out is {images}, which is there already")

@@ -431,6 +431,14 @@ def test_a_step_reads_nothing_from_the_device_but_every_n_steps(tmp_path: Path) 
     assert len(steps(tmp_path)) == 3
 
 
+def test_a_lightning_that_counts_epochs_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = DistillationModule(5, PLAIN, "test_training.SmallNet")
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.delattr(type(module.trainer.fit_loop), "_iteration_based_training")
+    with pytest.raises(AssertionError, match="fit loop has changed"):
+        module.setup("fit")
+
+
 def test_compile_reaches_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
     from frskd_fast.tasks import FRSKDTask
 

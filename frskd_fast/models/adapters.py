@@ -148,6 +148,7 @@ class TimmBackbone(AdaptedBackbone):
         return cls(timm.create_model(name, **arguments))
 
     def maps_and_logits(self, images: Tensor) -> tuple[Maps, Tensor]:
+        # All of them in the dry pass, which finds the levels.
         final, maps = self.model.forward_intermediates(images, indices=self.levels or None, output_fmt="NCHW")
         return maps, self.model.forward_head(final)
 
@@ -155,11 +156,6 @@ class TimmBackbone(AdaptedBackbone):
         # The model hands out the chosen levels only, in the order of their positions.
         maps, logits = self._checked_maps_and_logits(images)
         return list(maps), logits
-
-    def find_levels(self, levels: Sequence[int] | None, max_levels: int, image_shape: Sequence[int] | None) -> None:
-        """As in `AdaptedBackbone`, from all intermediates."""
-        self.levels = []
-        super().find_levels(levels, max_levels, image_shape)
 
 
 class ExtractorBackbone(AdaptedBackbone):

@@ -109,7 +109,13 @@ def load_student(
 
 def _kind_of_student(state: Mapping[str, Any]) -> type[Student]:
     """The class of the package that a checkpoint names; code from elsewhere is not called here."""
-    kind = imported(state["student"]) if is_of_the_package(state.get("student", "")) else Student
+    path = state.get("student", "")
+    if not isinstance(path, str):
+        raise ValueError(
+            f"The checkpoint names its kind of student by {path!r}, but the import path of a class was wanted; it was not "
+            "written by frskd-fast fit, or has been changed since."
+        )
+    kind = imported(path) if is_of_the_package(path) else Student
     return kind if isinstance(kind, type) and issubclass(kind, Student) else Student
 
 
@@ -150,12 +156,13 @@ def bound(student: nn.Module, logits: Tensor) -> float:
 
 
 class Written(NamedTuple):
-    """Largest difference of logits between the student and what was read back, the bound it was held against, and whether
-    the file takes images of other heights and widths than the training's."""
+    """Largest difference of logits between the student and what was read back, the bound it was held against, whether the
+    file takes images of other heights and widths than the training's, and if it was to take them and does not, why."""
 
     difference: float
     limit: float
     any_size: bool
+    fixed_because: str = ""
 
 
 @torch.no_grad()
@@ -180,7 +187,9 @@ def write_student(exported: Export, out: str | os.PathLike[str]) -> Written:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
-        reload, any_size = {".safetensors": _safetensors, ".pt2": _pt2, ".onnx": _onnx}[path.suffix](exported, partial)
+        reload, any_size, reason = {".safetensors": _safetensors, ".pt2": _pt2, ".onnx": _onnx}[path.suffix](
+            exported, partial
+        )
         # Two sizes of batch, so that a size built into the file would be noticed.
         batches = [_images(exported, 2), _images(exported, 3, _another(exported.size) if any_size else exported.size)]
         difference = limit = 0.0
@@ -196,7 +205,7 @@ def write_student(exported: Export, out: str | os.PathLike[str]) -> Written:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return Written(difference, limit, any_size)
+    return Written(difference, limit, any_size, reason)
 
 
 def _images(exported: Export, count: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -209,27 +218,40 @@ def _another(size: tuple[int, int]) -> tuple[int, int]:
     return size[0] + 32, size[1] + 96
 
 
-def _program(exported: Export) -> tuple[torch.export.ExportedProgram, bool]:
-    """The student as a graph for any batch size, and whether also for any height and width: maps alone may be."""
-    batch = torch.export.Dim("batch", min=1)
+class _Program(NamedTuple):
+    """The student as a graph for any batch size, whether also for any height and width, and why not if that was tried."""
+
+    graph: torch.export.ExportedProgram
+    any_size: bool
+    reason: str = ""
+
+
+def _program(exported: Export) -> _Program:
+    """Maps alone may be of any height and width."""
+    batch, reason = torch.export.Dim("batch", min=1), ""
     if exported.predicts == "maps":
         # Sides with nothing in common: what is equal in the example would be equal in the graph.
         images = _images(exported, 2, (exported.size[0], exported.size[1] + 64))
         sides = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
         try:
-            program = torch.export.export(
+            graph = torch.export.export(
                 exported.student, (images,), dynamic_shapes=({0: batch, **sides},), strict=False
             )
             for size in (exported.size, _another(exported.size)):
-                program.module()(_images(exported, 3, size))
-            return program, True
-        except Exception:  # a size that a layer builds in, which tracing and guards report in many ways
-            pass
+                graph.module()(_images(exported, 3, size))
+            return _Program(graph, True)
+        except MemoryError:
+            raise
+        except Exception as error:  # a size that a layer builds in, which tracing and guards report in many ways
+            lines = str(error).strip().splitlines()
+            reason = ": ".join([type(error).__name__, *lines[:1]])
     images = _images(exported, 2)
-    return torch.export.export(exported.student, (images,), dynamic_shapes=({0: batch},), strict=False), False
+    return _Program(
+        torch.export.export(exported.student, (images,), dynamic_shapes=({0: batch},), strict=False), False, reason
+    )
 
 
-def _safetensors(exported: Export, path: Path) -> tuple[Any, bool]:
+def _safetensors(exported: Export, path: Path) -> tuple[Any, bool, str]:
     from safetensors.torch import load_file as load_safetensors
     from safetensors.torch import save
 
@@ -250,18 +272,18 @@ def _safetensors(exported: Export, path: Path) -> tuple[Any, bool]:
     path.write_bytes(save(tensors, metadata))
     again = copy.deepcopy(exported.student)
     again.backbone.load_state_dict(load_safetensors(path))
-    return again, False
+    return again, False, ""
 
 
-def _pt2(exported: Export, path: Path) -> tuple[Any, bool]:
-    program, any_size = _program(exported)
+def _pt2(exported: Export, path: Path) -> tuple[Any, bool, str]:
+    program = _program(exported)
     with open(path, "wb") as file:  # a stream: the partial file's name does not end in .pt2
-        torch.export.save(program, file)
+        torch.export.save(program.graph, file)
     with open(path, "rb") as file:
-        return torch.export.load(file).module(), any_size
+        return torch.export.load(file).module(), program.any_size, program.reason
 
 
-def _onnx(exported: Export, path: Path) -> tuple[Any, bool]:
+def _onnx(exported: Export, path: Path) -> tuple[Any, bool, str]:
     try:
         import onnx
         import onnx.reference
@@ -270,10 +292,12 @@ def _onnx(exported: Export, path: Path) -> tuple[Any, bool]:
         raise ExportError(
             f"{error.name} cannot be imported, but is needed to write {path.suffix}; pip install 'frskd_fast[onnx]'."
         ) from error
-    graph, any_size = _program(exported)
+    traced = _program(exported)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(graph, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
+        program = torch.onnx.export(
+            traced.graph, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"]
+        )
         assert program is not None
         program.save(path)
     model = onnx.load(path)
@@ -284,7 +308,11 @@ def _onnx(exported: Export, path: Path) -> tuple[Any, bool]:
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     except ImportError:
         session = onnx.reference.ReferenceEvaluator(model)
-    return lambda values: torch.from_numpy(session.run(None, {"images": values.numpy()})[0]), any_size
+    return (
+        lambda values: torch.from_numpy(session.run(None, {"images": values.numpy()})[0]),
+        traced.any_size,
+        traced.reason,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -323,5 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.out}: {loaded.backbone}, {count:,} parameters, images (N, {loaded.channels}, {height}, {width}), "
         f"{loaded.num_classes} classes."
     )
+    if written.fixed_because:
+        print(f"Height and width are fixed, because the network could not be traced without ({written.fixed_because}).")
     print(f"Read back and compared: largest difference of logits {written.difference:.3g} (bound {written.limit:.3g}).")
     return 0

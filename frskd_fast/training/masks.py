@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .errors import Refusal
+
 MOST_CLASSES = 256  # that an index of a PNG tells apart
 
 
@@ -34,7 +36,7 @@ class MaskFolder:
     """A folder of PNGs that appears under its name when `finish` is called, with all of them.
 
     Args:
-        folder: its name. What is there is replaced.
+        folder: its name. A folder of masks that is there is replaced; one that holds anything else is refused.
         num_classes: number of classes, at most 256.
 
     Example:
@@ -42,7 +44,7 @@ class MaskFolder:
         >>> import torch
         >>> masks = MaskFolder(Path(tempfile.mkdtemp()) / "masks", num_classes=2)
         >>> masks.begin(), masks.write("one", torch.tensor([[0, 1]])), masks.finish()
-        (None, None, None)
+        (None, None, False)
         >>> [file.name for file in masks.folder.iterdir()]
         ['one.png']
     """
@@ -58,7 +60,16 @@ class MaskFolder:
         self._palette = palette().tobytes()
 
     def begin(self) -> None:
-        """Make the folder in which the files wait, empty."""
+        """Make the folder in which the files wait, empty.
+
+        Raises:
+            Refusal: where the masks are to lie, something else does.
+        """
+        others = self.folder.is_dir() and sorted(file for file in self.folder.iterdir() if file.suffix != ".png")
+        if others or self.folder.is_file():
+            raise Refusal(
+                f"{others[0] if others else self.folder} is no mask, but masks replace what is in {self.folder}; move it away."
+            )
         self.abandon()
         self.partial.mkdir(parents=True)
 
@@ -70,11 +81,13 @@ class MaskFolder:
         image.putpalette(self._palette)
         image.save(self.partial / f"{name}.png")
 
-    def finish(self) -> None:
-        """Put the files in place."""
-        if self.folder.is_dir():
+    def finish(self) -> bool:
+        """Put the files in place; returns whether they replaced a folder of masks."""
+        replaced = self.folder.is_dir()
+        if replaced:
             shutil.rmtree(self.folder)
         self.partial.rename(self.folder)
+        return replaced
 
     def abandon(self) -> None:
         """Leave nothing."""

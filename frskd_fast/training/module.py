@@ -124,6 +124,8 @@ class DistillationModule(LightningModule):
         # Before a checkpoint is loaded, which Lightning does ahead of the conversion: float64 weights would be rounded.
         self.trainer.precision_plugin.convert_module(self)
         # Where max_steps is given, Lightning resumes the epoch that a checkpoint has ended, and trains it on.
+        # The method is private: a version of Lightning without it would take the assignment and ignore it.
+        assert hasattr(self.trainer.fit_loop, "_iteration_based_training"), "Lightning's fit loop has changed"
         self.trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         data = getattr(self.trainer, "datamodule", None)
         self.evaluation.name_classes(getattr(data, "class_names", None))

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .data.decoding import errors_of, load_bytes
+from .data.errors import DataFileError
 from .export import Export, ExportError, load_student
 from .masks import MaskFolder
 
@@ -93,14 +95,10 @@ def _read(file: Path, exported: Export) -> tuple[Tensor, tuple[int, int]]:
     from PIL import Image
 
     try:
-        with Image.open(file) as opened:
-            image = opened.convert("L" if exported.channels == 1 else "RGB")
-    except MemoryError:
-        raise  # the machine's, not the file's
-    except Exception as error:  # decoders raise nearly anything
-        raise PredictionError(
-            f"{file} could not be decoded ({error}); remove it or mend it. Nothing was written."
-        ) from error
+        with errors_of(str(file)):
+            image = load_bytes(str(file), "L" if exported.channels == 1 else "RGB")
+    except DataFileError as error:
+        raise PredictionError(f"{error} Nothing was written.") from error
     height, width = exported.size
     pixels: Any = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
     tensor = torch.from_numpy(pixels).reshape(height, width, exported.channels).permute(2, 0, 1)

@@ -234,8 +234,8 @@ class Masks(BasePredictionWriter):
         assert self.masks is not None
         trainer.strategy.barrier("all masks are written")
         if trainer.is_global_zero:
-            self.masks.finish()
-            print(f"Predictions: {self.masks.folder}")
+            replaced = self.masks.finish()
+            print(f"Predictions: {self.masks.folder}{', in place of the masks that were there' if replaced else ''}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.masks is not None:

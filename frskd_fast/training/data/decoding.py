@@ -43,3 +43,15 @@ def load(path: str) -> Image:
         opened = PILImage.open(file)
         opened.load()
     return opened
+
+
+def load_bytes(path: str, mode: str = "RGB") -> Image:
+    """The image in a mode of one byte for each colour; deeper ones are refused, which Pillow would clip at 255."""
+    image = load(path)
+    if image.mode[0] in "IF":
+        raise DataFileError(
+            f"{path} is an image of mode {image.mode}, but one byte for each colour was wanted; bring its values to 0 .. 255 "
+            "and save it with 8 bits."
+        )
+    # convert would copy an image that has the mode already
+    return image if image.mode == mode else image.convert(mode)
