@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import sys
 import tarfile
 import types
@@ -1035,12 +1036,110 @@ def test_folders_have_a_test_part_of_their_own_or_share_one(tmp_path: Path) -> N
 
 def test_grey_palette_and_four_channel_images_become_rgb(tmp_path: Path) -> None:
     data_files.write_image_folder(tmp_path, classes=1, images=1, parts=("train", "val"))
-    for mode in ("L", "P", "RGBA", "CMYK", "I;16", "1", "LA"):
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
         suffix = "tif" if mode == "CMYK" else "png"
         Image.new(mode, (20, 20)).save(tmp_path / "val" / "class_0" / f"{mode.replace(';', '')}.{suffix}")
     data = ImageFolderData(str(tmp_path), image_size=16, workers=0)
     (batch,) = list(data.val_dataloader())  # type: ignore[arg-type]
-    assert batch.images.shape == (8, 3, 16, 16)
+    assert batch.images.shape == (7, 3, 16, 16)
+
+
+# --- what lies in folders besides images ------------------------------------------------------------------------------
+
+
+def _train_images(root: Path) -> list[str]:
+    reader = ImageFolderData(str(root), workers=0).make_reader("train")
+    return [str(Path(reader.name(row)).relative_to(root)) for row in range(len(reader))]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../val", "../../val/class_1/..", "../class_1", "../../.."])
+def test_links_back_into_the_data_set_are_left_out(tmp_path: Path, target: str) -> None:
+    """Neither an image twice nor one of another part."""
+    root = data_files.write_image_folder(tmp_path / "data" / "set", images=1)
+    wanted = _train_images(root)
+    (root / "train" / "class_0" / "again").symlink_to(target)
+    with pytest.warns(
+        UserWarning, match=r"class_0/again is a link to .*, back into the data set, and is left out \(1 such"
+    ):
+        assert _train_images(root) == wanted
+    assert len(wanted) == 3
+
+
+def test_links_out_of_the_data_set_are_followed_once(tmp_path: Path) -> None:
+    root = data_files.write_image_folder(tmp_path / "set", images=1)
+    more = tmp_path / "more"
+    data_files.write_image(more / "deep" / "b.jpg", 0, 5)
+    (more / "deep" / "around").symlink_to("..")
+    (more / "deep" / "back").symlink_to(root / "val")
+    for name in ("x", "y"):
+        (root / "train" / "class_0" / name).symlink_to(more)
+    shutil.move(root / "train" / "class_1", tmp_path / "elsewhere")
+    (root / "train" / "class_1").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match=r"deep/back is a link .*\(1 such links"):
+        found = _train_images(root)
+    images = ["train/class_0/0.jpg", "train/class_0/x/deep/b.jpg", "train/class_1/0.jpg", "train/class_2/0.jpg"]
+    assert found == images
+    (root / "train" / "class_00").symlink_to("..")
+    shutil.rmtree(root / "train" / "class_0")
+    with pytest.raises(DataFileError, match="class_00 leads to .*set, which holds the images of all classes"):
+        _train_images(root)
+
+
+@pytest.mark.parametrize("folder", ["train", "train/class_1", "train/class_1/sub"])
+def test_a_folder_that_cannot_be_read_is_a_sentence(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = data_files.write_image_folder(tmp_path)
+    (root / "train" / "class_1" / "sub").mkdir()
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:  # permissions do not hold back the superuser, who may run this
+        if str(path) == str(root / folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataFileError, match=rf"{folder} could not be listed \(Permission denied\)"):
+        _train_images(root)
+
+
+def _special(path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to({"device": "/dev/zero", "broken link": "nowhere", "itself": path.name}[kind])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "broken link", "itself"])
+def test_what_is_no_file_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where folders are listed and where a list names it, which must not wait for a pipe's other end."""
+    root = data_files.write_image_folder(tmp_path / "set")
+    monkeypatch.chdir(root / "train" / "class_1")  # the name of a socket is short
+    _special(Path("a.jpg"), kind)
+    with pytest.raises(DataFileError, match=r"class_1/a\.jpg has the name of an image but is no regular file"):
+        _train_images(root)
+    listed = data_files.write_tiny_imagenet(tmp_path / "listed")
+    monkeypatch.chdir(listed / "val" / "images")
+    Path("val_1.JPEG").unlink()
+    _special(Path("val_1.JPEG"), kind)
+    data = ImageFolderData(str(listed), layout="tiny_imagenet", workers=0, classes=3, on_corrupt="skip")
+    with pytest.raises(DataFileError, match=r"val_1\.JPEG (is no regular file|is in the list|could not be read)"):
+        list(data.val_dataloader())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path, mode: str) -> None:
+    """Pillow turns all values above 255 into white."""
+    root = data_files.write_image_folder(tmp_path, classes=1, images=1)
+    Image.new(mode, (20, 20)).save(tmp_path / "val" / "class_0" / f"a.{'png' if mode == 'I;16' else 'tif'}")
+    data = ImageFolderData(str(root), image_size=16, workers=0, on_corrupt="skip")
+    with pytest.raises(
+        DataFileError, match=r"a\.(png|tif) is an image of mode (I|I;16|F), but one byte for each colour"
+    ):
+        list(data.val_dataloader())  # type: ignore[arg-type]
 
 
 def test_torchvision_decodes_where_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .data.decoding import load_as
+from .data.errors import DataFileError
+from .data.listing import entries, is_image
 from .export import Export, ExportError, load_student
 from .masks import MaskFolder
 
@@ -76,7 +79,10 @@ def write_masks(
 def _listed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise PredictionError(f"--images is {folder}, which is no folder; give one that holds images.")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    try:
+        files = [Path(entry.path) for entry in entries(folder) if is_image(entry, SUFFIXES)]
+    except DataFileError as error:
+        raise PredictionError(str(error)) from error
     if not files:
         raise PredictionError(f"--images is {folder}, which holds no file that ends in {', '.join(SUFFIXES)}.")
     by_stem: dict[str, Path] = {}
@@ -93,10 +99,11 @@ def _read(file: Path, exported: Export) -> tuple[Tensor, tuple[int, int]]:
     from PIL import Image
 
     try:
-        with Image.open(file) as opened:
-            image = opened.convert("L" if exported.channels == 1 else "RGB")
+        image = load_as(str(file), "L" if exported.channels == 1 else "RGB")
     except MemoryError:
         raise  # the machine's, not the file's
+    except DataFileError as error:
+        raise PredictionError(f"{error} Nothing was written.") from error
     except Exception as error:  # decoders raise nearly anything
         raise PredictionError(
             f"{file} could not be decoded ({error}); remove it or mend it. Nothing was written."
