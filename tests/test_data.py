@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import hashlib
 import io
 import math
 import multiprocessing
@@ -47,6 +48,7 @@ from frskd_fast.training.data import (
     MissingDataError,
     Request,
     STL10Data,
+    cifar,
     stem_stride,
     warn_if_stem_mismatch,
 )
@@ -657,6 +659,53 @@ def test_cifar_makes_no_array_that_the_file_does_not_hold(tmp_path: Path) -> Non
             _cifar_with(tmp_path, bomb).make_reader("train")
 
 
+@pytest.mark.parametrize("what", ["key", "key by ones", "dtype", "encoding", "set", "shape"])
+def test_cifar_is_not_kept_busy_by_tuples_in_tuples(tmp_path: Path, what: str) -> None:
+    """Each level doubles the work of hashing the key, or of writing it down, and takes a byte or two."""
+    deep = b")" + 60 * b"2\x86"
+    number = _numpy("numpy.dtype", b"U\x02u1I0\nI1\n")
+    content = {
+        "key": b"}" + deep + b"Ns.",
+        "key by ones": b"(" + deep + b"Nd.",
+        "dtype": _numpy("numpy.dtype", deep) + b".",
+        "encoding": _numpy("_codecs.encode", b"U\x01a", deep) + b".",
+        "set": b"\x8f(" + deep + b"\x90.",
+        "shape": b"}U\x04data" + _numpy("numpy.core.numeric._frombuffer", b"U\x01A", number, deep, b"U\x01C") + b"s.",
+    }[what]
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"\x80\x02" + content)
+    reading = multiprocessing.get_context("fork").Process(target=_must_be_refused, args=(tmp_path,))
+    reading.start()
+    reading.join(30)
+    busy = reading.is_alive()
+    reading.kill()
+    reading.join()
+    assert not busy and reading.exitcode == 0
+
+
+def _must_be_refused(root: Path) -> None:
+    with pytest.raises(DataFileError, match="could not be read as a pickle of CIFAR"):
+        CIFARData(str(root)).make_reader("train")
+
+
+def test_cifar_is_compared_with_what_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with the number of images of the original and another content; one's own may be read."""
+    data_files.write_cifar100(tmp_path)
+    monkeypatch.setitem(cifar.IMAGES, "train", 40)
+    path = tmp_path / "cifar-100-python" / "train"
+    published = cifar.SOURCES[100].parts["train"]
+    with pytest.raises(DataFileError, match=f"MD5 is .* and not {published['train']}.*--data.verify false"):
+        CIFARData(str(tmp_path)).make_reader("train")
+    assert len(CIFARData(str(tmp_path), verify=False).make_reader("train")) == 40
+    monkeypatch.setitem(published, "train", hashlib.md5(path.read_bytes()).hexdigest())
+    assert len(CIFARData(str(tmp_path)).make_reader("train")) == 40
+    content = bytearray(path.read_bytes())
+    content[content.index(b"image_3.png") - 5000] ^= 1  # a pixel
+    path.write_bytes(content)
+    with pytest.raises(DataFileError, match="damaged or was changed"):
+        CIFARData(str(tmp_path)).make_reader("train")
+
+
 def _content(**changes: Any) -> dict[bytes, Any]:
     content = {"data": numpy.zeros((3, 3072), "uint8"), "fine_labels": [0, 1, 2], **changes}
     return {key.encode(): value for key, value in content.items() if value is not None}
@@ -680,6 +729,8 @@ def _content(**changes: Any) -> dict[bytes, Any]:
         (_content(fine_labels=[0, -1, 1]), "labels from -1 to 1"),
         (_content(fine_labels=[0.5, 1, 1]), "no list of numbers"),
         (_content(fine_labels=[0, 1, 2**70]), f"labels from 0 to {2**70}"),
+        (_content(fine_labels=[0, 1, 10**5000]), "labels from 0 to a number of 16610 bits"),
+        (_content(fine_labels=numpy.array(3)), "no list of numbers"),
         (_content(data=numpy.array([[None] * 3072])), "an array without bytes"),
     ],
 )
@@ -1081,7 +1132,7 @@ def test_links_out_of_the_data_set_are_followed_once(tmp_path: Path) -> None:
     assert found == images
     (root / "train" / "class_00").symlink_to("..")
     shutil.rmtree(root / "train" / "class_0")
-    with pytest.raises(DataFileError, match="class_00 leads to .*set, which holds the images of all classes"):
+    with pytest.raises(DataFileError, match=r"class_00 leads to .*set, which holds the images of all classes"):
         _train_images(root)
 
 

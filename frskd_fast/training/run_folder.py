@@ -16,7 +16,7 @@ from .recipe_files import CONFIG
 # What a run that goes on must have in common with its beginning.
 KEPT = ("seed_everything", "model", "data", *PARTS)
 # Settings of the data that change how fast batches come, not which.
-HARMLESS = ("root", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size")
+HARMLESS = ("root", "verify", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size")
 
 
 def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
