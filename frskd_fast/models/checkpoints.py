@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,29 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"The checkpoint {path} holds a {type(content).__name__}, but a state dict was wanted.")
+    # torch.load does not compare the CRC-32 of the entries. Other programs may have switched them off.
+    damaged = zipfile.ZipFile(path).testzip() if STATE in content and zipfile.is_zipfile(path) else None
+    if damaged is not None:
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged: its entry {damaged} has changed since it was written."
+        )
     return dict(content)
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, on any device the same."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checksum_of_export(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """SHA-256 of an exported .safetensors file: its tensors, and what it says about them under other keys than "sha256"."""
+    values = checksum_of({name: tensors[name] for name in sorted(tensors)})
+    said = sorted((key, value) for key, value in about.items() if key != "sha256")
+    return hashlib.sha256(json.dumps([values, said]).encode()).hexdigest()
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -67,6 +91,8 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             content = {name: file.get_tensor(name) for name in file.keys()}
+        if "sha256" in about and about["sha256"] != checksum_of_export(content, about):
+            raise CheckpointError("its content is not that of its checksum")
         if "backbone" not in about:
             return content
         settings = {
@@ -75,7 +101,9 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             "num_classes": int(about["num_classes"]),
         }
     except Exception as error:
-        raise CheckpointError(f"The checkpoint {path} cannot be loaded ({brief(error)}). It is torn.") from error
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be loaded ({brief(error)}). It is torn or damaged."
+        ) from error
     return {**content, "hyper_parameters": settings}
 
 
