@@ -117,7 +117,7 @@ def test_panels_show_image_mask_both_predictions_and_attention(trained: Path, mo
         pytest.skip("matplotlib is not installed")
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "close", drawn.append)
-    task = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu").task
+    task = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu", trust=True).task
     masks = torch.tensor([0, 3, 255]).reshape(3, 1, 1).expand(3, 32, 32)
     assert panels.draw_attention(task, torch.randn(3, 3, 32, 32), trained.parent / "drawn.png", masks=masks)
     (figure,) = drawn
@@ -154,7 +154,7 @@ def test_export_takes_images_of_any_size(trained: Path, tmp_path: Path, capsys: 
         expected = student(images)
         assert expected.shape == (5, CLASSES, 72, 40)
         torch.testing.assert_close(torch.export.load(out).module()(images), expected)
-    module = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu").eval()
+    module = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu", trust=True).eval()
     assert not module.has_own_student and torch.equal(module(images), expected)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ class CheckpointError(ValueError):
 def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of a checkpoint: a file of PyTorch, read with `weights_only=True`, or of safetensors, or a folder of shards.
 
-    PyTorch unpickles the `.metadata` of shards, which can run code: read only those that you trust.
+    No code in it is run: of shards the tensors alone are read, and their `.metadata` with the few names that it needs.
 
     Raises:
         CheckpointError: when it is missing, torn, or holds more than tensors and plain values.
@@ -109,14 +108,12 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 def _load_shards(folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    from .shards import load_tensors
 
     about = folder / SHARDED
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            whole = Path(scratch) / "whole.pt"
-            dcp_to_torch_save(folder, whole)
-            content = torch.load(whole, map_location="cpu", weights_only=True)
+        content = load_tensors(folder)
         return {**content, **(torch.load(about, weights_only=True) if about.is_file() else {})}
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
@@ -226,6 +223,7 @@ def load_backbone_weights(
         CheckpointError: naming what is missing or has another shape.
 
     Example:
+        >>> import tempfile
         >>> from frskd_fast.models import wrn16x2
         >>> network = wrn16x2(num_classes=10)
         >>> with tempfile.TemporaryDirectory() as folder:
