@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from frskd_fast.models import create_model
-from frskd_fast.models.checkpoints import STATE, CheckpointError, checksum_of_export, load_file, load_weights
+from frskd_fast.models.checkpoints import STATE, CheckpointError, brief, checksum_of_export, load_file, load_weights
 from frskd_fast.models.registry import imported
 from frskd_fast.models.teachers import described
 from frskd_fast.tasks import Student
@@ -179,9 +179,9 @@ def write_student(exported: Export, out: str | os.PathLike[str]) -> Written:
     path = Path(out)
     if path.suffix not in FORMATS:
         raise ExportError(f"--out is {path}, but a name ending in {', '.join(FORMATS)} was wanted.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         reload, any_size = {".safetensors": _safetensors, ".pt2": _pt2, ".onnx": _onnx}[path.suffix](exported, partial)
         # Two sizes of batch, so that a size built into the file would be noticed.
         batches = [_images(exported, 2), _images(exported, 3, _another(exported.size) if any_size else exported.size)]
@@ -197,8 +197,11 @@ def write_student(exported: Export, out: str | os.PathLike[str]) -> Written:
             )
         check_export(partial)
         os.replace(partial, path)
+    except OSError as error:
+        raise ExportError(f"--out is {path}, which could not be written ({brief(error)}).") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if os.path.lexists(partial):
+            partial.unlink()
     return Written(difference, limit, any_size)
 
 
