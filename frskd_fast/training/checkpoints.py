@@ -195,7 +195,8 @@ def check_given(path: str, training: bool) -> None:
             problem = f"it cannot be loaded ({brief(error)})"
     if problem is not None:
         raise Refusal(
-            f"--ckpt_path is {path}, but {problem}. Give a checkpoint of a run; --model.weights takes weights of other programs."
+            f"--ckpt_path is {path}, but {problem}. Give a checkpoint of a run; --model.weights takes the weights of other "
+            "programs."
         )
 
 
