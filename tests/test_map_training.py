@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,11 @@ def test_a_bad_image_and_other_mistakes_leave_nothing(
     (images / "b.png").rename(images / "a.jpg")
     refused(images, out, "would have one mask, a.png")
     refused(images, images, f"--out is {images}, which is there already")
+    (images / "a.jpg").unlink()
+    Image.new("I;16", (20, 20)).save(images / "c.png")
+    refused(images, out, f"{images / 'c.png'} is an image of mode I;16, but one byte for each colour was wanted")
+    os.mkfifo(images / "d.png")
+    refused(images, out, f"{images / 'd.png'} has the name of an image but is no regular file")
 
 
 def test_a_student_of_classes_has_no_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
