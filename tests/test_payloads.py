@@ -117,6 +117,9 @@ def test_load_from_checkpoint_takes_names_from_the_caller(working: Path) -> None
     with pytest.raises(CheckpointError, match=r"names evil\.Net, which .* trust=True"):
         DistillationModule.load_from_checkpoint(path)
     assert not harmed(working)
+    with path.open("rb") as file, pytest.raises(CheckpointError, match="in a file alone"):
+        DistillationModule.load_from_checkpoint(file)
+    assert not harmed(working)
     for given in ({"backbone": "evil.Net"}, {"trust": True}):
         assert DistillationModule.load_from_checkpoint(path, **given).hparams.backbone == "evil.Net"
     assert harmed(working)

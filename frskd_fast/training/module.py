@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -121,6 +122,11 @@ class DistillationModule(LightningModule):
             CheckpointError: naming what would be imported.
         """
         if not trust:
+            if not isinstance(checkpoint_path, str | os.PathLike) or "://" in str(checkpoint_path):
+                raise CheckpointError(
+                    f"The checkpoint is {checkpoint_path!r}, but what it names can be looked at in a file alone; give its "
+                    "path, or trust=True."
+                )
             settings = load_file(checkpoint_path).get("hyper_parameters") or {}
             names = list(unknown_names({key: value for key, value in settings.items() if key not in keywords}))
             if names:
