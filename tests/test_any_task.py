@@ -121,7 +121,7 @@ def test_a_method_from_outside_trains_resumes_and_exports(
     assert main(["export", "--checkpoint", str(whole / "last.ckpt"), "--out", str(out)]) == 0
     assert load_file(out).keys() == ToyNet(10, width=5).state_dict().keys()
     images = torch.randn(2, 3, 16, 16)
-    module = DistillationModule.load_from_checkpoint(whole / "last.ckpt", map_location="cpu").eval()
+    module = DistillationModule.load_from_checkpoint(whole / "last.ckpt", map_location="cpu", trust=True).eval()
     assert torch.equal(load_student(whole / "last.ckpt").student(images), module(images))
 
 
@@ -138,7 +138,7 @@ def test_the_student_of_a_task_is_what_is_exported(
     assert main([*small_recipe(tmp_path / "run", **settings), "--trainer.max_epochs", "2"]) == 0
     checkpoint, out = tmp_path / "run" / "last.ckpt", tmp_path / f"student{suffix}"
     assert "--out student.safetensors --trust" in capsys.readouterr().out
-    module = DistillationModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    module = DistillationModule.load_from_checkpoint(checkpoint, map_location="cpu", trust=True).eval()
     images = torch.randn(3, 3, 16, 16)
     expected = module(images)
     assert torch.equal(load_student(checkpoint, trust=True).student(images), expected)
@@ -376,7 +376,7 @@ def test_a_task_may_measure_more_than_accuracy(tmp_path: Path) -> None:
     (before,), (row,) = epochs(plain), epochs(more)
     assert {name: row[name] for name in before} == before
     assert row.keys() - before.keys() == {f"validation/{name}" for name in names}
-    module = DistillationModule.load_from_checkpoint(more / "last.ckpt", map_location="cpu").eval()
+    module = DistillationModule.load_from_checkpoint(more / "last.ckpt", map_location="cpu", trust=True).eval()
     data = DigitsData(as_rgb=True, evaluate_on="test", evaluation_batch_size=2000)
     images, targets = data.on_after_batch_transfer(next(iter(data.test_dataloader())))
     classes = module(rotate4(images)).argmax(1).view(-1, 4)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gzip
+import hashlib
 import io
 import math
 import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import sys
 import tarfile
 import types
@@ -46,6 +48,7 @@ from frskd_fast.training.data import (
     MissingDataError,
     Request,
     STL10Data,
+    cifar,
     stem_stride,
     warn_if_stem_mismatch,
 )
@@ -656,6 +659,53 @@ def test_cifar_makes_no_array_that_the_file_does_not_hold(tmp_path: Path) -> Non
             _cifar_with(tmp_path, bomb).make_reader("train")
 
 
+@pytest.mark.parametrize("what", ["key", "key by ones", "dtype", "encoding", "set", "shape"])
+def test_cifar_is_not_kept_busy_by_tuples_in_tuples(tmp_path: Path, what: str) -> None:
+    """Each level doubles the work of hashing the key, or of writing it down, and takes a byte or two."""
+    deep = b")" + 60 * b"2\x86"
+    number = _numpy("numpy.dtype", b"U\x02u1I0\nI1\n")
+    content = {
+        "key": b"}" + deep + b"Ns.",
+        "key by ones": b"(" + deep + b"Nd.",
+        "dtype": _numpy("numpy.dtype", deep) + b".",
+        "encoding": _numpy("_codecs.encode", b"U\x01a", deep) + b".",
+        "set": b"\x8f(" + deep + b"\x90.",
+        "shape": b"}U\x04data" + _numpy("numpy.core.numeric._frombuffer", b"U\x01A", number, deep, b"U\x01C") + b"s.",
+    }[what]
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"\x80\x02" + content)
+    reading = multiprocessing.get_context("fork").Process(target=_must_be_refused, args=(tmp_path,))
+    reading.start()
+    reading.join(30)
+    busy = reading.is_alive()
+    reading.kill()
+    reading.join()
+    assert not busy and reading.exitcode == 0
+
+
+def _must_be_refused(root: Path) -> None:
+    with pytest.raises(DataFileError, match="could not be read as a pickle of CIFAR"):
+        CIFARData(str(root)).make_reader("train")
+
+
+def test_cifar_is_compared_with_what_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with the number of images of the original and another content; one's own may be read."""
+    data_files.write_cifar100(tmp_path)
+    monkeypatch.setitem(cifar.IMAGES, "train", 40)
+    path = tmp_path / "cifar-100-python" / "train"
+    published = cifar.SOURCES[100].parts["train"]
+    with pytest.raises(DataFileError, match=f"MD5 is .* and not {published['train']}.*--data.verify false"):
+        CIFARData(str(tmp_path)).make_reader("train")
+    assert len(CIFARData(str(tmp_path), verify=False).make_reader("train")) == 40
+    monkeypatch.setitem(published, "train", hashlib.md5(path.read_bytes()).hexdigest())
+    assert len(CIFARData(str(tmp_path)).make_reader("train")) == 40
+    content = bytearray(path.read_bytes())
+    content[content.index(b"image_3.png") - 5000] ^= 1  # a pixel
+    path.write_bytes(content)
+    with pytest.raises(DataFileError, match="damaged or was changed"):
+        CIFARData(str(tmp_path)).make_reader("train")
+
+
 def _content(**changes: Any) -> dict[bytes, Any]:
     content = {"data": numpy.zeros((3, 3072), "uint8"), "fine_labels": [0, 1, 2], **changes}
     return {key.encode(): value for key, value in content.items() if value is not None}
@@ -679,6 +729,8 @@ def _content(**changes: Any) -> dict[bytes, Any]:
         (_content(fine_labels=[0, -1, 1]), "labels from -1 to 1"),
         (_content(fine_labels=[0.5, 1, 1]), "no list of numbers"),
         (_content(fine_labels=[0, 1, 2**70]), f"labels from 0 to {2**70}"),
+        (_content(fine_labels=[0, 1, 10**5000]), "labels from 0 to a number of 16610 bits"),
+        (_content(fine_labels=numpy.array(3)), "no list of numbers"),
         (_content(data=numpy.array([[None] * 3072])), "an array without bytes"),
     ],
 )
@@ -1035,12 +1087,110 @@ def test_folders_have_a_test_part_of_their_own_or_share_one(tmp_path: Path) -> N
 
 def test_grey_palette_and_four_channel_images_become_rgb(tmp_path: Path) -> None:
     data_files.write_image_folder(tmp_path, classes=1, images=1, parts=("train", "val"))
-    for mode in ("L", "P", "RGBA", "CMYK", "I;16", "1", "LA"):
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
         suffix = "tif" if mode == "CMYK" else "png"
         Image.new(mode, (20, 20)).save(tmp_path / "val" / "class_0" / f"{mode.replace(';', '')}.{suffix}")
     data = ImageFolderData(str(tmp_path), image_size=16, workers=0)
     (batch,) = list(data.val_dataloader())  # type: ignore[arg-type]
-    assert batch.images.shape == (8, 3, 16, 16)
+    assert batch.images.shape == (7, 3, 16, 16)
+
+
+# --- what lies in folders besides images ------------------------------------------------------------------------------
+
+
+def _train_images(root: Path) -> list[str]:
+    reader = ImageFolderData(str(root), workers=0).make_reader("train")
+    return [str(Path(reader.name(row)).relative_to(root)) for row in range(len(reader))]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../val", "../../val/class_1/..", "../class_1", "../../.."])
+def test_links_back_into_the_data_set_are_left_out(tmp_path: Path, target: str) -> None:
+    """Neither an image twice nor one of another part."""
+    root = data_files.write_image_folder(tmp_path / "data" / "set", images=1)
+    wanted = _train_images(root)
+    (root / "train" / "class_0" / "again").symlink_to(target)
+    with pytest.warns(
+        UserWarning, match=r"class_0/again is a link to .*, back into the data set, and is left out \(1 such"
+    ):
+        assert _train_images(root) == wanted
+    assert len(wanted) == 3
+
+
+def test_links_out_of_the_data_set_are_followed_once(tmp_path: Path) -> None:
+    root = data_files.write_image_folder(tmp_path / "set", images=1)
+    more = tmp_path / "more"
+    data_files.write_image(more / "deep" / "b.jpg", 0, 5)
+    (more / "deep" / "around").symlink_to("..")
+    (more / "deep" / "back").symlink_to(root / "val")
+    for name in ("x", "y"):
+        (root / "train" / "class_0" / name).symlink_to(more)
+    shutil.move(root / "train" / "class_1", tmp_path / "elsewhere")
+    (root / "train" / "class_1").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match=r"deep/back is a link .*\(1 such links"):
+        found = _train_images(root)
+    images = ["train/class_0/0.jpg", "train/class_0/x/deep/b.jpg", "train/class_1/0.jpg", "train/class_2/0.jpg"]
+    assert found == images
+    (root / "train" / "class_00").symlink_to("..")
+    shutil.rmtree(root / "train" / "class_0")
+    with pytest.raises(DataFileError, match=r"class_00 leads to .*set, which holds the images of all classes"):
+        _train_images(root)
+
+
+@pytest.mark.parametrize("folder", ["train", "train/class_1", "train/class_1/sub"])
+def test_a_folder_that_cannot_be_read_is_a_sentence(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = data_files.write_image_folder(tmp_path)
+    (root / "train" / "class_1" / "sub").mkdir()
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:  # permissions do not hold back the superuser, who may run this
+        if str(path) == str(root / folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataFileError, match=rf"{folder} could not be listed \(Permission denied\)"):
+        _train_images(root)
+
+
+def _special(path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to({"device": "/dev/zero", "broken link": "nowhere", "itself": path.name}[kind])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "broken link", "itself"])
+def test_what_is_no_file_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where folders are listed and where a list names it, which must not wait for a pipe's other end."""
+    root = data_files.write_image_folder(tmp_path / "set")
+    monkeypatch.chdir(root / "train" / "class_1")  # the name of a socket is short
+    _special(Path("a.jpg"), kind)
+    with pytest.raises(DataFileError, match=r"class_1/a\.jpg has the name of an image but is no regular file"):
+        _train_images(root)
+    listed = data_files.write_tiny_imagenet(tmp_path / "listed")
+    monkeypatch.chdir(listed / "val" / "images")
+    Path("val_1.JPEG").unlink()
+    _special(Path("val_1.JPEG"), kind)
+    data = ImageFolderData(str(listed), layout="tiny_imagenet", workers=0, classes=3, on_corrupt="skip")
+    with pytest.raises(DataFileError, match=r"val_1\.JPEG (is no regular file|is in the list|could not be read)"):
+        list(data.val_dataloader())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path, mode: str) -> None:
+    """Pillow turns all values above 255 into white."""
+    root = data_files.write_image_folder(tmp_path, classes=1, images=1)
+    Image.new(mode, (20, 20)).save(tmp_path / "val" / "class_0" / f"a.{'png' if mode == 'I;16' else 'tif'}")
+    data = ImageFolderData(str(root), image_size=16, workers=0, on_corrupt="skip")
+    with pytest.raises(
+        DataFileError, match=r"a\.(png|tif) is an image of mode (I|I;16|F), but one byte for each colour"
+    ):
+        list(data.val_dataloader())  # type: ignore[arg-type]
 
 
 def test_torchvision_decodes_where_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from training_utils import DISTILLING, PLAIN, same_weights
 from frskd_fast.models import CheckpointError, cifarresnet18, resnet34, wrn16x2
 from frskd_fast.models.checkpoints import backbone_weights
 from frskd_fast.training import export
+from frskd_fast.training.cli import main
 from frskd_fast.training.export import ExportError, bound, load_student, write_student
 from frskd_fast.training.module import DistillationModule
 
@@ -110,6 +111,44 @@ def test_it_is_said_why_height_and_width_of_maps_are_fixed(
     assert "RuntimeError: " in printed
     images = torch.randn(5, 3, 16, 16)
     torch.testing.assert_close(torch.export.load(out).module()(images), loaded.student(images))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2", ".onnx"])
+def test_flipped_bits_of_an_export_are_found(
+    checkpoint: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every tensor, in a copy of the file each."""
+    if suffix == ".onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxscript")
+    loaded, out, copy = load_student(checkpoint), tmp_path / f"student{suffix}", tmp_path / f"copy{suffix}"
+    write_student(loaded, out)
+    assert main(["export", "--check", str(out)]) == 0
+    content, flipped = out.read_bytes(), 0
+    for name, value in loaded.student.backbone.state_dict().items():
+        place = content.find(value.contiguous().numpy().tobytes()) if value.numel() > 100 else -1
+        if place < 0:
+            continue  # too short to be found, or an optimisation of the graph made another of it
+        copy.write_bytes(content[: place + 7] + bytes([content[place + 7] ^ 1]) + content[place + 8 :])
+        flipped += 1
+        assert main(["export", "--check", str(copy)]) == 1, name
+        if suffix == ".safetensors":
+            with pytest.raises(ExportError, match="its content is not that of its checksum"):
+                load_student(copy)
+    assert flipped >= (1 if suffix == ".onnx" else 10)
+    said = capsys.readouterr()
+    assert said.err.count("is not as it was written") == flipped and "is as it was written." in said.out
+    copy.write_bytes(content[:-90])
+    assert main(["export", "--check", str(copy)]) == 1
+
+
+def test_a_flipped_tensor_of_a_checkpoint_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    content = bytearray(checkpoint.read_bytes())
+    weight = torch.load(checkpoint, weights_only=True)["state_dict"]["task.backbone.fc.weight"]
+    content[content.index(weight.numpy().tobytes()) + 7] ^= 1
+    (tmp_path / "last.ckpt").write_bytes(content)
+    with pytest.raises(ExportError, match=r"last\.ckpt is damaged: its entry .* has changed since it was written"):
+        load_student(tmp_path / "last.ckpt")
 
 
 def test_a_wrong_export_is_noticed_and_not_left_behind(

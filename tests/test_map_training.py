@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_panels_show_image_mask_both_predictions_and_attention(trained: Path, mo
         pytest.skip("matplotlib is not installed")
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "close", drawn.append)
-    task = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu").task
+    task = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu", trust=True).task
     masks = torch.tensor([0, 3, 255]).reshape(3, 1, 1).expand(3, 32, 32)
     assert panels.draw_attention(task, torch.randn(3, 3, 32, 32), trained.parent / "drawn.png", masks=masks)
     (figure,) = drawn
@@ -155,7 +156,7 @@ def test_export_takes_images_of_any_size(trained: Path, tmp_path: Path, capsys: 
         expected = student(images)
         assert expected.shape == (5, CLASSES, 72, 40)
         torch.testing.assert_close(torch.export.load(out).module()(images), expected)
-    module = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu").eval()
+    module = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu", trust=True).eval()
     assert not module.has_own_student and torch.equal(module(images), expected)
 
 
@@ -230,6 +231,11 @@ def test_a_bad_image_and_other_mistakes_leave_nothing(
     (images / "b.png").rename(images / "a.jpg")
     refused(images, out, "would have one mask, a.png")
     refused(images, images, f"--out is {images}, which is there already")
+    (images / "a.jpg").unlink()
+    Image.new("I;16", (20, 20)).save(images / "c.png")
+    refused(images, out, f"{images / 'c.png'} is an image of mode I;16, but one byte for each colour was wanted")
+    os.mkfifo(images / "d.png")
+    refused(images, out, f"{images / 'd.png'} has the name of an image but is no regular file")
 
 
 def test_a_student_of_classes_has_no_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

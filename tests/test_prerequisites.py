@@ -149,7 +149,7 @@ def test_frozen_random_weights_are_refused(task: dict[str, Any], tmp_path: Path)
     trainer.fit(module, data)
     # From a checkpoint, which holds the weights, it goes on without the file.
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    trainer.fit(DistillationModule.load_from_checkpoint(tmp_path / "run.ckpt"), data)
+    trainer.fit(DistillationModule.load_from_checkpoint(tmp_path / "run.ckpt", trust=True), data)
     trainer.fit(DistillationModule(10, task, "resnet8"), data, ckpt_path=str(tmp_path / "run.ckpt"))
     if "Probe" in task["class_path"]:  # it trains the classifier
         trainer.fit(DistillationModule(10, task, "resnet8", weights=str(tmp_path / "7.pth")), data)

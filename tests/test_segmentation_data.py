@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import types
@@ -422,6 +423,35 @@ def test_what_is_wrong_with_a_pair_is_said(tmp_path: Path, what: str) -> None:
     with pytest.raises(error, match=sentence):
         epochs(folder_data(tmp_path, batch_size=2), 0)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_pipe_among_images_or_masks_is_refused(tmp_path: Path, kind: str) -> None:
+    """It is not waited for, whether the folder is listed or a list names it."""
+    pipe = write_folder(tmp_path) / "train" / kind / "pipe.png"
+    os.mkfifo(pipe)
+    with pytest.raises(DataFileError, match=rf"{kind}/pipe\.png has the name of an image but is no regular file"):
+        folder_data(tmp_path).reader("train")
+    pipe.unlink()
+    write_voc(tmp_path / "VOCdevkit", "2007", {"test": ["000001", "000002"]})
+    (pipe,) = (tmp_path / "VOCdevkit" / "VOC2007").glob(
+        f"{dict(images='JPEGImages', masks='SegmentationClass')[kind]}/000002.*"
+    )
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.warns(UserWarning), pytest.raises(DataFileError, match=r"000002\.(jpg|png) is no regular file"):
+        list(VOCData(str(tmp_path), workers=0).test_dataloader())
+
+
+def test_a_folder_of_masks_that_cannot_be_read_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path)
+
+    def scandir(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataFileError, match=r"train/images could not be listed \(Permission denied\)"):
+        folder_data(tmp_path).reader("train")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_predictions_count_images_in_the_data_set(tmp_path: Path, rank: int) -> 
 
 
 def test_the_module_can_be_taken_up_by_a_program(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu")
+    module = DistillationModule.load_from_checkpoint(trained / "last.ckpt", map_location="cpu", trust=True)
     state = weights(trained)
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert module.eval()(torch.zeros(2, 3, 16, 16)).shape == (2, 10)

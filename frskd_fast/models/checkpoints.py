@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class CheckpointError(ValueError):
 def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of a checkpoint: a file of PyTorch, read with `weights_only=True`, or of safetensors, or a folder of shards.
 
-    PyTorch unpickles the `.metadata` of shards, which can run code: read only those that you trust.
+    No code in it is run: of shards the tensors alone are read, and their `.metadata` with the few names that it needs.
 
     Raises:
         CheckpointError: when it is missing, torn, or holds more than tensors and plain values.
@@ -54,7 +55,29 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"The checkpoint {path} holds a {type(content).__name__}, but a state dict was wanted.")
+    # torch.load does not compare the CRC-32 of the entries. Other programs may have switched them off.
+    damaged = zipfile.ZipFile(path).testzip() if STATE in content and zipfile.is_zipfile(path) else None
+    if damaged is not None:
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged: its entry {damaged} has changed since it was written."
+        )
     return dict(content)
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, on any device the same."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checksum_of_export(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """SHA-256 of an exported .safetensors file: its tensors, and what it says about them under other keys than "sha256"."""
+    values = checksum_of({name: tensors[name] for name in sorted(tensors)})
+    said = sorted((key, value) for key, value in about.items() if key != "sha256")
+    return hashlib.sha256(json.dumps([values, said]).encode()).hexdigest()
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
@@ -67,6 +90,8 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             content = {name: file.get_tensor(name) for name in file.keys()}
+        if "sha256" in about and about["sha256"] != checksum_of_export(content, about):
+            raise CheckpointError("its content is not that of its checksum")
         if "backbone" not in about:
             return content
         settings = {
@@ -75,20 +100,20 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
             "num_classes": int(about["num_classes"]),
         }
     except Exception as error:
-        raise CheckpointError(f"The checkpoint {path} cannot be loaded ({brief(error)}). It is torn.") from error
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be loaded ({brief(error)}). It is torn or damaged."
+        ) from error
     return {**content, "hyper_parameters": settings}
 
 
 def _load_shards(folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    from .shards import load_tensors
 
     about = folder / SHARDED
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            whole = Path(scratch) / "whole.pt"
-            dcp_to_torch_save(folder, whole)
-            content = torch.load(whole, map_location="cpu", weights_only=True)
+        content = load_tensors(folder)
         return {**content, **(torch.load(about, weights_only=True) if about.is_file() else {})}
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
@@ -198,6 +223,7 @@ def load_backbone_weights(
         CheckpointError: naming what is missing or has another shape.
 
     Example:
+        >>> import tempfile
         >>> from frskd_fast.models import wrn16x2
         >>> network = wrn16x2(num_classes=10)
         >>> with tempfile.TemporaryDirectory() as folder:

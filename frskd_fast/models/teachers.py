@@ -121,8 +121,7 @@ def load_teacher(
 
     Files of `frskd-fast fit` and `frskd-fast export` say themselves which network they hold; where that is an import path,
     give the same `name`, as no file makes code run by itself. For weights that were fine-tuned with timm, give their file and
-    `name="timm:NAME"`. Files are read with `weights_only=True`; but PyTorch unpickles the `.metadata` of a folder of shards,
-    which can run code: load only folders that you trust.
+    `name="timm:NAME"`. Files are read with `weights_only=True`, and of a folder of shards the tensors alone.
 
     Args:
         source: see the table.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from frskd_fast.models.checkpoints import checksum_of
 from frskd_fast.ops import _checks
 from frskd_fast.ops.labels import is_mix, mixed_probabilities
 
@@ -269,11 +269,7 @@ class FrozenTeacher(nn.Module):
 
 def checksum(module: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and values of the module's state, on any device the same."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return checksum_of(module.state_dict())
 
 
 class Student(nn.Module):

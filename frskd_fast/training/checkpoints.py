@@ -21,9 +21,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from frskd_fast.models.checkpoints import LAST, PREVIOUS, SHARDED, brief
 
+from .errors import Refusal
 from .finite import FiniteGuard
 
 BEST, INCOMING = "best.ckpt", "incoming.ckpt"
+LIGHTNINGS_KEYWORDS = ("best", "last", "hpc")  # for --ckpt_path
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
@@ -170,6 +172,32 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Found | None:
     raise RuntimeError(
         " ".join(passed_over) + f" No checkpoint in {folder} can be used; remove them or give --fresh to start anew."
     )
+
+
+def check_given(path: str, training: bool) -> None:
+    """Refuse a file for --ckpt_path that is no checkpoint of the trainer, or for training one that holds the weights alone.
+
+    Lightning's keywords and addresses are left to it, and so are shards.
+
+    Raises:
+        Refusal: naming what the file is.
+    """
+    if path in LIGHTNINGS_KEYWORDS or "://" in path or path.startswith("registry:"):
+        return
+    problem = problem_with(path)
+    if problem is None and not Path(path).is_dir():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            wanted = ("pytorch-lightning_version", "state_dict", *(("loops", "optimizer_states") if training else ()))
+            missing = [key for key in wanted if key not in content] if isinstance(content, dict) else [*wanted]
+            problem = f"it has no {missing[0]!r}, so the trainer did not write it to go on from" if missing else None
+        except Exception as error:
+            problem = f"it cannot be loaded ({brief(error)})"
+    if problem is not None:
+        raise Refusal(
+            f"--ckpt_path is {path}, but {problem}. Give a checkpoint of a run; --model.weights takes the weights of other "
+            "programs."
+        )
 
 
 class RunCheckpoint(Checkpoint):

@@ -109,8 +109,7 @@ def _recipes(words: Sequence[str]) -> int:
         for name in names:
             print(f"{name.ljust(max(map(len, names)))}  {recipe_files.summary(name)}")
     else:
-        import yaml
-
+        yaml = recipe_files.yaml_module()
         print(yaml.safe_dump(recipe_files.recipe(words[0]), sort_keys=False), end="")
     return 0
 

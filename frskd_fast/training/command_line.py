@@ -6,6 +6,7 @@ import errno
 import operator
 import os
 import signal
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from frskd_fast.models.teachers import needs_trust
 from frskd_fast.tasks import Task
 
 from .beginning import Beginning, Interrupt
-from .checkpoints import AtomicCheckpointIO, Found, RunCheckpoint, find_checkpoint
+from .checkpoints import AtomicCheckpointIO, Found, RunCheckpoint, check_given, find_checkpoint
 from .class_paths import PARTS
 from .data import ImageData
 from .errors import Refusal, sentence_of
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 # What constructors and readers raise of wrong settings.
 MISTAKES = (ValueError, TypeError, ImportError, FileNotFoundError, MisconfigurationException)
+LARGEST_SEED = 2**32 - 1  # of NumPy's generator
 # What a disk says on which nothing can be written.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 # The parts that the module builds, by their classes.
@@ -134,9 +136,16 @@ class CommandLine(LightningCLI):
                 f"--seed_everything is {seed}, but a whole number was wanted: images and augmentation follow from it, "
                 "and a run that goes on needs the same again."
             )
+        if not 0 <= seed <= LARGEST_SEED:
+            raise Refusal(f"--seed_everything is {seed}, but a whole number from 0 to {LARGEST_SEED} was wanted.")
 
     def before_instantiate_classes(self) -> None:
         """Make way for what has to come first; the seed is set again after it."""
+        for path in (self.folder, *self.folder.parents):
+            if path.exists() and not path.is_dir():
+                raise Refusal(
+                    f"--run_dir is {self.folder}, but {path} is a file; give a folder, which need not exist yet."
+                )
         if self.before is not None:
             self.before(self)
             self._set_seed()
@@ -235,7 +244,14 @@ class CommandLine(LightningCLI):
         """The lock of the run's folder, which one of several processes holds for them all."""
         if self.trainer.global_rank != 0:
             return None
-        lock = RunLock(self.folder)
+        try:
+            lock = RunLock(self.folder)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise Refusal(
+                f"Nothing can be written in {self.folder.parent} ({error.strerror}); give --run_dir another folder."
+            ) from error
         if lock.taken_over is not None:
             say(f"{lock.taken_over}, which trained in {self.folder} last, did not come to its end.")
         return lock
@@ -247,7 +263,9 @@ class CommandLine(LightningCLI):
             moved = set_aside(self.folder) if self.trainer.global_rank == 0 else None
             if moved is not None:
                 say(f"What was in {self.folder} is now in {moved}.")
-        elif kwargs.get("ckpt_path") is None:
+        elif kwargs.get("ckpt_path") is not None:
+            check_given(kwargs["ckpt_path"], training=True)
+        else:
             found = self.found()
             if found is not None:
                 check_same_run(self.folder, settings)
@@ -360,8 +378,15 @@ class CommandLine(LightningCLI):
         """Call one of the trainer's methods; a mistake found before the first batch is a sentence."""
         try:
             work(**kwargs)
-        except MISTAKES as error:
+        except Exception as error:
             if self.beginning.over:
+                raise
+            if any(frame.name.startswith("restore") for frame in traceback.extract_tb(error.__traceback__)):
+                raise Refusal(
+                    f"The checkpoint {kwargs['ckpt_path']} does not fit the settings of this run ({brief(error)}). Give those "
+                    "that it was trained with; --model.weights takes the weights alone."
+                ) from error
+            if not isinstance(error, MISTAKES):
                 raise
             raise Refusal(sentence_of(error)) from error
 
@@ -380,6 +405,7 @@ class CommandLine(LightningCLI):
     def with_checkpoint(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without --ckpt_path: the run's own last checkpoint."""
         if kwargs.get("ckpt_path") is not None:
+            check_given(kwargs["ckpt_path"], training=False)
             return kwargs
         found = self.found()
         if found is None:

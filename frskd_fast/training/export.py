@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from frskd_fast.models import create_model
-from frskd_fast.models.checkpoints import STATE, load_file, load_weights
+from frskd_fast.models.checkpoints import STATE, CheckpointError, brief, checksum_of_export, load_file, load_weights
 from frskd_fast.models.registry import imported
 from frskd_fast.models.teachers import described
 from frskd_fast.tasks import Student
@@ -184,9 +186,9 @@ def write_student(exported: Export, out: str | os.PathLike[str]) -> Written:
     path = Path(out)
     if path.suffix not in FORMATS:
         raise ExportError(f"--out is {path}, but a name ending in {', '.join(FORMATS)} was wanted.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         reload, any_size, reason = {".safetensors": _safetensors, ".pt2": _pt2, ".onnx": _onnx}[path.suffix](
             exported, partial
         )
@@ -202,9 +204,13 @@ def write_student(exported: Export, out: str | os.PathLike[str]) -> Written:
                 f"The exported student differs from the checkpoint's by up to {difference:.3g} in its logits, which is more "
                 f"than rounding explains ({limit:.3g}); {path} was not written."
             )
+        check_export(partial)
         os.replace(partial, path)
+    except OSError as error:
+        raise ExportError(f"--out is {path}, which could not be written ({brief(error)}).") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if os.path.lexists(partial):
+            partial.unlink()
     return Written(difference, limit, any_size, reason)
 
 
@@ -269,6 +275,7 @@ def _safetensors(exported: Export, path: Path) -> tuple[Any, bool, str]:
             {"channels": exported.channels, "size": exported.size, "mean": exported.mean, "std": exported.std}
         ),
     }
+    metadata["sha256"] = checksum_of_export(tensors, metadata)
     path.write_bytes(save(tensors, metadata))
     again = copy.deepcopy(exported.student)
     again.backbone.load_state_dict(load_safetensors(path))
@@ -300,6 +307,8 @@ def _onnx(exported: Export, path: Path) -> tuple[Any, bool, str]:
         )
         assert program is not None
         program.save(path)
+    content = path.read_bytes()
+    path.write_bytes(content + _onnx_checksum(content))
     model = onnx.load(path)
     onnx.checker.check_model(model)
     try:
@@ -315,14 +324,62 @@ def _onnx(exported: Export, path: Path) -> tuple[Any, bool, str]:
     )
 
 
+def _onnx_checksum(content: bytes) -> bytes:
+    """SHA-256 of a file in ONNX's format as an entry of its metadata_props, which may stand behind all else in the file."""
+    entry = b"\x0a\x06sha256\x12\x40" + hashlib.sha256(content).hexdigest().encode()
+    return b"\x72" + bytes([len(entry)]) + entry
+
+
+def check_export(path: str | os.PathLike[str]) -> None:
+    """Compare a file that `write_student` wrote with the checksum that it carries.
+
+    A `.safetensors` file has a SHA-256 in its metadata, which loading it with this library compares, too; a `.pt2` file has
+    the CRC-32 of each entry of a zip archive; an `.onnx` file has the SHA-256 of what stands before it as its last entry.
+    PyTorch and ONNX Runtime do not compare them.
+
+    Raises:
+        ExportError: when the file has changed, or carries no checksum.
+    """
+    path = Path(path)
+    without = f"{path} carries no checksum: another program wrote it, or an earlier version, or its end is missing."
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            load_file(path)
+            with safe_open(path, "pt") as file:
+                if "sha256" not in (file.metadata() or {}):
+                    raise ExportError(without)
+            return
+        content = path.read_bytes()
+        if path.suffix == ".pt2":
+            # Where the end is missing, zipfile would take an archive within the file for the whole.
+            if content.rfind(b"PK\x05\x06") != len(content) - 22:
+                raise zipfile.BadZipFile("its end is missing")
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        elif path.suffix == ".onnx":
+            length = len(_onnx_checksum(b""))
+            if content[-length:][:12] != _onnx_checksum(b"")[:12]:
+                raise ExportError(without)
+            damaged = None if content[-length:] == _onnx_checksum(content[:-length]) else "weights or graph"
+        else:
+            raise ExportError(f"{path} is no export; a name ending in {', '.join(FORMATS)} was wanted.")
+    except (CheckpointError, OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ExportError(f"{path} is not as it was written: {error}") from error
+    if damaged is not None:
+        raise ExportError(f"{path} is not as it was written: its {damaged} has changed since.")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`frskd-fast export`: see --help."""
     parser = argparse.ArgumentParser(
         prog="frskd-fast export",
         description="Write the student alone, read it back and compare its logits with the checkpoint's.",
     )
-    parser.add_argument("--checkpoint", required=True, help="a run's last.ckpt, or a state dict of another program")
-    parser.add_argument("--out", required=True, help="student.safetensors, student.pt2 or student.onnx")
+    parser.add_argument("--checkpoint", help="a run's last.ckpt, or a state dict of another program")
+    parser.add_argument("--out", help="student.safetensors, student.pt2 or student.onnx")
+    parser.add_argument("--check", metavar="FILE", help="compare an exported file with its checksum, and nothing else")
     parser.add_argument("--backbone", help="name of the network, where the checkpoint does not say")
     parser.add_argument("--num_classes", type=int, help="where the checkpoint does not say")
     parser.add_argument("--size", type=int, nargs="+", help="side, or height and width, of the images")
@@ -331,8 +388,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.size is not None and len(options.size) > 2:
         parser.error(f"--size has {len(options.size)} numbers, but a side, or height and width, were wanted.")
+    if options.check is None and None in (options.checkpoint, options.out):
+        parser.error("--checkpoint and --out are wanted, or --check alone.")
     size = None if options.size is None else (options.size[0], options.size[-1])
     try:
+        if options.check is not None:
+            check_export(options.check)
+            print(f"{options.check} is as it was written.")
+            return 0
         loaded = load_student(
             options.checkpoint,
             backbone=options.backbone,

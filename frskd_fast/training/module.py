@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from frskd_fast.mixing import rotate4
 from frskd_fast.models import create_model
-from frskd_fast.models.checkpoints import STATE, classes_in, load_file, load_weights, without_heads
+from frskd_fast.models.checkpoints import STATE, CheckpointError, classes_in, load_file, load_weights, without_heads
 from frskd_fast.models.last_linear import last_linear
 from frskd_fast.tasks import Student, Task
 
-from .class_paths import Settings, build
+from .class_paths import Settings, build, unknown_names
 from .evaluation import evaluation_for
 from .export import is_of_the_package
 from .metrics import MeanOfParts
@@ -108,6 +109,33 @@ class DistillationModule(LightningModule):
         self.evaluation_means: MeanOfParts | None = None
         # What goes into checkpoints, so that an export knows the student's input.
         self.images: dict[str, Any] = {}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, trust: bool = False, **keywords: Any) -> Self:
+        """The module in a checkpoint; arguments as Lightning's method takes them, those of the constructor by name.
+
+        Args:
+            trust: import what the settings in the file name outside of this library and of `torch.optim`. Settings that are
+                given here need no trust.
+
+        Raises:
+            CheckpointError: naming what would be imported.
+        """
+        if not trust:
+            if not isinstance(checkpoint_path, str | os.PathLike) or "://" in str(checkpoint_path):
+                raise CheckpointError(
+                    f"The checkpoint is {checkpoint_path!r}, but what it names can be looked at in a file alone; give its "
+                    "path, or trust=True."
+                )
+            settings = load_file(checkpoint_path).get("hyper_parameters") or {}
+            names = list(unknown_names({key: value for key, value in settings.items() if key not in keywords}))
+            if names:
+                raise CheckpointError(
+                    f"The checkpoint {checkpoint_path} names {' and '.join(dict.fromkeys(names))}, which runs code or is "
+                    "downloaded; give trust=True if you trust the file, or the settings that name it."
+                )
+        module: Self = super().load_from_checkpoint(checkpoint_path, *arguments, **{"weights_only": True, **keywords})
+        return module
 
     @property
     def backbone(self) -> nn.Module:

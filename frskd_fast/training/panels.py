@@ -13,6 +13,7 @@ from torch import Tensor
 from frskd_fast.functional import attention_map
 from frskd_fast.tasks import Task
 
+from .errors import Refusal
 from .evaluation import resized
 from .masks import MOST_CLASSES, palette
 from .records import EPOCHS
@@ -64,7 +65,7 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
     source = Path(folder) / EPOCHS
     if plots is None or not source.is_file():
         return None
-    _, rows = read_table(source)
+    _, rows = read_table(source, "epoch")
     if not rows:
         return None
     columns: dict[str, tuple[list[int], list[float]]] = {}
@@ -73,7 +74,10 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
             if text not in ("", None) and name not in ("epoch", "step"):
                 epochs, values = columns.setdefault(name, ([], []))
                 epochs.append(int(row["epoch"]) + 1)
-                values.append(float(text))
+                try:
+                    values.append(float(text))
+                except ValueError as error:
+                    raise Refusal(f"{source} is damaged: {name} is {text!r} in it, which is no number.") from error
     figure, (losses, scores, rate) = plots.subplots(1, 3, figsize=(16, 5), layout="constrained")
     figure.suptitle(Path(folder).resolve().name)
     for name, (epochs, values) in columns.items():
@@ -83,7 +87,7 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
             scores.plot(epochs, [100 * value for value in values], label=label, marker=marker)
         elif name.startswith("train/") or name == "validation/loss":
             losses.plot(epochs, values, label=label, linewidth=2 if name == "train/loss" else 1, marker=marker)
-    rate.plot(*columns["learning_rate"], marker="o" if len(rows) <= FEW else None)
+    rate.plot(*columns.get("learning_rate", ([], [])), marker="o" if len(rows) <= FEW else None)
     positive = all(value > 0 for name, (_, values) in columns.items() if name.startswith("train/") for value in values)
     losses.set(xlabel="epoch", ylabel="loss (parts before their weights)", yscale="log" if positive else "linear")
     miou = any(name.endswith("miou") for name in columns)

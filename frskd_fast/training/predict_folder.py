@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.decoding import errors_of, load_bytes
+from .data.decoding import errors_of, load_as
 from .data.errors import DataFileError
+from .data.listing import entries, is_image
 from .export import Export, ExportError, load_student
 from .masks import MaskFolder
 
@@ -78,7 +79,10 @@ def write_masks(
 def _listed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise PredictionError(f"--images is {folder}, which is no folder; give one that holds images.")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    try:
+        files = [Path(entry.path) for entry in entries(folder) if is_image(entry, SUFFIXES)]
+    except DataFileError as error:
+        raise PredictionError(str(error)) from error
     if not files:
         raise PredictionError(f"--images is {folder}, which holds no file that ends in {', '.join(SUFFIXES)}.")
     by_stem: dict[str, Path] = {}
@@ -96,7 +100,7 @@ def _read(file: Path, exported: Export) -> tuple[Tensor, tuple[int, int]]:
 
     try:
         with errors_of(str(file)):
-            image = load_bytes(str(file), "L" if exported.channels == 1 else "RGB")
+            image = load_as(str(file), "L" if exported.channels == 1 else "RGB")
     except DataFileError as error:
         raise PredictionError(f"{error} Nothing was written.") from error
     height, width = exported.size

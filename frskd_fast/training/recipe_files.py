@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -44,12 +46,15 @@ def recipe_text(name: str, beside: Path | None = None) -> tuple[str, Path | None
         beside: the folder of the file that names this one.
 
     Raises:
-        RecipeError: naming those with a similar spelling.
+        RecipeError: when it cannot be read, or there is none, naming those with a similar spelling.
     """
     for folder in (beside, Path()):
-        if folder is not None and (folder / name).is_file():
+        if folder is not None and os.path.isfile(folder / name):
             path = folder / name
-            return path.read_text(encoding="utf-8"), path
+            try:
+                return path.read_text(encoding="utf-8"), path
+            except (OSError, UnicodeDecodeError) as error:
+                raise RecipeError(f"The recipe {str(path)!r} cannot be read ({error}).") from error
     names, bare = recipe_names(), name.removesuffix(".yaml")
     if bare in names:
         entry = resources.files(__package__) / FOLDER / names[bare] / f"{bare}.yaml"
@@ -76,18 +81,14 @@ def recipe(name: str, beside: Path | None = None, seen: tuple[str, ...] = ()) ->
         The settings, without `base`.
 
     Raises:
-        RecipeError: on an unknown recipe, on a circle of bases, or on a file that is no mapping.
+        RecipeError: on an unknown recipe, on a circle of bases, or on a file that holds no settings.
 
     Example:
         >>> recipe("cifar100_resnet18_frskd")["task"]["init_args"]["beta"]
         100.0
     """
-    import yaml
-
     text, path = recipe_text(name, beside)
-    own = yaml.safe_load(text) or {}
-    if not isinstance(own, dict):
-        raise RecipeError(f"The recipe {name!r} holds a {type(own).__name__}, but a mapping of settings was wanted.")
+    own = settings_in(text, f"The recipe {name!r}")
     for key in NEEDED:
         # Relative to the file that says so, wherever a recipe that builds on it lies.
         if path is not None and own.get(key) is not None and (path.parent / str(own[key])).is_file():
@@ -100,6 +101,36 @@ def recipe(name: str, beside: Path | None = None, seen: tuple[str, ...] = ()) ->
             f"The recipe {name!r} is built on {base!r}, which is built on it: {' -> '.join((*seen, name))}."
         )
     return merged(recipe(str(base), None if path is None else path.parent, (*seen, name)), own)
+
+
+def settings_in(text: str, what: str) -> dict[str, Any]:
+    """The settings in a text of YAML, which are plain values: no tags, dates or sets.
+
+    Raises:
+        RecipeError: beginning with `what`, when the text holds something else.
+
+    Example:
+        >>> settings_in("trainer: {max_epochs: 3}", "The recipe")
+        {'trainer': {'max_epochs': 3}}
+    """
+    yaml = yaml_module()
+    try:
+        settings = yaml.safe_load(text) or {}
+        json.dumps(settings)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{what} cannot be read as settings in YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{what} holds a {type(settings).__name__}, but a mapping of settings was wanted.")
+    return settings
+
+
+def yaml_module() -> Any:
+    """PyYAML, which the extra `train` installs."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise RecipeError("yaml cannot be imported; pip install 'frskd_fast[train]'.") from error
+    return yaml
 
 
 def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,24 +6,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .checkpoints import Progress, find_checkpoint
 from .class_paths import PARTS
 from .errors import Refusal
-from .recipe_files import CONFIG
+from .recipe_files import CONFIG, RecipeError, settings_in
 
 # What a run that goes on must have in common with its beginning.
 KEPT = ("seed_everything", "model", "data", *PARTS)
 # Settings of the data that change how fast batches come, not which.
-HARMLESS = ("root", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size")
+HARMLESS = ("root", "verify", "workers", "pin_memory", "persistent_workers", "evaluation_batch_size")
 
 
 def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to go on with a run whose task, model, optimiser, schedule, data or seed were set differently."""
-    if not (folder / CONFIG).is_file():
+    before = settings_of(folder)
+    if before is None:
         return
-    before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
     if "task" not in before:
         raise Refusal(
             f"{folder} holds a run of an earlier version of frskd_fast, whose settings had other names. Finish it with that "
@@ -50,6 +48,33 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder, None where there are none.
+
+    Raises:
+        Refusal: when the file is damaged.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        settings = settings_in(path.read_text(encoding="utf-8"), str(path))
+        trainer = settings.get("trainer", {})
+        lengths = [trainer.get(name) for name in ("max_epochs", "max_steps")]
+    except (RecipeError, UnicodeDecodeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    if not settings or not all(isinstance(length, int | None) for length in lengths):
+        raise _damaged(path, "it lacks settings")
+    return settings
+
+
+def _damaged(path: Path, why: object) -> Refusal:
+    return Refusal(
+        f"{path}, the settings of the run there, is damaged ({why}). Mend it, or give --run_dir another folder, or --fresh to "
+        "begin anew."
+    )
+
+
 def length_matters(settings: dict[str, Any]) -> bool:
     """Whether the schedule takes its length from the trainer."""
     arguments = (settings.get("lr_scheduler") or {}).get("init_args") or {}
@@ -67,16 +92,16 @@ def finished(folder: Path) -> Progress | None:
     Raises:
         Refusal: when none of its checkpoints can be read.
     """
-    if not (folder / CONFIG).is_file():
+    settings = settings_of(folder)
+    if settings is None:
         return None
-    settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
     try:
         found = find_checkpoint(folder)
     except RuntimeError as error:
         raise Refusal(str(error)) from error
     trainer = settings.get("trainer") or {}
-    epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
-    if found is None or not is_over(found.progress, epochs, steps):
+    epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps")
+    if found is None or not is_over(found.progress, epochs, -1 if steps is None else steps):
         return None
     return found.progress
 

@@ -11,7 +11,10 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from frskd_fast.models.checkpoints import brief
+
 from .checkpoints import write_atomically
+from .errors import Refusal
 
 
 class Table:
@@ -41,7 +44,7 @@ class Table:
         self.refused = False
         kept = []
         if keep_below > 0 and path.is_file():
-            self.columns, rows = read_table(path)
+            self.columns, rows = read_table(path, position)
             kept = [row for row in rows if int(row[position]) < keep_below]
         elif path.is_file():
             path.unlink()
@@ -87,10 +90,24 @@ class Table:
         write_atomically(self.path, (",".join(self.columns) + "\n" + self._lines(rows)).encode())
 
 
-def read_table(path: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of a CSV file of a run; a torn last line is left out."""
-    text = Path(path).read_text(encoding="utf-8")
-    whole, _, _ = text.rpartition("\n")
-    reader = csv.DictReader(io.StringIO(whole))
-    rows = [row for row in reader if None not in row and None not in row.values()]
+def read_table(path: str | os.PathLike[str], position: str | None = None) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a CSV file of a run; a torn last line is left out.
+
+    Args:
+        path: the file.
+        position: name of a column that holds whole numbers.
+
+    Raises:
+        Refusal: when the file is damaged.
+    """
+    try:
+        whole, _, _ = Path(path).read_text(encoding="utf-8").rpartition("\n")
+        reader = csv.DictReader(io.StringIO(whole))
+        rows = [row for row in reader if None not in row and None not in row.values()]
+        for row in rows if position is not None else ():
+            int(row[position])
+    except (UnicodeDecodeError, csv.Error, KeyError, ValueError) as error:
+        raise Refusal(
+            f"{path} is damaged ({brief(error)}). Mend it or move it away; then the same command goes on."
+        ) from error
     return list(reader.fieldnames or []), rows

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import pickle
-import re
+import hashlib
 import tarfile
 import warnings
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import numpy.typing
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from .augmentation import PADDING_MODES
 from .base import ImageData, Part, colour_statistics, probability, whole_number
+from .cifar_pickle import unpickled
 from .errors import DataFileError, MissingDataError
 from .loader import ArrayReader
 from .subset import stratified_rows
@@ -30,7 +29,7 @@ SPLIT_SEED = 210308273  # of the images that validation_images holds out: the sa
 class _Source(NamedTuple):
     folder: str
     archive: str
-    parts: dict[str, tuple[str, ...]]
+    parts: dict[str, dict[str, str]]  # the files of each part, with their MD5 as published
     label_key: str
 
 
@@ -38,13 +37,25 @@ SOURCES = {
     10: _Source(
         "cifar-10-batches-py",
         "cifar-10-python.tar.gz",
-        {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
+        {
+            "train": {
+                "data_batch_1": "c99cafc152244af753f735de768cd75f",
+                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+                "data_batch_4": "634d18415352ddfa80567beed471001a",
+                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            },
+            "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
+        },
         "labels",
     ),
     100: _Source(
         "cifar-100-python",
         "cifar-100-python.tar.gz",
-        {"train": ("train",), "test": ("test",)},
+        {
+            "train": {"train": "16019d7e3df5f24257cddd939b257f8d"},
+            "test": {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+        },
         "fine_labels",
     ),
 }
@@ -66,11 +77,13 @@ class CIFARData(ImageData):
         label_fraction: share of the training images that is kept, with the classes in equal shares (`stratified_rows`), as
             in published few-shot figures; 1 keeps all. Needs scikit-learn.
         mean, std: of images in 0 .. 1; the paper's numbers, which it uses for both sets.
+        verify: refuse a file that has as many images as the published one but another checksum. False is for a data set of
+            one's own in this form. Files with fewer or more images are warned of in either case.
         common: as `ImageData` takes them: batch_size, seed, mixup, cutmix, ...
 
     Raises:
         MissingDataError: when files are missing: where they were looked for and what should be there.
-        DataFileError: when a file is truncated or is something else.
+        DataFileError: when a file is truncated, changed or is something else.
 
     Example:
         >>> from frskd_fast.training.data import CIFARData
@@ -92,12 +105,13 @@ class CIFARData(ImageData):
         mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465),
         std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010),
         padding_mode: str = "constant",
+        verify: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         if classes not in SOURCES:
             raise ValueError(f"classes is {classes!r}, but CIFAR has 10 or 100.")
-        self.root = str(root)
+        self.root, self.verify = str(root), bool(verify)
         self.num_classes, self.image_size, self.channels = classes, (SIDE, SIDE), 3
         self.padding, self.flip = whole_number(padding, "padding", 0), probability(flip, "flip")
         if padding_mode not in PADDING_MODES:
@@ -113,13 +127,13 @@ class CIFARData(ImageData):
     def make_reader(self, part: Part) -> ArrayReader:
         """Images and labels of one part, in memory."""
         if part == "test":
-            return ArrayReader(*read_cifar(self.root, self.num_classes, "test"))
+            return ArrayReader(*read_cifar(self.root, self.num_classes, "test", self.verify))
         if part == "validation" and not self.validation_images:
             test = self.reader("test")
             assert isinstance(test, ArrayReader)
             return test
         if self._training_arrays is None:
-            self._training_arrays = read_cifar(self.root, self.num_classes, "train")
+            self._training_arrays = read_cifar(self.root, self.num_classes, "train", self.verify)
         images, labels = self._training_arrays
         if self.validation_images >= len(images):
             raise ValueError(
@@ -136,13 +150,14 @@ class CIFARData(ImageData):
         return ArrayReader(images, labels, self.padding, self.flip, self.crop_each_view)
 
 
-def read_cifar(root: str, classes: int, part: str) -> tuple[Tensor, Tensor]:
+def read_cifar(root: str, classes: int, part: str, verify: bool = True) -> tuple[Tensor, Tensor]:
     """Images and labels of one part of CIFAR, checked.
 
     Args:
         root: as `CIFARData` takes it.
         classes: 10 or 100.
         part: "train" or "test".
+        verify: as `CIFARData` takes it.
 
     Returns:
         images uint8 (N, 3, 32, 32) and labels int64 (N,) in 0 .. classes - 1.
@@ -152,8 +167,11 @@ def read_cifar(root: str, classes: int, part: str) -> tuple[Tensor, Tensor]:
     """
     source = SOURCES[classes]
     images, labels = [], []
-    for name in source.parts[part]:
-        some_images, some_labels = _read_file(Path(root), source, name, classes)
+    for name, published in source.parts[part].items():
+        content, where = _load(Path(root), source, name)
+        some_images, some_labels = _checked(content, where, source, classes)
+        if verify and len(some_images) == IMAGES[part] // len(source.parts[part]):
+            _verify(content, where, source, published)
         images.append(some_images)
         labels.append(some_labels)
     all_images = numpy.ascontiguousarray(numpy.concatenate(images))
@@ -167,10 +185,21 @@ def read_cifar(root: str, classes: int, part: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(all_images).view(-1, 3, SIDE, SIDE), torch.from_numpy(numpy.concatenate(labels))
 
 
-def _read_file(
-    root: Path, source: _Source, name: str, classes: int
+def _verify(content: bytes, where: str, source: _Source, published: str) -> None:
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != published:
+        raise DataFileError(
+            f"{where} has as many images as the file of CIFAR's authors, but its MD5 is {found} and not {published}: it is "
+            f"damaged or was changed. Replace it with the one from {source.archive}, or pass verify=False (--data.verify "
+            "false) if it is a data set of your own."
+        )
+
+
+def _checked(
+    raw: bytes, where: str, source: _Source, classes: int
 ) -> tuple[numpy.typing.NDArray[numpy.uint8], numpy.typing.NDArray[numpy.int64]]:
-    content, where = _load(root, source, name)
+    """Images and labels in a pickle."""
+    content = _unpickled(raw, where, source)
     wanted = f"a dictionary with 'data' (N x {PIXELS} bytes) and {source.label_key!r} (N numbers below {classes})"
     advice = f"Replace it with the file of that name from {source.archive} of CIFAR's authors."
     if not isinstance(content, dict):
@@ -183,9 +212,8 @@ def _read_file(
     if not isinstance(data, numpy.ndarray) or data.dtype != numpy.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
         found = f"{data.dtype} of shape {data.shape}" if isinstance(data, numpy.ndarray) else type(data).__name__
         raise DataFileError(f"{where} has 'data' that is {found}, but {wanted} was wanted. {advice}")
-    if not isinstance(raw_labels, (list, numpy.ndarray)) or not all(
-        isinstance(label, (int, numpy.integer)) for label in raw_labels
-    ):
+    flat = isinstance(raw_labels, list) or (isinstance(raw_labels, numpy.ndarray) and raw_labels.ndim == 1)
+    if not flat or not all(isinstance(label, (int, numpy.integer)) for label in raw_labels):
         raise DataFileError(
             f"{where} has {source.label_key!r} that is no list of numbers; {wanted} was wanted. {advice}"
         )
@@ -194,19 +222,29 @@ def _read_file(
             f"{where} has {len(data)} images and {len(raw_labels)} labels, but equally many were wanted, and some. {advice}"
         )
     # Before they become numbers of 64 bits, which the file's need not fit into.
-    if min(raw_labels) < 0 or max(raw_labels) >= classes:
+    least, most = min(raw_labels), max(raw_labels)
+    if least < 0 or most >= classes:
         raise DataFileError(
-            f"{where} has labels from {min(raw_labels)} to {max(raw_labels)}, but 0 to {classes - 1} were wanted. {advice}"
+            f"{where} has labels from {_short(least)} to {_short(most)}, but 0 to {classes - 1} were wanted. {advice}"
         )
     return data, numpy.asarray(raw_labels, dtype=numpy.int64)
 
 
-def _load(root: Path, source: _Source, name: str) -> tuple[Any, str]:
-    """The content of one pickle, and how a message calls it."""
+def _short(number: int) -> str:
+    """The number, or its size where Python would not write so many digits."""
+    return str(number) if int(number).bit_length() < 128 else f"a number of {int(number).bit_length()} bits"
+
+
+def _load(root: Path, source: _Source, name: str) -> tuple[bytes, str]:
+    """One pickle, and how a message calls it."""
     for path in (root / source.folder / name, root / name if root.name == source.folder else None):
         if path is not None and path.is_file():
-            with path.open("rb") as file:
-                return _unpickle(file, str(path), source), str(path)
+            try:
+                return path.read_bytes(), str(path)
+            except OSError as error:
+                raise DataFileError(
+                    f"{path} could not be read: {error}; check the disk and the permissions."
+                ) from error
     for archive in (root, root / source.archive):
         if archive.is_file():
             return _load_from_archive(archive, source, name)
@@ -217,14 +255,14 @@ def _load(root: Path, source: _Source, name: str) -> tuple[Any, str]:
     )
 
 
-def _load_from_archive(archive: Path, source: _Source, name: str) -> tuple[Any, str]:
+def _load_from_archive(archive: Path, source: _Source, name: str) -> tuple[bytes, str]:
     where = f"{source.folder}/{name} in {archive}"
     try:
         with tarfile.open(archive) as tar:
             file = tar.extractfile(f"{source.folder}/{name}")
             if file is None:
                 raise KeyError(name)
-            return _unpickle(file, where, source), where
+            return file.read(), where
     except KeyError:
         raise MissingDataError(
             f"{archive} has no member {source.folder}/{name}; {source.archive} of CIFAR's authors was wanted."
@@ -236,82 +274,9 @@ def _load_from_archive(archive: Path, source: _Source, name: str) -> tuple[Any, 
         ) from error
 
 
-class _DType:
-    """What a pickle says of a NumPy dtype. Its state is not looked at: with one, NumPy could be led to foreign memory."""
-
-    def __init__(self, code: Any, *copy: Any) -> None:
-        self.code = code.decode("latin1") if isinstance(code, bytes) else str(code)
-
-    def __setstate__(self, state: Any) -> None:
-        self.little_endian = state[1] in ("<", "|", b"<", b"|")
-
-    little_endian = True
-
-    def checked(self) -> numpy.dtype[Any]:
-        """The dtype, of plain numbers alone."""
-        if re.fullmatch("[biuf][1248]", self.code) is None or self.code == "f1":
-            raise pickle.UnpicklingError(f"it has an array of dtype {self.code!r}, but numbers were wanted")
-        return numpy.dtype(self.code).newbyteorder("<" if self.little_endian else ">")
-
-
-class _Array:
-    """What a pickle says of a NumPy array."""
-
-    def __init__(self, content: Any = b"", dtype: Any = None, shape: Any = (), order: Any = "C") -> None:
-        self.content, self.dtype, self.shape, self.fortran = content, dtype, shape, order in ("F", b"F")
-
-    def __setstate__(self, state: Any) -> None:
-        _, self.shape, self.dtype, self.fortran, self.content = state
-
-    def made(self) -> numpy.typing.NDArray[Any]:
-        """The array, once its size is that of the bytes in the file."""
-        if not isinstance(self.dtype, _DType) or not isinstance(self.content, bytes | bytearray):
-            raise pickle.UnpicklingError("it has an array without bytes or without a dtype")
-        dtype = self.dtype.checked()
-        if dtype.itemsize * math.prod(self.shape) != len(self.content):
-            raise pickle.UnpicklingError(f"it has an array of shape {self.shape} with {len(self.content)} bytes")
-        flat = numpy.frombuffer(self.content, dtype)
-        return flat.reshape(self.shape, order="F" if self.fortran else "C")
-
-
-def _encoded(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it has a text encoded as {encoding!r}")
-    return text.encode("latin1")
-
-
-# What the files of CIFAR ask for, under its names of yesterday and today, and what they get in its place.
-STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
-    ("numpy._core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
-    ("numpy.core.numeric", "_frombuffer"): _Array,
-    ("numpy._core.numeric", "_frombuffer"): _Array,
-    ("numpy", "ndarray"): None,
-    ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): _encoded,
-    ("builtins", "bytes"): lambda: b"",
-}
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Plain values and arrays of numbers: no function or class outside of this file is ever called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        # Python 2's name of the module, where the translation of old names does not reach.
-        wanted = (module.replace("__builtin__", "builtins"), name)
-        if wanted not in STAND_INS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR needs")
-        return STAND_INS[wanted]
-
-
-def _unpickle(file: IO[bytes], where: str, source: _Source) -> Any:
+def _unpickled(raw: bytes, where: str, source: _Source) -> Any:
     try:
-        content = _RestrictedUnpickler(file, encoding="bytes").load()
-        if isinstance(content, dict):
-            content = {key: value.made() if isinstance(value, _Array) else value for key, value in content.items()}
-        return content
-    except tarfile.TarError:
-        raise
+        return unpickled(raw)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataFileError(
             f"{where} could not be read as a pickle of CIFAR ({str(error) or type(error).__name__}); it is truncated, damaged "

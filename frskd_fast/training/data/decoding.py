@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,6 +33,12 @@ def errors_of(path: str, advice: str = "") -> Iterator[None]:
         ) from error
 
 
+def check_regular(path: str) -> None:
+    """Refuse what is no file: to open a pipe waits for whoever writes into it, and a device may do anything."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise DataFileError(f"{path} is no regular file, but an image was wanted; remove it.")
+
+
 def load(path: str) -> Image:
     """The image in the mode of its file, decoded whole."""
     try:
@@ -39,14 +47,20 @@ def load(path: str) -> Image:
         raise ImportError(
             "Image files are decoded with Pillow, but it could not be imported; run `pip install pillow`."
         ) from error
+    check_regular(path)
     with open(path, "rb") as file:
         opened = PILImage.open(file)
         opened.load()
     return opened
 
 
-def load_bytes(path: str, mode: str = "RGB") -> Image:
-    """The image in a mode of one byte for each colour; deeper ones are refused, which Pillow would clip at 255."""
+def load_as(path: str, mode: str = "RGB") -> Image:
+    """The image in another mode, "RGB" or "L".
+
+    Raises:
+        DataFileError: when its values have more than 8 bits, whose range the file does not tell: Pillow would cut them off
+            at 255.
+    """
     image = load(path)
     if image.mode[0] in "IF":
         raise DataFileError(

@@ -14,7 +14,7 @@ import torch
 
 from .augmentation import draw_resized_crops, random_resized_crop, resize_and_centre_crop
 from .base import ImageData, Part, colour_statistics, probability, whole_number
-from .decoding import errors_of, load
+from .decoding import check_regular, errors_of, load_as
 from .errors import CorruptImageError, DataFileError, MissingDataError
 from .layouts import LAYOUTS, Images, Listing
 from .loader import ImageBatch, Reader, Request, draw_crops_for, keys_of
@@ -277,13 +277,12 @@ class FileReader(Reader):
 
     def _decode(self, path: str) -> Image:
         with errors_of(path, ", or pass on_corrupt='skip' to go on without such images"):
+            check_regular(path)
             if self._decode_with_torchvision and path.lower().endswith((".jpg", ".jpeg", ".png")):
                 image = _decode_with_torchvision(path)
                 if image is not None:
                     return image
-            opened = load(path)
-            # convert would copy an image that is RGB already
-            return opened if opened.mode == "RGB" else opened.convert("RGB")
+            return load_as(path)
 
 
 def torchvision_decodes(required: bool = False) -> bool:

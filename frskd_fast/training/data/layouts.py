@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import DataFileError, MissingDataError
+from .listing import SUFFIXES, DataFolders, entries, is_folder
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Images = list[tuple[str, int]]  # path from the root, with slashes, and class
@@ -178,8 +178,7 @@ LAYOUTS = {
 
 
 def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return [entry.name for entry in entries(folder) if is_folder(entry) and not entry.name.startswith(".")]
 
 
 def _images_by_class(root: Path, part: str, classes: list[str], every_class: bool = False) -> Images:
@@ -191,15 +190,14 @@ def _images_by_class(root: Path, part: str, classes: list[str], every_class: boo
         raise DataFileError(
             f"{root / part} has the folder {unknown[0]!r}, which train has not; the same classes as in train were wanted."
         )
+    folders = DataFolders(folder for folder in (root / "train", root / "val", root / "test") if folder.is_dir())
     images: Images = []
     for name in found:
         before = len(images)
-        for folder, subfolders, files in os.walk(root / part / name, followlinks=True):
-            subfolders.sort()
-            relative = os.path.relpath(folder, root).replace(os.sep, "/")
-            images += [
-                (f"{relative}/{file}", numbers[name]) for file in sorted(files) if file.lower().endswith(SUFFIXES)
-            ]
+        start = root / part / name
+        for path in folders.images_below(start):
+            below = path[len(str(start)) :].replace(os.sep, "/")
+            images.append((f"{part}/{name}{below}", numbers[name]))
         if every_class and len(images) == before:
             raise DataFileError(
                 f"{root / part / name} has no image; files that end in one of {', '.join(SUFFIXES)} were wanted, or no "

@@ -9,9 +9,9 @@ from typing import Any
 import numpy
 
 from .base import Part, whole_number
-from .decoding import errors_of, load, load_bytes
+from .decoding import errors_of, load, load_as
 from .errors import DataFileError, MissingDataError
-from .layouts import SUFFIXES
+from .listing import SUFFIXES, entries, is_image
 from .segmentation import PairReader, Pixels, SegmentationData
 
 FilePair = tuple[str, str]  # paths of image and mask
@@ -99,7 +99,7 @@ class PairFileReader(PairReader):
     def pair(self, row: int) -> tuple[Pixels, Pixels]:
         image_path, mask_path = self.name(row), self.mask_name(row)
         with errors_of(image_path):
-            pixels = numpy.asarray(load_bytes(image_path))
+            pixels = numpy.asarray(load_as(image_path))
         mask = self._mask(mask_path)
         if mask.shape != pixels.shape[:2]:
             found = [f"{width} x {height}" for height, width in (mask.shape, pixels.shape[:2])]
@@ -153,8 +153,9 @@ def _by_stem(folder: Path) -> dict[str, Path]:
             "wanted below root."
         )
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+    for entry in entries(folder):
+        path = Path(entry.path)
+        if not path.name.startswith(".") and is_image(entry):
             if path.stem in files:
                 raise DataFileError(f"{files[path.stem]} and {path} have the same name; one of them was wanted.")
             files[path.stem] = path
