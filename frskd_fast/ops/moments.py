@@ -113,7 +113,7 @@ class _Transfer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, own_mean: Tensor, own_std: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        scale = std / own_std
+        scale = reference.scale_between(own_std, std)
         ctx.save_for_backward(x, own_mean, own_std, scale)
         return _affine(x, scale, mean - own_mean * scale)
 
