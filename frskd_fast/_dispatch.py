@@ -214,6 +214,8 @@ def choose(
         for candidate in line.implementations:
             if _serves(operation, candidate) and problem(candidate, device_type, dtype) is None:
                 return candidate
+        if "cpu" in line.implementations and device_type == "cpu" and dtype in _KERNEL_DTYPES:
+            _extension.warn_of_missing_kernels()
         break
     return PLAIN
 

@@ -87,7 +87,24 @@ def test_installed_wheel_works_without_compiled_kernels(pure_wheel: tuple[Path, 
     done = _run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "'logits': 'reference'" in done.stdout
-    assert "impl='cpu' was asked for, but the compiled library _C was not built: install a C++ compiler" in done.stdout
+    assert (
+        "impl='cpu' was asked for, but the compiled library _C was not built: no C++ compiler was found" in done.stdout
+    )
+    (warning,) = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    assert "its kernels were not built: no C++ compiler was found" in warning
+    told = _run(sys.executable, "-m", "frskd_fast.env_report", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "implementation cpu: not available: the compiled library _C was not built: no C++ compiler" in told.stdout
+
+
+def test_a_build_that_was_asked_for_no_kernels_says_so_and_gives_no_warning(tmp_path: Path) -> None:
+    source = _source(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    assert _run(*command, cwd=source, FRSKD_FAST_BUILD="none").returncode == 0
+    program = "import torch, frskd_fast.env_report as e; print(e.report()); z = torch.zeros(2, 3)\n"
+    program += "frskd_fast = e.frskd_fast; frskd_fast.functional.kd_loss(z, z)"
+    done = _run(sys.executable, "-W", "error", "-c", program, cwd=tmp_path, PYTHONPATH=str(source))
+    assert done.returncode == 0, done.stderr
+    assert "the compiled library _C was not built: FRSKD_FAST_BUILD=none asked for that; then run" in done.stdout
 
 
 @pytest.mark.parametrize(

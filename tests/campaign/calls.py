@@ -165,9 +165,22 @@ def terms(call: Call, name: str) -> float:
         return float(max(temperature, 1.0) ** 2) if known else 0.125
     path = name.removeprefix("gradient of ")
     inputs = dict(leaf for key, value in call.arguments.items() for leaf in leaves(value, key))
-    values = inputs[path].double() if path in inputs else torch.ones(1)
-    usual = float(values.nan_to_num(0.0, 0.0, 0.0).abs().mean()) if values.numel() else 1.0
-    return 4 * temperature / max(usual, 1.0)
+    values = inputs[path].double().nan_to_num(0.0, 0.0, 0.0) if path in inputs else torch.ones(1)
+    lengths = torch.linalg.vector_norm(values.reshape(len(values), -1) if values.numel() else torch.ones(1, 1), dim=1)
+    return 4 * temperature / max(float(lengths.min()), 0.01)
+
+
+def _scatter(call: Call, name: str, implementation: str, found: Results) -> float:
+    """How far a result moves, as computed in the dtype of the call, where inputs move by a rounding step."""
+    moved = (evaluate(call, implementation, None, noise) for noise in range(4))
+    return max(numerics.largest_error(one.get(name, found[name]), found[name]) for one in moved)
+
+
+def _ranks(call: Call) -> bool:
+    """Whether a share of the rows is kept, those of best rank."""
+    return any(
+        name.endswith("ratio") for name in (*call.arguments, *(vars(call.loss) if call.loss is not None else ()))
+    )
 
 
 def near_limit(call: Call) -> bool:
@@ -200,16 +213,23 @@ def check(call: Call, implementation: str, more: int) -> str:
         except Refused:
             return "refused"
         raise Finding(f"It refuses what the reference computes: {refusal}") from refusal
-    if call.freed:
-        raise Finding("It computes with memory that was given back.")
     try:
         plain = evaluate(call, "reference")
     except Refused as refusal:
+        if call.freed:
+            raise Finding("It computes with memory that was given back, which plain PyTorch refuses.") from refusal
         raise Finding(f"It computes what the reference refuses: {refusal}") from refusal
+    if call.freed:
+        return "result"  # what is not a kernel of ours is PyTorch's, which does not look in all of its own
     truth = evaluate(call, "reference", torch.float64)
     moved = [evaluate(call, "reference", torch.float64, noise) for noise in (1, 2)]
-    if ours.keys() != truth.keys():
-        raise Finding(f"It returns {sorted(ours)}, the reference {sorted(truth)}.")
+    for name in {*ours, *truth}:
+        if not name.startswith("gradient") and not (name in ours and name in truth):
+            raise Finding(f"It returns {sorted(ours)}, the reference {sorted(truth)}.")
+        for results in (ours, plain, truth, *moved):  # no gradient is one of zeros
+            other = ours.get(name, truth.get(name))
+            assert other is not None
+            results.setdefault(name, torch.zeros_like(other, dtype=torch.float64 if results is truth else None))
     limit = near_limit(call)
     if limit and any(one.dtype == torch.float64 for one in ours.values()):
         return "result"  # float64 is no truth there
@@ -222,7 +242,15 @@ def check(call: Call, implementation: str, more: int) -> str:
         reach = [(other[name] - truth[name]).double().nan_to_num(0.0, 0.0, 0.0).abs() for other in moved]
         scale = max((float(one.max()) for one in reach if one.numel()), default=0.0) / ROUNDING
         scale = max(scale, terms(call, name))
-        compare(name, value, plain[name], truth[name], scale, loud, limit)
+        try:
+            compare(name, value, plain[name], truth[name], scale, loud, limit)
+        except Finding:
+            # A rank among equal scores may fall either way.
+            scatter = _scatter(call, name, "reference", plain)
+            if _ranks(call):
+                scatter = max(scatter, _scatter(call, name, implementation, ours))
+            if numerics.largest_error(value, truth[name]) > 2 * scatter:
+                raise
     for (path, one), before in zip(tensors, copies, strict=True):
         if not _same(one, before):
             raise Finding(f"{path} was written to.")

@@ -12,6 +12,7 @@ import doctest
 import functools
 import inspect
 import io
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ from frskd_fast.reference.dtypes import accumulate_dtype
 
 # What is changed; each has random numbers of its own, so that a finding can be repeated without some of them.
 CHANGES = ("sizes", "dtypes", "options", "values", "layouts", "freed")
+
+LARGEST = 2**18  # elements of a tensor whose size is drawn
 
 
 class _Caught(BaseException):
@@ -213,13 +216,17 @@ def drawn(source: str, seed: int, without: tuple[str, ...] = ()) -> Call | None:
     wide = [leaf for _, leaf in leaves(arguments, "") if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     generator = torch.Generator().manual_seed(seed)
     sizes = _sizes(arguments, hostile["sizes"]) if wanted("sizes", 0.7) else {}
+    largest = max((math.prod(_resized_shape(one, sizes)) for one in wide), default=0)
+    sizes = sizes if largest <= LARGEST else {}
     change_dtype, change_values = wanted("dtypes", 0.5), wanted("values", 0.45)
     dtype = hostile["dtypes"].random.choice([torch.float32, torch.bfloat16, torch.float16, torch.float64])
     before = wide[0].dtype if wide else torch.float32
 
     def resized(path: str, value: Any) -> Any:
         if isinstance(value, nn.BatchNorm2d):
-            return nn.BatchNorm2d(sizes[1, value.num_features]) if (1, value.num_features) in sizes else value
+            count = value.num_features
+            module = nn.BatchNorm2d(sizes[1, count]) if (1, count) in sizes else copy.deepcopy(value)
+            return module.to(accumulate_dtype(dtype if change_dtype else before))
         if type(value) is int and path.startswith("size["):
             return sizes.get((2, value), value)
         if not isinstance(value, Tensor):
