@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import itertools
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -139,6 +144,24 @@ def test_source_distribution_holds_everything_a_build_needs(tmp_path: Path) -> N
     }
     assert wanted <= held, sorted(wanted - held)
     assert "pyproject.toml" in held and "setup.py" in held
+
+
+def test_everything_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    declared = {re.split(r"[^\w.-]", entry)[0].lower().replace("_", "-") for entry in listed}
+    imported: dict[str, str] = {}
+    for file in [*(ROOT / "frskd_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            imported |= {name.split(".")[0]: file.name for name in names}
+    distributions = importlib.metadata.packages_distributions()
+    for name, file in imported.items():
+        candidates = {one.lower().replace("_", "-") for one in distributions.get(name, ())}
+        if candidates and name != "frskd_fast":
+            assert candidates & declared, f"{file} imports {name}, which no list of pyproject.toml has"
+    assert {"yaml", "torch", "numpy"} <= imported.keys()
 
 
 def test_kernels_is_never_a_top_level_package(tmp_path: Path) -> None:
