@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +69,20 @@ def test_a_fault_is_found(fault: object, words: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(functional, "kd_loss", wrong)
     with pytest.raises(calls.Finding, match=words):
         calls.check(call, "cpu", 0)
+
+
+def test_a_killed_run_of_a_recipe_ends_as_one_that_nobody_killed(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    pytest.importorskip("jsonargparse")
+    pytest.importorskip("sklearn")
+    from campaign import kills
+
+    from frskd_fast.training.recipe_files import recipe_names
+
+    names = kills.recipes()
+    assert {recipe_names()[name] for name in names} == set(recipe_names().values()), "a method without such a recipe"
+    outcome = kills.trial(2, "digits_ffl", tmp_path)
+    assert not outcome.finding
+    table = tmp_path / "killed-2" / "steps.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("1", "2"), encoding="utf-8")
+    assert list(kills.differences(tmp_path / "whole-2", tmp_path / "killed-2")) == ["steps.csv"]
