@@ -34,8 +34,12 @@ DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0+PTX"
-# For the second compilation of csrc/cpu/*_kernels.cpp; csrc/cpu/instruction_set.h says how one is chosen.
-AVX2_FLAGS = ["-DFRSKD_AVX2", "-mavx2", "-mfma", "-mf16c"]
+# For further compilations of csrc/cpu/*_kernels.cpp; csrc/cpu/instruction_set.h says how one is chosen.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+X86_VARIANTS = {
+    "_avx2": ["-DFRSKD_AVX2", *AVX2_FLAGS],
+    "_avx512": ["-DFRSKD_AVX512", *AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
 
 
 class CannotBuild(Exception):
@@ -133,17 +137,23 @@ def host_flags(torch: Torch) -> list[str]:
     return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
+def has_wide_kernels(source: Path) -> bool:
+    call = source.with_name(source.name.replace("_kernels.cpp", "_call.h"))
+    return "FRSKD_DECLARE_WIDE_KERNELS" in call.read_text()
+
+
 def cpu_steps(torch: Torch, folder: Path) -> list[Step]:
     compiler = find_compiler()
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     command = [*compiler, *host_flags(torch), "-c"]
     target = output_of([*compiler, "-dumpmachine"])
-    variants = {"": []} | ({"_avx2": AVX2_FLAGS} if target.startswith(("x86_64", "amd64")) else {})
+    variants = {"": []} | (X86_VARIANTS if target.startswith(("x86_64", "amd64")) else {})
     kernels = [s for s in sources if s.stem.endswith("_kernels")]
     steps = [
         Step(s, folder / f"cpu_{s.stem}{name}.o", [*command, *flags, str(s)])
         for s in kernels
         for name, flags in variants.items()
+        if name != "_avx512" or has_wide_kernels(s)
     ]
     return steps + [Step(s, folder / f"cpu_{s.stem}.o", [*command, str(s)]) for s in sources if s not in kernels]
 

@@ -31,10 +31,16 @@ class Step(NamedTuple):
     plain: dict[str, Callable[..., Tensor]]  # rows that compute something else, for comparison
     operations: tuple[str, ...]
     cached: bool = False  # whether there is a teacher whose outputs can be kept
+    # (batch, small) -> images and targets; None for digit images and their classes
+    data: Callable[[int, bool], tuple[Tensor, Tensor]] | None = None
+    more: tuple[str, ...] = ()  # further rows of ours, but those that name the layout of the case
 
 
 def ours(step: Step, layout: str, name: str) -> Callable[..., Tensor]:
-    """The task, with every operation by the implementation that `name` begins with; also the plain rows."""
+    """The task, with every operation by the implementation that `name` begins with; also the plain rows.
+
+    "compiled", "channels_last" and "teacher cached" behind it say how the task is used.
+    """
     import frskd_fast
     from frskd_fast import mixing
 
@@ -46,7 +52,7 @@ def ours(step: Step, layout: str, name: str) -> Callable[..., Tensor]:
     def run(images: Tensor, targets: Tensor, **networks: nn.Module) -> Tensor:
         with frskd_fast.use_impl(implementation), half_precision(images):
             if not built or built[0] != networks:  # once for as long as they come
-                task = step.task(images, layout == "channels_last", **networks)
+                task = step.task(images, "channels_last" in (layout, *form), **networks)
                 if "compiled" in form:
                     task.compile()
                 built[:] = [networks, task, None]
@@ -63,13 +69,15 @@ def ours(step: Step, layout: str, name: str) -> Callable[..., Tensor]:
 
 
 def operands(step: Step, batch: int) -> Operands:
-    """A batch of digit images, and the networks."""
-    images, targets, _ = inputs.digit_images(batch)
+    """A batch, and the networks."""
+    images, targets = step.data(batch, False) if step.data else inputs.digit_images(batch)[:2]
     return with_networks(step, images, targets, small=False)
 
 
 def tiny(step: Step) -> Operands:
-    """Two small images of noise, and small networks."""
+    """Two small images of noise or small data of the step's own, and small networks."""
+    if step.data:
+        return with_networks(step, *step.data(2, True), small=True)
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(inputs.SEED))
     return with_networks(step, noise, torch.arange(2), small=True)
 
@@ -101,7 +109,12 @@ def cases(step: Step, selection: Selection) -> Iterator[Case]:
                 chain=True,
                 compiles=selection.compiles_network(dtype, layout),
                 operations=step.operations,
-                more=(*step.plain, *([CACHED] if step.cached else []), COMPILED),
+                more=(
+                    *step.plain,
+                    *([CACHED] if step.cached else []),
+                    *(row for row in step.more if layout not in row),
+                    COMPILED,
+                ),
                 images=batch,
             )
 

@@ -17,6 +17,7 @@ CLASS_TEMPERATURE, SIMILARITY_TEMPERATURE = 4.0, 0.5
 SIMILARITY_RATIO = 0.75
 FFL_TEMPERATURE, FFL_OFFSET = 3.0, 1e-7
 COLLABORATIVE_BETA, COLLABORATIVE_GAMMA = 1e3, 0.03
+SEGMENTATION_ALPHA, SEGMENTATION_BETA, SEGMENTATION_TEMPERATURE, IGNORED = 1.0, 50.0, 1.0, 255
 
 
 def rotated(images: Tensor) -> Tensor:
@@ -180,3 +181,25 @@ def collaborative(
     hint = ((detached - student_logits) * (detached - student_logits)).sum() / len(targets)
     ce = F.cross_entropy(scratch_logits, targets) + F.cross_entropy(student_logits, targets)
     return COLLABORATIVE_BETA * attention + ce + COLLABORATIVE_GAMMA * hint
+
+
+def segmentation(student_maps: Tensor, teacher_maps: Tensor, targets: Tensor) -> Tensor:
+    """Two cross-entropies and the divergence over all pixels, of maps that are brought to the masks' size first."""
+    student, teacher = (
+        F.interpolate(maps, targets.shape[1:], mode="bilinear", align_corners=False)
+        for maps in (student_maps, teacher_maps)
+    )
+    ce = F.cross_entropy(student, targets, ignore_index=IGNORED) + F.cross_entropy(
+        teacher, targets, ignore_index=IGNORED
+    )
+    log_p = F.log_softmax(student / SEGMENTATION_TEMPERATURE, dim=1)
+    p_teacher = F.softmax(teacher.detach() / SEGMENTATION_TEMPERATURE, dim=1)
+    kd = F.kl_div(log_p, p_teacher, reduction="sum") * SEGMENTATION_TEMPERATURE**2 / targets.numel()
+    return ce + SEGMENTATION_ALPHA * kd
+
+
+def segmentation_attention(student_feats: Sequence[Tensor], teacher_feats: Sequence[Tensor]) -> Tensor:
+    """The attention terms of all levels, which the student learns."""
+    pairs = zip(student_feats, teacher_feats, strict=True)
+    terms = [(attention_map(student) - attention_map(teacher.detach())).pow(2).mean() for student, teacher in pairs]
+    return SEGMENTATION_BETA * torch.stack(terms).sum()

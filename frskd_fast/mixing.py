@@ -187,7 +187,7 @@ def joint_labels(targets: Any, ignore_index: int = -100) -> Any:
             "(N, K) were wanted."
         )
     labels = targets.long().unsqueeze(1)
-    return (4 * labels + rotations).where(labels != ignore_index, IGNORED).flatten()
+    return torch.add(rotations, labels, alpha=4).masked_fill_(labels == ignore_index, IGNORED).flatten()
 
 
 def _checked_images(images: Any) -> None:

@@ -49,10 +49,24 @@ def chunks(count: int) -> Iterator[slice]:
     return (slice(begin, min(begin + MAX_LEVELS, count)) for begin in range(0, count, MAX_LEVELS))
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, num_warps: int, **constants: Any) -> None:
-    """Run ``programs`` instances of ``kernel`` on the current stream of ``device``; nothing when there are none."""
+def launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    *arguments: Any,
+    num_warps: int,
+    maxnreg: int | None = None,
+    **constants: Any,
+) -> None:
+    """Run ``programs`` instances of ``kernel`` on the current stream of ``device``; nothing when there are none.
+
+    ``maxnreg`` is the most registers of a thread on NVIDIA's GPUs: fewer let more programs run at once. Without it the
+    assembler weighs that against spilled registers by itself.
+    """
     if programs == 0:
         return
+    if torch.version.hip is None:
+        constants["maxnreg"] = maxnreg
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*arguments, num_warps=num_warps, **constants)
 

@@ -59,7 +59,7 @@ def _num_warps(rows: int, classes: int, single: bool) -> int:
     return 8 if single else 16
 
 
-def _plain_power(temperature: float) -> int:
+def plain_power(temperature: float) -> int:
     """exp(z) = exp(z / T)^T takes no exponential of its own for these temperatures; 0 for the others."""
     return int(temperature) if temperature in (1.0, 2.0, 4.0) else 0
 
@@ -157,7 +157,7 @@ def forward(heads: Heads, settings: Settings) -> Saved:
             losses[:, begin:] if begin else losses, statistics[:, begin:] if begin else statistics,
             tail(inverse_valid, part.start), partials, rows, *settings,
             HAS_TEACHER=bool(heads.teachers), LABELS=here.labels, SMOOTH=settings.label_smoothing != 0.0,
-            POWER=_plain_power(settings.temperature), COUNT_HERE=count_here, COUNT_BLOCK=_COUNT_STEP, ACCUMULATE=accumulate,
+            POWER=plain_power(settings.temperature), COUNT_HERE=count_here, COUNT_BLOCK=_COUNT_STEP, ACCUMULATE=accumulate,
             **constants,
         )  # fmt: skip
         if not count_here:
@@ -207,7 +207,7 @@ def backward(upstream: Upstream, heads: Heads, settings: Settings, saved: Saved,
             ),
             tail(saved.inverse_valid, part.start), statistics.shape[1], *settings,
             LABELS=here.labels, SMOOTH=settings.label_smoothing != 0.0,
-            POWER=_plain_power(settings.temperature), HAS_INVERSE_VALID=upstream.mean,
+            POWER=plain_power(settings.temperature), HAS_INVERSE_VALID=upstream.mean,
             NEED_STUDENT=wanted.student, NEED_TEACHER=wanted.teacher,
             CE_STUDENT=wanted.student and has_ce_student, CE_TEACHER=wanted.teacher and has_ce_teacher,
             KD_STUDENT=wanted.student and has_kd,

@@ -2,13 +2,14 @@
 
     python scripts/evidence.py                     train what is missing below runs/evidence, then write table and plot
     python scripts/evidence.py --study teachers    the same for the methods with a trained teacher, below runs/evidence-teachers
+    python scripts/evidence.py --study segmentation   FRSKD beside cross-entropy on the digit scenes
     python scripts/evidence.py --only-report       write them from the runs that are there
     python scripts/evidence.py --check             fail where docs/evidence.md is not what its result files give
 
 Every run is `frskd-fast fit --config RECIPE` in a process of its own, with the overrides that the table names; a run that
 was interrupted goes on. All methods of a study share student, labelled images of a seed, optimiser and form of schedule;
 batches, augmentation and number of epochs are those of each recipe. A run that a recipe needs, such as a teacher, is
-trained once, for all seeds, before and in a process of its own. Accuracies are those of the student alone on the test
+trained once, for all seeds, before and in a process of its own. Accuracies and mIoU are those of the student alone on the test
 images after the last epoch, never of the best. What the logs say is kept in bench/results.
 """
 
@@ -71,13 +72,20 @@ STUDIES = {
         "collaborative": Variant("CollaborativeTeaching", recipe="digits_collaborative"),
         "adain": Variant("AdaIN-KD", recipe="digits_adain"),
     },
+    "segmentation": {
+        "ce": Variant("cross-entropy", recipe="digit_scenes_plain"),
+        "frskd": Variant("FRSKD", recipe="digit_scenes_frskd"),
+    },
 }
+# What is compared, by its name in the logs and in words.
+SCORES = {"segmentation": ("miou", "mIoU")}
+ACCURACY = "accuracy", "accuracy"
 
 
 class Run(NamedTuple):
     """What the logs of one run say."""
 
-    accuracy: float  # percent
+    accuracy: float  # percent; of the study's score, mIoU for example
     curve: list[tuple[int, float]]  # (epochs done, percent)
     seconds: float  # of training, all epochs together
     peak: int  # bytes of the process at its largest
@@ -162,14 +170,12 @@ def read(folder: Path) -> Run | None:
 
 
 def read_epochs(file: Path) -> tuple[list[tuple[int, float]], list[float]]:
-    """(epochs done, accuracy in percent) where it was measured, and the seconds of every epoch."""
+    """(epochs done, score in percent) where it was measured, and the seconds of every epoch."""
     with open(file, encoding="utf-8", newline="") as table:
         rows = list(csv.DictReader(table))
-    curve = [
-        (int(row["epoch"]) + 1, 100 * float(row["validation/accuracy"]))
-        for row in rows
-        if row.get("validation/accuracy")
-    ]
+    names = [f"validation/{name}" for name, _ in (*SCORES.values(), ACCURACY)]
+    scores = [(int(row["epoch"]) + 1, row[name]) for row in rows for name in names if row.get(name)]
+    curve = [(epochs, 100 * float(score)) for epochs, score in scores]
     return curve, [float(row["seconds"]) for row in rows]
 
 
@@ -265,6 +271,11 @@ def lengths_of(document: Document) -> list[int]:
     return sorted({run["epochs"] for runs in document["runs"].values() for run in runs.values()})
 
 
+def score_of(document: Document) -> str:
+    """What the study compares, in words."""
+    return SCORES.get(document["study"], ACCURACY)[1]
+
+
 def plot_of(document: Document) -> Path:
     """The file of the plot."""
     return DOCUMENT.with_name(f"{name_of(document)}.png")
@@ -277,10 +288,10 @@ def by_seed(document: Document, variant: str) -> dict[int, Run]:
 
 def report(document: Document) -> str:
     """The table as Markdown, a verdict for each method, and how it was made."""
-    variants = STUDIES[document["study"]]
+    variants, score = STUDIES[document["study"]], score_of(document)
     baseline = by_seed(document, BASELINE)
     lines = [
-        "| method | seeds | test accuracy, % (mean ± deviation) | minus cross-entropy (95 % interval, paired) | epochs | "
+        f"| method | seeds | test {score}, % (mean ± deviation) | minus cross-entropy (95 % interval, paired) | epochs | "
         "training, s | peak memory, MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -320,7 +331,7 @@ def report(document: Document) -> str:
             "included: the smallest peak over the seeds, because the process of a first seed may have trained a teacher "
             f"before. {'; '.join(commands)}.",
             "",
-            f"![Test accuracy against epochs: mean over the seeds, and their range]({plot_of(document).name})",
+            f"![Test {score} against epochs: mean over the seeds, and their range]({plot_of(document).name})",
         ]
     )
 
@@ -349,7 +360,7 @@ def plot(document: Document) -> None:
         )
         lowest, highest = [min(column) for column in columns], [max(column) for column in columns]
         axes.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.12)
-    axes.set(xlabel="epoch", ylabel="test accuracy of the student, % (mean, range over seeds)")
+    axes.set(xlabel="epoch", ylabel=f"test {score_of(document)} of the student, % (mean, range over seeds)")
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(plot_of(document), dpi=110)
     pyplot.close(figure)

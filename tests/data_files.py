@@ -236,3 +236,25 @@ def write_stl10(folder: Path, images: int = 12) -> Path:
         pixels.astype("uint8").transpose(0, 3, 2, 1).tofile(below / f"{part}_X.bin")
         (labels + 1).astype("uint8").tofile(below / f"{part}_y.bin")
     return folder
+
+
+def write_voc(root: Path, images: int = 3) -> Path:
+    """VOC 2007 and 2012 as their archives unpack, with a few images and masks each."""
+    from PIL import Image
+
+    for year, lists in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
+        folder = root / "VOCdevkit" / f"VOC{year}"
+        for name in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
+            (folder / name).mkdir(parents=True)
+        for part in lists:
+            names = [f"{part}_{number}" for number in range(images)]
+            (folder / "ImageSets" / "Segmentation" / f"{part}.txt").write_text(
+                "\n".join(names) + "\n", encoding="utf-8"
+            )
+            for number, name in enumerate(names):
+                write_image(folder / "JPEGImages" / f"{name}.jpg", number, number, (50, 40))
+                mask = Image.new("P", (50, 40), number)
+                mask.paste(255, (0, 0, 50, 2))
+                mask.putpalette(list(range(256)) * 3)
+                mask.save(folder / "SegmentationClass" / f"{name}.png")
+    return root

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_utils import golden_settings, load_golden
-from numerics import assert_close
+from problems import Problem, problems
+from problems.channel_moments import GRID
 from torch import Tensor
 
 from frskd_fast import functional
 from frskd_fast.functional import adain, channel_moments
 from frskd_fast.losses import AdaINLoss
-from frskd_fast.ops import moments as operation
 
 IMPLS = ["reference", "cpu"]
 CASES = {"adainkd_unbiased": True, "adainkd_biased": False}
@@ -92,58 +92,47 @@ def test_stored_losses_and_gradients(case: str, impl: str) -> None:
     torch.testing.assert_close(criterion(logits, *known, *given[3:]), golden["loss"], rtol=1e-9, atol=0)
 
 
-def layouts(x: Tensor) -> dict[str, Tensor]:
-    wide = x.repeat_interleave(2, 0).repeat_interleave(2, 1)
-    return {
-        "contiguous": x,
-        "channels_last": x.contiguous(memory_format=torch.channels_last),
-        "slice": wide[::2, ::2],
-        "slice of channels_last": wide.contiguous(memory_format=torch.channels_last)[::2, : x.shape[1]],
-        "expanded": x[:1].expand(x.shape),
-        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
-    }
+@pytest.mark.parametrize("problem", problems("channel_moments"), ids=lambda problem: problem.name)
+def test_problem(problem: Problem) -> None:
+    """The kernels; plain PyTorch is what they are compared with."""
+    problem.run("cpu", "cpu")
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(layout: torch.memory_format) -> None:
+    style, content = (torch.randn(7, 130, 9, 9).to(memory_format=layout).requires_grad_() for _ in range(2))
+
+    def results(threads: int) -> list[Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = moved(content, style, impl="cpu")
+            return [out, *torch.autograd.grad(out.square().sum(), (content, style))]
+        finally:
+            torch.set_num_threads(before)
+
+    for one, three in zip(results(1), results(3), strict=True):
+        assert torch.equal(one, three)
 
 
-def check_values_and_gradients(layout: str, dtype: torch.dtype, impl: str, device: str = "cpu") -> None:
-    """Maps of two sizes, gradients to the content too, beside plain PyTorch and float64."""
-    style = layouts((5.0 + 2.0 * torch.randn(5, 6, 4, 3)).to(device, dtype))[layout]
-    content = layouts(torch.randn(5, 6, 5, 4).to(device, dtype))[layout]
-    upstream = torch.randn(content.shape).to(device, dtype)
-    grad_style = [torch.randn(5, 6).to(device) for _ in range(2)]
-    results = {}
-    for label, wanted in (("ours", dtype), ("plain", dtype), ("truth", torch.float64)):
-        x, y = (tensor.detach().to(wanted).requires_grad_() for tensor in (style, content))
-        name = impl if label == "ours" else "reference"
-        mean, std = channel_moments(x, impl=name)
-        out = adain(y, mean, std, impl=name)
-        scalar = (out * upstream).sum() + sum((m * g).sum() for m, g in zip((mean, std), grad_style, strict=True))
-        results[label] = [mean, std, out, *torch.autograd.grad(scalar, (x, y))]
-    for name, *values in zip(("mean", "std", "out", "dstyle", "dcontent"), *results.values(), strict=True):
-        assert_close(*values, f"{name} of {layout}", scale=5.0)
-    out = results["ours"][2]
-    assert out.dtype == dtype and results["ours"][0].dtype == (dtype if dtype == torch.float64 else torch.float32)
-    if layout in ("contiguous", "channels_last", "transposed"):
-        assert out.stride() == content.stride() and results["ours"][3].stride() == style.stride()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", layouts(torch.zeros(2, 2, 2, 2)))
-def test_values_and_gradients_in_every_dtype_and_layout(
-    layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(operation, "BLOCK", 256)  # several blocks
-    check_values_and_gradients(layout, dtype, "cpu")
+def test_operators_pass_opcheck() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    numbers = [torch.randn(2, 3) for _ in range(3)]
+    operators = torch.ops.frskd_fast
+    for operator, arguments in (
+        (operators.channel_moments_forward, (x, None, None, 1e-5, True)),
+        (operators.channel_moments_forward, (x, *numbers[:2], 1e-5, False)),
+        (operators.channel_moments_affine, (x, *numbers)),
+        (operators.channel_moments_sums, (x, x, numbers[0])),
+    ):
+        torch.library.opcheck(operator.default, (*arguments, "cpu"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", layouts(torch.zeros(2, 2, 2, 2)))
-def test_values_and_gradients_on_a_device(layout: str, dtype: torch.dtype) -> None:
-    """Where they are taken at once, by the plain operations and the gradients of this operation."""
-    check_values_and_gradients(layout, dtype, "auto", "cuda")
+@pytest.mark.parametrize("problem", GRID, ids=lambda problem: problem.name)
+def test_problems_on_a_device(problem: Problem) -> None:
+    """Where the plain operations and the gradients of this operation run."""
+    problem.run("auto", "cuda")
 
 
 def test_written_gradients_are_those_of_the_function() -> None:

@@ -31,7 +31,19 @@ from bench import (  # noqa: E402
 )
 from bench.call import Call, map_tensors, place, tensors_in  # noqa: E402
 from bench.case import DTYPES, Case, Operands, Selection  # noqa: E402
-from bench.cases import SUITES, attention, cases_of, fusion, in_order, logits, loss, methods, self_teacher, step  # noqa: E402
+from bench.cases import (  # noqa: E402
+    SUITES,
+    attention,
+    cases_of,
+    fusion,
+    in_order,
+    logit_maps,
+    logits,
+    loss,
+    methods,
+    self_teacher,
+    step,
+)
 from bench.method_step import Step  # noqa: E402
 
 LOSS_SUITES = ("attention", "logits", "loss", "methods")
@@ -160,6 +172,15 @@ def test_originals_of_methods_are_the_objectives_of_the_library(objective: metho
     case = next(case for case in methods.loss_cases(Selection(dtypes=("fp32",))) if case.shape == shape)
     check_original(case)
     assert correctness.agrees_in_float64(case, case.ours("reference"), "cpu")
+
+
+def test_the_original_of_class_maps_is_the_function_of_the_library() -> None:
+    case = logit_maps.cases(Selection(dtypes=("fp32",), layouts=("channels_last",)))[0]
+    check_original(case)
+    *maps, targets = tensors(case.tiny())
+    assert logit_maps.bytes_moved(*logit_maps.TINY, "fp32") == 2 * sum(one.nbytes for one in maps) + targets.nbytes
+    rows = run_tiny(dataclasses.replace(case, operands=case.tiny), "eager", "auto")
+    assert all(row.status == "ok" and row.ms is not None for row in rows.values()), rows
 
 
 def test_the_transfer_of_adain_is_measured_by_itself() -> None:

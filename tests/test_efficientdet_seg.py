@@ -10,9 +10,10 @@ from golden_utils import fill_parameters, golden_settings, load_golden, state_di
 from torch import Tensor
 from torch.nn import functional as F
 
-from frskd_fast.models import EfficientDetSeg, create_model
+from frskd_fast.models import EfficientDetSeg, adapt_backbone, create_model
 from frskd_fast.models.efficientdet_seg import BiFPNSeg
-from frskd_fast.models.efficientnet import FixedPaddingConv2d
+from frskd_fast.models.fixed_padding import FixedPaddingConv2d
+from frskd_fast.tasks import FRSKDTask
 
 PARAMETERS = (4_327_590, 7_127_946, 8_592_940)
 # Left and right padding of the five convolutions that halve the map.
@@ -211,3 +212,12 @@ def test_images_it_cannot_take(images: Tensor, message: str) -> None:
 def test_an_unknown_compound(compound: object) -> None:
     with pytest.raises(ValueError, match=r"compound is .*, but 0, 1 or 2 was wanted"):
         EfficientDetSeg(compound)  # type: ignore[arg-type]
+
+
+def test_what_makes_networks_knows_it() -> None:
+    with torch.device("meta"):
+        network = create_model("frskd_fast.models.EfficientDetSeg", 5, compound=1)
+    assert type(network) is EfficientDetSeg and network.num_classes == 5 and network.compound == 1
+    for use in (adapt_backbone, FRSKDTask):
+        with pytest.raises(TypeError, match=r"is a segmentation network, but one with logits .* FRSKDSegmentationTask"):
+            use(network)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from frskd_fast.models import CheckpointError, EfficientDetSeg, create_model, load_backbone_weights
+from frskd_fast.models.checkpoints import classes_in
 
 State = dict[str, Tensor]
 
@@ -85,6 +86,10 @@ def test_the_backbone_comes_from_the_file_and_the_rest_stays(form: int, wrapping
     for name, value in target.state_dict().items():
         from_file = name.startswith("layer") and (form or "num_batches_tracked" not in name)
         assert torch.equal(value, (source.state_dict() if from_file else before)[name]), name
+
+
+def test_a_file_of_the_backbone_says_nothing_of_classes() -> None:
+    assert classes_in(file_of(network(), 1), network()) is None
 
 
 def test_a_whole_network_loads_as_ever(tmp_path: Path) -> None:

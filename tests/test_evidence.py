@@ -30,11 +30,11 @@ def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def log_run(folder: Path, accuracies: list[float], peak: int = 7_000_000) -> None:
-    """What a finished run leaves; accuracy is measured every second epoch."""
+def log_run(folder: Path, accuracies: list[float], peak: int = 7_000_000, score: str = "accuracy") -> None:
+    """What a finished run leaves; its score is measured every second epoch."""
     folder.mkdir(parents=True)
     rows = [f"{epoch},{0.25},{value if epoch % 2 else ''}" for epoch, value in enumerate(accuracies)]
-    (folder / "epochs.csv").write_text("\n".join(["epoch,seconds,validation/accuracy", *rows]) + "\n", encoding="utf-8")
+    (folder / "epochs.csv").write_text("\n".join([f"epoch,seconds,validation/{score}", *rows]) + "\n", encoding="utf-8")
     about = {"peak": peak, "python": "3.12", "machine": "abacus", "cores": 2}
     (folder / "process.json").write_text(json.dumps(about), encoding="utf-8")
 
@@ -69,6 +69,15 @@ def test_tables_come_from_the_logs_and_then_from_the_result_file(evidence: Any, 
     evidence.DOCUMENT.write_text(content.replace("37.50", "73.50", 1), encoding="utf-8")
     with pytest.raises(SystemExit, match=kept.name):
         evidence.main(["--check"])
+
+
+def test_maps_are_compared_by_their_score(evidence: Any, tmp_path: Path) -> None:
+    for name, score in (("ce", 0.25), ("frskd", 0.375)):
+        log_run(tmp_path / "runs" / f"{name}-seed0", [0.0, score], score="miou")
+    evidence.main(["--study", "segmentation", "--out", str(tmp_path / "runs"), "--only-report"])
+    content = evidence.DOCUMENT.read_text("utf-8")
+    assert "| test mIoU, % (mean" in content and "| FRSKD | 1 | 37.50 | +12.50 |" in content
+    evidence.main(["--check"])
 
 
 def test_runs_of_different_lengths_do_not_compare(evidence: Any, tmp_path: Path) -> None:

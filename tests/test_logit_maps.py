@@ -17,6 +17,8 @@ from frskd_fast.ops import logit_maps
 from frskd_fast.reference.logit_maps import Maps, MapSettings, WantedGradients
 
 IMPLEMENTATIONS = ["reference", "cpu"]
+# The Triton kernel solves the problems in test_triton_kernels.py.
+ORIGINALS = [*IMPLEMENTATIONS, "triton"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -34,6 +36,8 @@ def test_problem(problem: Problem, impl: str) -> None:
     assert frskd_fast.last_impl()["logit_maps"] == impl
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes masked lanes, too
+@pytest.mark.parametrize("impl", ORIGINALS, indirect=True)
 @pytest.mark.parametrize("case", ["seg_kd_T1", "seg_kd_T4"])
 def test_divergence_of_maps_at_full_size_is_the_originals(case: str, impl: str) -> None:
     golden = load_golden(case)
@@ -44,6 +48,8 @@ def test_divergence_of_maps_at_full_size_is_the_originals(case: str, impl: str) 
     torch.testing.assert_close(student.grad, golden["grad.student_logits"], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", ORIGINALS, indirect=True)
 def test_segmentation_losses_are_the_originals(impl: str) -> None:
     golden, settings = load_golden("seg_total_loss"), golden_settings("seg_total_loss")
     student, teacher = golden["student_logits"].requires_grad_(), golden["teacher_logits"].requires_grad_()

@@ -200,10 +200,11 @@ def test_forced_implementation_by_environment() -> None:
     assert "the environment variable FRSKD_FAST_IMPL is 'quick'" in done.stderr
 
 
-def test_baseline_instruction_set_agrees() -> None:
-    """The kernels without AVX2, chosen by FRSKD_FAST_CPU, pass the small sizes."""
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2"])
+def test_older_instruction_sets_agree(instruction_set: str) -> None:
+    """The kernels for processors that lack AVX2 or AVX-512, chosen by FRSKD_FAST_CPU, pass the small sizes."""
     done = _run(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_frskd_loss.py",
-        "-k", "golden or three_way", FRSKD_FAST_CPU="baseline",
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_frskd_loss.py", "tests/test_logits.py",
+        "-k", "golden or three_way or (test_problem and cpu)", FRSKD_FAST_CPU=instruction_set,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

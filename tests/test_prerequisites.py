@@ -166,6 +166,12 @@ def test_a_network_from_elsewhere_may_bring_its_weights() -> None:
     assert not DistillationModule(10, "frskd_fast.tasks.ClassificationTask", "resnet8").needs_weights
 
 
+def test_what_no_term_of_the_loss_reaches_may_stay_random() -> None:
+    task = {"class_path": "frskd_fast.tasks.FRSKDSegmentationTask", "init_args": {"alpha": 0.0}}
+    module = DistillationModule(4, task, "resnet8")
+    assert module.task.unused_parameters() and not module.needs_weights
+
+
 def split(settings: dict[str, Any], *words: str) -> tuple[dict[str, Any], list[Any]]:
     """The settings with paths in place, and what is needed."""
     result, needed, _ = split_off(["--config", json.dumps(settings), *words], "mine")

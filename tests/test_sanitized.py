@@ -54,6 +54,19 @@ def test_logit_sizes(dtype: torch.dtype, layout: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channel_moment_sizes(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Tails of vectors and of groups of channels, sums in several parts, own moments computed and given."""
+    for shape in [(1, 1, 1, 2), (2, 9, 3, 3), (3, 17, 5, 7), (1, 515, 2, 3), (1, 3, 67, 65)]:
+        style, content = (torch.randn(shape).to(dtype).to(memory_format=layout) for _ in range(2))
+        for learns in (False, True):
+            style.requires_grad_()
+            moments = functional.channel_moments(style, impl="cpu")
+            out = functional.adain(content.requires_grad_(learns), *moments, impl="cpu")
+            assert torch.autograd.grad(out.sum(), style)[0].shape == shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fusion_sizes(dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Tails of vectors, blocks of channels, groups of samples, windows and copies at every edge, flat and long planes."""
     nodes = [

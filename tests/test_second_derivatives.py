@@ -6,13 +6,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from frskd_fast import functional, losses
 from frskd_fast.losses.hints import feature_distance
+from frskd_fast.models import EfficientDetSeg
 from frskd_fast.ops import _autograd
 
 LABELS = torch.tensor([0, 2, 1, 0])
+MASKS = LABELS.view(4, 1, 1).expand(4, 6, 5)
+
+NETWORK = EfficientDetSeg(0, num_classes=3)
 
 Case = Callable[[Tensor], Tensor]  # of x (4, 3, 4, 4), float32
 
@@ -31,6 +36,11 @@ CASES: dict[str, Case] = {
     "adain": lambda x: functional.adain(x, *functional.channel_moments(x.exp(), impl="cpu"), impl="cpu").square().sum(),
     "pairwise_cosine": lambda x: functional.pairwise_cosine(logits(x), logits(x).exp(), impl="cpu").square().sum(),
     "frskd": lambda x: losses.FRSKDLoss(impl="cpu")(logits(x), logits(x).exp(), [x], [torch.ones(4, 2, 4, 4)], LABELS),
+    "upsampled_kd_loss": lambda x: sum(functional.upsampled_kd_loss(x, x.exp(), MASKS, impl="cpu"), x.new_zeros(())),
+    "upsampled_kd_loss of pixels": lambda x: (
+        functional.upsampled_kd_loss(x, x.exp(), MASKS, reduction="none", impl="cpu").kd.square().sum()
+    ),
+    "segmentation network": lambda x: NETWORK.student_maps(F.interpolate(x, size=(32, 32))).square().mean(),
     "feature_distance": lambda x: feature_distance((1.0,), False, [x], [torch.ones(4, 3, 4, 4)]),
     "ffl": lambda x: losses.FFLLoss(impl="cpu")([logits(x), logits(x).exp()], logits(x).cos(), LABELS),
     "hsakd": lambda x: losses.HSAKDTeacherLoss(impl="cpu")(logits(x), [torch.cat([logits(x)] * 4, 1)], LABELS[:1]),

@@ -1,4 +1,4 @@
-"""FRSKD's segmentation task: who learns, the ramp, the plain baseline, one graph, autocast, two processes, refusals."""
+"""FRSKD's segmentation task: who learns, the ramp, the baseline, other backbones, one graph, autocast, processes, refusals."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from frskd_fast.losses import SegmentationLoss
+from frskd_fast.models import SegmentationNetwork, resnet8
 from frskd_fast.tasks import FRSKDSegmentationTask
 from frskd_fast.tasks.guard import Guard
 
@@ -133,6 +134,7 @@ def test_warm_up_and_ramp() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small(alpha=0.0).start_epoch(0, 8)
+        small(alpha=0.0).start_epoch(40, None)
 
 
 def test_distillation_waits_for_the_end_of_the_warm_up() -> None:
@@ -166,6 +168,32 @@ def test_alpha_zero_is_the_plain_baseline(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(task(images)) == ["output"] and task.student()(images).shape == (4, CLASSES, 24, 32)
     monkeypatch.undo()
     assert list(task.maps(images)) == list(task.predicted_maps(images)) == ["student"]
+
+
+class Stages(nn.Module):
+    """Two maps in a dict, and no word of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, 4, 1), nn.Conv2d(4, 6, 3, 2, 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        first = self.first(images)
+        return {"first": first, "second": self.second(first.relu())}
+
+
+@pytest.mark.parametrize(("backbone", "classes"), [(resnet8, CLASSES), (Stages, None)])
+def test_a_network_with_feature_maps_becomes_a_segmentation_network(backbone: Any, classes: int | None) -> None:
+    network = backbone(classes) if classes else backbone()
+    task = FRSKDSegmentationTask(network.double(), CLASSES if classes is None else None)
+    assert isinstance(task.backbone, SegmentationNetwork) and task.backbone.backbone is network
+    assert names_of(task, task.unused_parameters()) == (
+        {"backbone.fc.weight", "backbone.fc.bias"} if classes else set()
+    )
+    images, targets = batch(2)
+    task(images.double(), targets)["loss"].backward()
+    assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
+    assert task.eval().student()(images.double()).shape == (2, CLASSES, 24, 32)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.0])
@@ -271,7 +299,7 @@ class Incomplete(SmallNetwork):
         (lambda: FRSKDSegmentationTask("efficientdet_seg_d0"), ValueError, "num_classes is None, but the number of classes of"),
         (lambda: FRSKDSegmentationTask("efficientdet_seg_d9", 5), ValueError, "did you mean 'efficientdet_seg_d"),
         (lambda: small(num_classes=7), ValueError, r"num_classes is 7, but backbone \(SmallNetwork\) scores 4 classes"),
-        (lambda: FRSKDSegmentationTask(nn.Conv2d(3, 8, 3)), TypeError, "backbone .Conv2d. has no student_maps"),
+        (lambda: FRSKDSegmentationTask(nn.Conv2d(3, 8, 3)), ValueError, "num_classes is None, and backbone .Conv2d. does"),
         (lambda: FRSKDSegmentationTask(Incomplete()), TypeError, r"backbone \(Incomplete\) returned a Tensor, but \(student_f"),
         (lambda: small(ramp_shape="linear"), ValueError, "ramp_shape is 'linear', but 'anneal' or 'constant'"),
         (lambda: small(warmup_epochs=-1), ValueError, "warmup_epochs is -1, but at least 0"),

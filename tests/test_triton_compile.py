@@ -53,6 +53,8 @@ def _compile(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
     from triton.runtime.jit import create_function_from_signature
 
     target = GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name.split("_")[1]), 32)
+    if target.backend == "hip":
+        constants = {name: value for name, value in constants.items() if name != "maxnreg"}
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*arguments, **constants)

@@ -257,6 +257,31 @@ class TestLogits:
         assert gradients(False, False) == []
 
 
+class TestLogitMaps:
+    """What the problems of `logit_maps` do not reach: wide layouts, and maps of two layouts."""
+
+    @pytest.mark.usefixtures("wide_layouts")
+    def test_64_bit_offsets(self) -> None:
+        self.solve("channels_last", "channels_last")
+
+    def test_maps_of_two_layouts(self) -> None:
+        self.solve("contiguous", "channels_last")
+
+    def solve(self, *layouts: str) -> None:
+        from frskd_fast import functional
+
+        given = [LAYOUTS[layout](torch.randn(2, 3, 2, 9, dtype=torch.float64)).to(DEVICE) for layout in layouts]
+        targets = torch.randint(3, (2, 4, 20), device=DEVICE)
+
+        def run(impl: str) -> list[Tensor]:
+            maps = [one.detach().requires_grad_() for one in given]
+            parts = functional.upsampled_kd_loss(*maps, targets, impl=impl)
+            return [*parts, *torch.autograd.grad(parts.ce_student + 2 * parts.ce_teacher + 3 * parts.kd, maps)]
+
+        for ours, theirs in zip(run("triton"), run("reference"), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 class TestFusionPlans:
     """What depends on block shapes, which are those of large maps elsewhere."""
 

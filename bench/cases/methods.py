@@ -1,7 +1,7 @@
 """The methods: each loss by itself, and a whole training step (bench/method_step.py).
 
 The networks of HSAKD and SSKD, resnet32x4 -> resnet8x4, see the four rotations of each image. What the steps of other methods
-are made of is in bench/ffl_step.py, bench/collaborative_step.py and bench/adain_rows.py.
+are made of is in bench/ffl_step.py, bench/collaborative_step.py, bench/segmentation_step.py and bench/adain_rows.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import adain_rows, collaborative_step, ffl_step, inputs, method_step, originals
+from bench import adain_rows, collaborative_step, ffl_step, inputs, method_step, originals, segmentation_step
 from bench.call import tensors_in
 from bench.case import FLOAT_BYTES, Case, Operands, Selection
 from bench.cases.self_teacher import half_precision
@@ -317,6 +317,7 @@ STEPS = (
     taught("SSKD", "ProjectionHead", sskd_step, "SSKDTask"),
     ffl_step.STEP,
     collaborative_step.STEP,
+    segmentation_step.STEP,
 )
 
 

@@ -174,13 +174,15 @@ void power_sums_along_channels(const Map& map, int64 sample, int64 begin, int64 
     for (; start + width <= end; start += width) {
       V sums[width];
       for (int64 lane = 0; lane < width; ++lane) sums[lane] = channel_sums(start + lane);
-      store(horizontal_sums(sums), out + start - begin);
+      store_horizontal_sums<width>(sums, out + start - begin);
     }
   }
   for (int64 pixel = start; pixel < end; ++pixel) {
     if (map.stride_c == 1) {
-      V sums[width] = {channel_sums(pixel)};
-      out[pixel - begin] = horizontal_sums(sums)[0];
+      const V sums[width] = {channel_sums(pixel)};
+      A totals[width];
+      store_horizontal_sums<width>(sums, totals);
+      out[pixel - begin] = totals[0];
     } else {
       const T* point = point_at(pixel);
       A total = 0;

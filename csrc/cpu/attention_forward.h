@@ -11,7 +11,7 @@ namespace {
 
 // sum_i first_i * second_i in double: squares of a float map can pass the float range.
 struct DoubleSum {
-  Double4 low = {}, high = {};
+  Doubles low = {}, high = {};
   inline __attribute__((always_inline)) void add(const Widened& first, const Widened& second) {
     low += first.low * second.low;
     high += first.high * second.high;

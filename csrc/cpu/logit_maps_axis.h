@@ -59,7 +59,7 @@ inline Vector<A> permuted(Vector<A> value, Mask<A> index) {
 #endif
 #if defined(FRSKD_AVX512)
   if constexpr (sizeof(A) == 4) {
-    return bits_of<Vector<A>>(_mm512_permutexvar_ps(bits_of<__m512i>(index), bits_of<__m512>(value)));
+    return bits_of<Vector<A>>(_mm512_maskz_permutexvar_ps(0xffff, bits_of<__m512i>(index), bits_of<__m512>(value)));
   }
 #endif
   Vector<A> result;
@@ -88,6 +88,25 @@ inline void transpose(Vector<A> values[]) {
     for (int i = 0; i < 4; ++i) {
       values[i] = bits_of<Vector<A>>(_mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20));
       values[i + 4] = bits_of<Vector<A>>(_mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31));
+    }
+    return;
+  }
+#endif
+#if defined(FRSKD_AVX512)
+  if constexpr (width == 16) {
+    // Each step exchanges one bit of the row's number with the same bit of the lane's.
+    for (int step = 1; step < width; step *= 2) {
+      Mask<A> lower = {}, upper = {};
+      for (int lane = 0; lane < width; ++lane) {
+        lower[lane] = lane & step ? width + lane - step : lane;
+        upper[lane] = lane & step ? width + lane : lane + step;
+      }
+      for (int i = 0; i < width; ++i) {
+        if (i & step) continue;
+        const __m512 first = bits_of<__m512>(values[i]), second = bits_of<__m512>(values[i + step]);
+        values[i] = bits_of<Vector<A>>(_mm512_permutex2var_ps(first, bits_of<__m512i>(lower), second));
+        values[i + step] = bits_of<Vector<A>>(_mm512_permutex2var_ps(first, bits_of<__m512i>(upper), second));
+      }
     }
     return;
   }
@@ -181,52 +200,70 @@ inline void interpolate(const A* line, int64 stride, int64 classes, const Tile<A
 }
 
 // The transpose of `interpolate` for one row of a gradient map: each place gathers the outputs of its own cell and of
-// the one before. Tiles of a row come in order; the place between two tiles gets a share of both.
+// the one before. Tiles of a row come in order; the place between two tiles gets a share of both. The outputs are zeros
+// afterwards. `turned` has room for all outputs with their classes in whole vectors, `places` for a vector of each
+// place.
 template <typename A>
-inline void gather(const A* outputs, int64 classes, const Tile<A>& tile, A* row, int64 stride_c, int64 stride_w) {
+inline void gather(
+    A* outputs, int64 classes, const Tile<A>& tile, A* turned, A* places, A* row, int64 stride_c, int64 stride_w) {
   constexpr int64 width = Lanes<A>::kWidth;
-  const int64 last = tile.axis.cells - 1;
+  const Axis<A>& axis = tile.axis;
+  const int64 cells = tile.last_cell - tile.first_cell;
+  const bool ends = tile.last_cell == axis.cells;
+  // From outputs in lanes to classes in lanes: (vector of classes, output).
+  const int64 size = tile.blocks * width * width;
+  A* from = outputs;
+  for (int64 block = 0; block < tile.blocks; ++block) {
+    for (int64 first = 0; first < classes; first += width) {
+      const int64 present = classes - first < width ? classes - first : width;
+      Vector<A> values[width];
+      for (int64 i = 0; i < width; ++i) values[i] = i < present ? load(from + i * width) : Vector<A>{};
+      for (int64 i = 0; i < present; ++i) store(Vector<A>{}, from + i * width);
+      from += present * width;
+      transpose<A>(values);
+      A* to = turned + first / width * size + block * width * width;
+      for (int64 i = 0; i < width; ++i) store(values[i], to + i * width);
+    }
+  }
   for (int64 first = 0; first < classes; first += width) {
     const int64 present = classes - first < width ? classes - first : width;
-    A* to = row + first * stride_c;
-    Vector<A> shared = {};  // of the place between two cells, what the first of them gave
-    Vector<A> low = {}, high = {};
-    int64 cell = tile.first_cell;
-    if (cell > 0) {
-      for (int64 i = 0; i < present; ++i) shared[i] = to[cell * stride_w + i * stride_c];
+    const A* of_classes = turned + first / width * size;
+    Vector<A> before = {};  // what the cell before gives
+    A* to = row + first * stride_c + tile.first_cell * stride_w;
+    if (tile.first_cell > 0) {
+      for (int64 i = 0; i < present; ++i) before[i] = to[i * stride_c];
     }
-    const auto finish = [&](Vector<A> value) {
-      if (stride_c == 1) {
-        store_up_to(value, to + cell * stride_w, present);
-      } else {
-        for (int64 i = 0; i < present; ++i) to[cell * stride_w + i * stride_c] = value[i];
+    for (int64 cell = 0; cell < cells; ++cell) {
+      Vector<A> low = before, high = {};
+      const int64 end = axis.first.data[tile.first_cell + cell + 1];
+      for (int64 x = axis.first.data[tile.first_cell + cell]; x < end; ++x) {
+        const Vector<A> value = load(of_classes + (x - tile.begin) * width);
+        low += value * axis.near.data[x];
+        high += value * axis.far.data[x];
       }
-    };
-    int64 end = tile.axis.first.data[cell + 1] - tile.begin;
-    for (int64 block = 0; block < tile.blocks; ++block) {
-      Vector<A> values[width];  // of one class each, then of one output each
-      const A* from = outputs + (block * classes + first) * width;
-      for (int64 i = 0; i < width; ++i) values[i] = i < present ? load(from + i * width) : Vector<A>{};
-      transpose<A>(values);
-      const int64 begin = block * width, count = tile.count - begin < width ? tile.count - begin : width;
-      for (int64 i = 0; i < count; ++i) {
-        const int64 x = tile.begin + begin + i;
-        while (begin + i >= end) {
-          finish(shared + low);
-          shared = high;
-          low = high = Vector<A>{};
-          end = tile.axis.first.data[++cell + 1] - tile.begin;
-        }
-        low += values[i] * tile.axis.near.data[x];
-        high += values[i] * tile.axis.far.data[x];
+      store(low, places + cell * width);
+      before = high;
+    }
+    // Behind the last place lies the last place again.
+    const int64 last = ends ? cells - 1 : cells, count = last + 1;
+    store(ends ? load(places + last * width) + before : before, places + last * width);
+    if (stride_c == 1) {
+      for (int64 place = 0; place < count; ++place) {
+        store_up_to(load(places + place * width), to + place * stride_w, present);
+      }
+      continue;
+    }
+    int64 place = 0;
+    if (stride_w == 1) {
+      for (; place + width <= count; place += width) {
+        Vector<A> values[width];
+        for (int64 i = 0; i < width; ++i) values[i] = load(places + (place + i) * width);
+        transpose<A>(values);
+        for (int64 i = 0; i < present; ++i) store(values[i], to + i * stride_c + place);
       }
     }
-    if (cell == last) {
-      finish(shared + low + high);
-    } else {
-      finish(shared + low);
-      ++cell;
-      finish(high);
+    for (; place < count; ++place) {
+      for (int64 i = 0; i < present; ++i) to[i * stride_c + place * stride_w] = places[place * width + i];
     }
   }
 }

@@ -34,6 +34,6 @@ struct LogitMaps {
 struct LogitMapsKernels {
   void (*run)(const LogitMaps&, Element, ParallelFor, int threads);
 };
-FRSKD_DECLARE_KERNELS(LogitMapsKernels)
+FRSKD_DECLARE_WIDE_KERNELS(LogitMapsKernels)
 
 }  // namespace frskd

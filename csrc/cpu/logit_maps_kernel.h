@@ -13,7 +13,7 @@ namespace frskd {
 namespace {
 
 constexpr int64 kTileBytes = 1 << 18;  // rows of logits and gradients of one tile, to stay in the second-level cache
-constexpr int64 kExponentialBytes = 1 << 15;  // of a group of rows, to stay in the first-level cache
+constexpr int64 kExponentialBytes = 1 << 16;  // of a group of rows of pixels
 constexpr int64 kLargestGroup = 8;            // rows of pixels
 constexpr int64 kBandRows = 16;
 constexpr int64 kLeastBands = 32;  // of the whole batch where there are rows enough, for the threads
@@ -31,7 +31,10 @@ struct MapsPlan {
         both(call.has_teacher && call.labels != nullptr && call.temperature != 1.0),
         scale(call.has_teacher && call.labels == nullptr ? static_cast<A>(1.0 / call.temperature) : A(1)) {
     const int64 classes = rule.classes, height = rows.cells, width = columns.cells;
-    for (const Map& gradient : call.gradients) gradients += gradient.data != nullptr;
+    for (int slot = 0; slot < kGradientMaps; ++slot) {
+      place_of_map[slot] = gradients;
+      gradients += call.gradients[slot].data != nullptr;
+    }
     band = call.batch * height / kLeastBands;
     band = band < 1 ? 1 : band > kBandRows ? kBandRows : band;
     bands = (height + band - 1) / band;
@@ -54,7 +57,7 @@ struct MapsPlan {
     return Tile<A>(columns, first, last < columns.cells ? last : columns.cells);
   }
   int64 border_of(int64 item, int slot) const {  // where the row stands that a band hands to the next
-    return (item * kGradientMaps + slot) * rule.classes * columns.cells;
+    return (item * gradients + place_of_map[slot]) * rule.classes * columns.cells;
   }
 
   PixelRule<A> rule;
@@ -63,7 +66,8 @@ struct MapsPlan {
   const bool both;  // whether exponentials are taken at temperature 1 and at another one
   const A scale;    // of the logits where they are taken once
   int64 gradients = 0;
-  int64 band, bands;  // rows of a band, bands of an image
+  int64 place_of_map[kGradientMaps];  // among those that are wanted
+  int64 band, bands;                  // rows of a band, bands of an image
   int64 tile_cells;
   int64 most_blocks = 0;
   int64 line_stride;
@@ -79,8 +83,11 @@ struct MapsWorkspace {
         line(plan.rule.classes * plan.line_stride + Lanes<A>::kWidth),
         logits(2 * plan.networks * row_size),
         gradients(2 * plan.gradients * row_size),
-        exponentials(plan.group * plan.exponentials_of_row) {
+        exponentials(plan.group * plan.exponentials_of_row),
+        turned(row_size + plan.most_blocks * Lanes<A>::kWidth * Lanes<A>::kWidth),
+        places((plan.tile_cells + 1) * Lanes<A>::kWidth) {
     for (int64 i = 0; i < plan.rule.classes * plan.line_stride + Lanes<A>::kWidth; ++i) line.data[i] = 0;
+    for (int64 i = 0; i < 2 * plan.gradients * row_size; ++i) gradients.data[i] = 0;
     int64 next = 0;
     for (int slot = 0; slot < kGradientMaps; ++slot) {
       const bool wanted = plan.rule.call.gradients[slot].data != nullptr;
@@ -95,8 +102,9 @@ struct MapsWorkspace {
   const int64 row_size;
   Scratch<A> line;
   Scratch<A> logits;     // networks x (upper, lower) x blocks x (class, lane)
-  Scratch<A> gradients;  // the same for each gradient map
+  Scratch<A> gradients;  // the same for each gradient map; zeros between tiles
   Scratch<A> exponentials;
+  Scratch<A> turned, places;
   A* gradient_rows[kGradientMaps][2];
 };
 
@@ -179,7 +187,7 @@ inline void walk_cell(
     int64 n,
     int64 cell,
     int64 parity,
-    Totals& totals) {
+    Totals<A>& totals) {
   constexpr int64 width = Lanes<A>::kWidth;
   const int64 size = plan.rule.classes * width;
   const int64 begin = plan.rows.first.data[cell], end = plan.rows.first.data[cell + 1];
@@ -209,7 +217,7 @@ inline void walk_cell(
         row.far = plan.rows.far.data[row.y];
         A* exponentials = space.exponentials.data + r * plan.exponentials_of_row;
         softmax<A, kTeacher, kBoth>(plan.rule, student, teacher, scale, exponentials, row);
-        finish_pixels(plan.rule, student, teacher, n, tile.begin + x, count, row, totals);
+        finish_pixels<A, kTeacher, kBoth>(plan.rule, student, teacher, n, tile.begin + x, count, row, totals);
       }
       if (plan.gradients > 0) {
         add_gradients<A, kTeacher, kBoth>(plan, student, teacher, space.exponentials.data, rows, present, upper, lower);
@@ -228,13 +236,8 @@ inline void read_logits(
   }
 }
 
-template <typename A>
-inline void clear(A* row, int64 size) {
-  for (int64 i = 0; i < size; i += Lanes<A>::kWidth) store(Vector<A>{}, row + i);
-}
-
 template <typename T, typename A>
-void walk_band(const MapsPlan<A>& plan, const MapsWorkspace<A>& space, int64 item, A* borders, Totals& totals) {
+void walk_band(const MapsPlan<A>& plan, const MapsWorkspace<A>& space, int64 item, A* borders, Totals<A>& totals) {
   const LogitMaps& call = plan.rule.call;
   const int64 n = item / plan.bands, begin = item % plan.bands * plan.band, classes = plan.rule.classes;
   const int64 end = begin + plan.band < plan.rows.cells ? begin + plan.band : plan.rows.cells;
@@ -243,10 +246,6 @@ void walk_band(const MapsPlan<A>& plan, const MapsWorkspace<A>& space, int64 ite
                                        : walk_cell<A, false, false>;
   for (int64 first = 0; first < plan.columns.cells; first += plan.tile_cells) {
     const Tile<A> tile = plan.tile_at(first);
-    const int64 used = tile.blocks * classes * Lanes<A>::kWidth;
-    for (const auto& pair : space.gradient_rows) {
-      if (pair[0] != nullptr) clear(pair[0], used), clear(pair[1], used);
-    }
     int64 parity = 0;
     read_logits<T>(plan, space, tile, n, begin, parity);
     for (int64 cell = begin; cell < end; ++cell) {
@@ -257,15 +256,16 @@ void walk_band(const MapsPlan<A>& plan, const MapsWorkspace<A>& space, int64 ite
         if (row == nullptr) continue;
         const Map& map = call.gradients[slot];
         A* to = static_cast<A*>(map.data) + n * map.stride_n + cell * map.stride_h;
-        gather(row, classes, tile, to, map.stride_c, map.stride_w);
-        clear(row, used);
+        gather(row, classes, tile, space.turned.data, space.places.data, to, map.stride_c, map.stride_w);
       }
       parity = 1 - parity;
     }
     if (end == plan.rows.cells) continue;
     for (int slot = 0; slot < kGradientMaps; ++slot) {
-      const A* row = space.gradient_rows[slot][parity];
-      if (row != nullptr) gather(row, classes, tile, borders + plan.border_of(item, slot), plan.columns.cells, 1);
+      A* row = space.gradient_rows[slot][parity];
+      if (row == nullptr) continue;
+      A* to = borders + plan.border_of(item, slot);
+      gather(row, classes, tile, space.turned.data, space.places.data, to, plan.columns.cells, 1);
     }
   }
 }
@@ -291,8 +291,8 @@ void logit_maps(const LogitMaps& call, Element element, ParallelFor run, int) {
     using A = decltype(sum);
     const MapsPlan<A> plan(call);
     const int64 items = call.batch * plan.bands;
-    const Scratch<Totals> totals(items);
-    const Scratch<A> borders(plan.gradients > 0 ? plan.border_of(items, 0) : 0);
+    const Scratch<Totals<A>> totals(items);
+    const Scratch<A> borders(plan.border_of(items, 0));
     // Each logit of each pixel costs about as much as forty loads.
     const int64 cost = 40 * plan.networks * plan.rule.classes * call.height / plan.bands * call.width;
     parallel(run, items, grain_for(cost), [&](int64 begin, int64 end) {
@@ -309,9 +309,13 @@ void logit_maps(const LogitMaps& call, Element element, ParallelFor run, int) {
           });
     }
     if (call.sums == nullptr) return;
+    constexpr int kLanes = sizeof(totals.data->sums[0].low) / sizeof(double);
     for (int term = 0; term < 4; ++term) {
       double total = 0;
-      for (int64 item = 0; item < items; ++item) total += totals.data[item].values[term];
+      for (int64 item = 0; item < items; ++item) {
+        const auto& sum = totals.data[item].sums[term];
+        for (int lane = 0; lane < kLanes; ++lane) total += sum.low[lane] + sum.high[lane];
+      }
       static_cast<A*>(call.sums)[term] = static_cast<A>(total);
     }
   });

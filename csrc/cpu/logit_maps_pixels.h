@@ -72,7 +72,6 @@ struct PixelRow {
   Vector<A> divergence;  // KD / T^2
   // Gradients are sums of these times exponentials. 0 in lanes that have no pixel.
   Vector<A> ce_student, ce_teacher, kd_student, kd_teacher;
-  Vector<A> kd_scale;     // of the divergence's gradient to the teacher
   int64 labels[kWidth];   // -1 where there is none
   A own_student[kWidth];  // what the gradient of a label's class has less
   A own_teacher[kWidth];
@@ -152,13 +151,20 @@ inline void softmax(
   row.sums = sums;
 }
 
-// Sums of losses over pixels.
+// Sums of losses over pixels: ce_student, ce_teacher, kd, weight, by lanes.
+template <typename A>
 struct Totals {
-  double values[4];  // ce_student, ce_teacher, kd, weight
+  using Wide = decltype(widened(Vector<A>{}));
+  void add(int term, Vector<A> values) {
+    const Wide wide = widened(values);
+    sums[term].low += wide.low;
+    sums[term].high += wide.high;
+  }
+  Wide sums[4];
 };
 
 // Losses of one row's pixels, and the factors of their gradients.
-template <typename A>
+template <typename A, bool kTeacher, bool kBoth>
 inline void finish_pixels(
     const PixelRule<A>& rule,
     const Corners<A>& student,
@@ -167,106 +173,93 @@ inline void finish_pixels(
     int64 x,
     int64 count,
     PixelRow<A>& row,
-    Totals& totals) {
+    Totals<A>& totals) {
   using V = Vector<A>;
   using L = Lanes<A>;
   constexpr int64 width = L::kWidth;
   const LogitMaps& call = rule.call;
   const PixelSums<A>& sums = row.sums;
-  const A temperature = rule.temperature;
-  const V zero = {};
+  const V zero = {}, temperature = L::splat(rule.temperature);
   const auto inside = L::first(count);
-  V divergence = zero;
-  row.log_ratio = zero;
-  if (call.has_teacher) {
-    row.log_ratio = logarithm(sums.teacher_tempered) - logarithm(sums.student_tempered);
-    divergence = sums.cross / (sums.teacher_tempered * temperature) - row.log_ratio;
-  }
-  row.divergence = divergence;
-  A ce_student[width], ce_teacher[width], share_student[width], share_teacher[width], kd[width], uniform_student[width],
-      uniform_teacher[width], log_student[width], log_teacher[width];
-  if (call.labels != nullptr) {
-    store(logarithm(sums.student_sum), log_student);
-    store(call.has_teacher ? logarithm(sums.teacher_sum) : zero, log_teacher);
-  }
   const int64 pixel = (n * call.height + row.y) * call.width + x;
+  const auto upstream = [&](int term) {
+    return call.grads[term] == nullptr ? L::splat(A(1))
+                                       : load_up_to(static_cast<const A*>(call.grads[term]) + pixel, count);
+  };
+  const auto finish = [&](int term, V loss) {
+    totals.add(term, loss);
+    if (call.losses[term] != nullptr) store_up_to(loss, static_cast<A*>(call.losses[term]) + pixel, count);
+  };
+  const V log_student = logarithm(sums.student_tempered);
+  const V log_teacher = kTeacher ? logarithm(sums.teacher_tempered) : zero;
+  row.log_ratio = log_teacher - log_student;
+  row.divergence = zero;
+  row.kd_student = row.kd_teacher = zero;
+  if (kTeacher) {
+    const V divergence = sums.cross / (sums.teacher_tempered * temperature) - row.log_ratio;
+    row.divergence = divergence;
+    const V scale = upstream(2) * temperature;
+    row.kd_student = inside ? scale / sums.student_tempered : zero;
+    row.kd_teacher = inside ? scale / sums.teacher_tempered : zero;
+    finish(2, inside ? divergence * (temperature * temperature) : zero);
+  } else {
+    finish(2, zero);
+  }
+  row.ce_student = row.ce_teacher = zero;
+  if (call.labels == nullptr) {
+    finish(0, zero);
+    finish(1, zero);
+    return;
+  }
+  A weights[width], kept[width], student_chosen[width], teacher_chosen[width];
+  const int64* labels = call.labels + n * call.label_strides[0] + row.y * call.label_strides[1];
   for (int64 lane = 0; lane < width; ++lane) {
-    ce_student[lane] = ce_teacher[lane] = share_student[lane] = share_teacher[lane] = 0;
-    uniform_student[lane] = uniform_teacher[lane] = 0;
-    row.own_student[lane] = row.own_teacher[lane] = 0;
-    row.labels[lane] = -1;
-    kd[lane] = 0;
-    if (lane >= count) continue;
-    kd[lane] = call.grads[2] == nullptr ? A(1) : static_cast<const A*>(call.grads[2])[pixel + lane];
-    if (call.labels == nullptr) continue;
-    const int64* strides = call.label_strides;
-    const int64 label = call.labels[n * strides[0] + row.y * strides[1] + (x + lane) * strides[2]];
-    if (label == call.ignore_index) continue;
+    const int64 label = lane < count ? labels[(x + lane) * call.label_strides[2]] : call.ignore_index;
+    const bool counts = label != call.ignore_index, known = counts && label >= 0 && label < rule.classes;
+    kept[lane] = counts;
     // A label that is no class gives NaN.
-    const bool known = label >= 0 && label < rule.classes;
-    const A weight = known ? rule.weight_of(label) : static_cast<A>(__builtin_nan(""));
-    const A own = (A(1) - rule.smoothing) * weight, whole = own + rule.uniform * rule.total_weight;
-    const int64 place = known ? label * width + lane : lane;
+    weights[lane] = known ? rule.weight_of(label) : counts ? static_cast<A>(__builtin_nan("")) : A(0);
     row.labels[lane] = known ? label : -1;
-    totals.values[3] += static_cast<double>(weight);
-    const auto of_network = [&](const Corners<A>& corners, A maximum, A log_sum, A shifted, const void* grads, A& ce,
-                                A& share, A& less, A& uniform) {
-      const A chosen = row.near * corners.upper[place] + row.far * corners.lower[place] - maximum;
-      ce = own * (log_sum - chosen);
-      if (rule.smoothing > A(0)) ce += rule.uniform * (rule.total_weight * log_sum - shifted);
-      const A grad = grads == nullptr ? A(1) : static_cast<const A*>(grads)[pixel + lane];
-      share = whole * grad;
-      less = own * grad;
-      uniform = rule.uniform * grad;
-    };
+    const int64 place = (known ? label : 0) * width + lane;
+    student_chosen[lane] = row.near * student.upper[place] + row.far * student.lower[place];
+    if (kTeacher) teacher_chosen[lane] = row.near * teacher.upper[place] + row.far * teacher.lower[place];
+  }
+  const V weight = load(weights), own = weight * (A(1) - rule.smoothing);
+  const auto counts = load(kept) != zero;
+  const V uniform = counts ? L::splat(rule.uniform) : zero, whole = own + uniform * rule.total_weight;
+  totals.add(3, weight);
+  const auto of_network = [&](int term, V chosen, V maximum, V log_sum, V sum, V shifted, V& share, V& smooth,
+                              A* less) {
+    V loss = own * (log_sum - (chosen - maximum));
+    if (rule.smoothing > A(0)) loss += uniform * (log_sum * rule.total_weight - shifted);
+    finish(term, counts ? loss : zero);
+    const V grad = upstream(term);
+    share = counts ? whole * grad / sum : zero;
+    smooth = uniform * grad;
+    store(own * grad, less);
+  };
+  of_network(
+      0, load(student_chosen), sums.student_max, kBoth ? logarithm(sums.student_sum) : log_student, sums.student_sum,
+      sums.student_shifted, row.ce_student, row.smooth_student, row.own_student);
+  if (kTeacher) {
     of_network(
-        student, sums.student_max[lane], log_student[lane], sums.student_shifted[lane], call.grads[0], ce_student[lane],
-        share_student[lane], row.own_student[lane], uniform_student[lane]);
-    if (call.has_teacher) {
-      of_network(
-          teacher, sums.teacher_max[lane], log_teacher[lane], sums.teacher_shifted[lane], call.grads[1],
-          ce_teacher[lane], share_teacher[lane], row.own_teacher[lane], uniform_teacher[lane]);
-    }
-  }
-  const V divergence_inside = (inside ? divergence : zero) * (temperature * temperature);
-  const V ce[2] = {load(ce_student), load(ce_teacher)};
-  for (int64 lane = 0; lane < count; ++lane) {
-    totals.values[0] += static_cast<double>(ce_student[lane]);
-    totals.values[1] += static_cast<double>(ce_teacher[lane]);
-    totals.values[2] += static_cast<double>(divergence_inside[lane]);
-  }
-  if (call.losses[0] != nullptr) {
-    store_up_to(ce[0], static_cast<A*>(call.losses[0]) + pixel, count);
-    store_up_to(ce[1], static_cast<A*>(call.losses[1]) + pixel, count);
-    store_up_to(divergence_inside, static_cast<A*>(call.losses[2]) + pixel, count);
-  }
-  row.kd_scale = load(kd) * temperature;
-  row.ce_student = inside ? load(share_student) / sums.student_sum : zero;
-  row.smooth_student = load(uniform_student);
-  if (call.has_teacher) {
-    row.ce_teacher = inside ? load(share_teacher) / sums.teacher_sum : zero;
-    row.kd_student = inside ? row.kd_scale / sums.student_tempered : zero;
-    row.kd_teacher = inside ? row.kd_scale / sums.teacher_tempered : zero;
-    row.smooth_teacher = load(uniform_teacher);
+        1, load(teacher_chosen), sums.teacher_max, kBoth ? logarithm(sums.teacher_sum) : log_teacher, sums.teacher_sum,
+        sums.teacher_shifted, row.ce_teacher, row.smooth_teacher, row.own_teacher);
+  } else {
+    finish(1, zero);
   }
 }
 
 // Adds to the cell's upper and lower row of a gradient map what `Terms` kinds of exponentials give, each times a factor
 // of its own. Row r of the group has its exponentials at exponentials[term] + r * step, and its factors, times its
 // weights of the upper row, then of the lower, in factors[2 * (r * Terms + term)].
-template <typename A, int Terms>
-inline void accumulate(
-    const A* const exponentials[],
-    int64 step,
-    const Vector<A> factors[],
-    int64 rows,
-    int64 classes,
-    A* upper,
-    A* lower) {
+template <typename A, int Terms, int Rows>
+inline void accumulate_rows(
+    const A* const exponentials[], int64 step, const Vector<A> factors[], int64 classes, A* upper, A* lower) {
   constexpr int64 width = Lanes<A>::kWidth;
   for (int64 k = 0; k < classes; ++k) {
     Vector<A> above = {}, below = {};
-    for (int64 r = 0; r < rows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
       for (int term = 0; term < Terms; ++term) {
         const Vector<A> value = load(exponentials[term] + r * step + k * width);
         above += value * factors[2 * (r * Terms + term)];
@@ -277,6 +270,29 @@ inline void accumulate(
     store(load(upper + k * width) + above, upper + k * width);
     store(load(lower + k * width) + below, lower + k * width);
   }
+}
+
+template <typename A, int Terms>
+inline void accumulate(
+    const A* const exponentials[],
+    int64 step,
+    const Vector<A> factors[],
+    int64 rows,
+    int64 classes,
+    A* upper,
+    A* lower) {
+  const A* from[Terms];
+  for (int term = 0; term < Terms; ++term) from[term] = exponentials[term];
+  const auto take = [&](auto count) {
+    constexpr int kRows = decltype(count)::kValue;
+    accumulate_rows<A, Terms, kRows>(from, step, factors, classes, upper, lower);
+    for (int term = 0; term < Terms; ++term) from[term] += kRows * step;
+    factors += 2 * Terms * kRows;
+    rows -= kRows;
+  };
+  while (rows >= 4) take(Constant<4>{});
+  if (rows >= 2) take(Constant<2>{});
+  if (rows >= 1) take(Constant<1>{});
 }
 
 // What the divergence gives to the teacher of its own gradient, for one row.

@@ -67,12 +67,16 @@ inline void differentiate_tile(
     }
   };
   int64 k = 0;
-  for (; k + L::kWidth <= count; k += L::kWidth) {
+  const auto whole_step = [&](int64 k) __attribute__((always_inline)) {
     const V other = teacher ? load(zt + k) : V{};
     const V share = P::kExtra && shares != nullptr ? load(shares + k) : V{};
     step(k, load(zs + k), other, share, [](V value, A* out) __attribute__((always_inline)) { store(value, out); });
-  }
-  if (k < count) {
+  };
+  for (; k + L::kWidth <= count; k += L::kWidth) whole_step(k);
+  if (k < count && count >= L::kWidth) {
+    // The last vector overlaps the one before and writes some numbers again.
+    whole_step(count - L::kWidth);
+  } else if (k < count) {
     const int64 rest = count - k;
     const V other = teacher ? lanes_at(zt, k, count, g.statistics[kTeacherMax]) : V{};
     const V share = P::kExtra && shares != nullptr ? lanes_at(shares, k, count, A(0)) : V{};

@@ -63,6 +63,6 @@ struct LogitsKernels {
   void (*forward)(const Logits&, Element, ParallelFor, int threads);
   void (*backward)(const Logits&, Element, ParallelFor, int threads);
 };
-FRSKD_DECLARE_KERNELS(LogitsKernels)
+FRSKD_DECLARE_WIDE_KERNELS(LogitsKernels)
 
 }  // namespace frskd

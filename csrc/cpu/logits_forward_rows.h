@@ -24,6 +24,15 @@ struct Online {
     auto largest = L::splat(tile[0]);
     if (count >= L::kWidth) {
       int64 k = 0;
+      // Several at a time, because each waits for the one before.
+      auto second = largest, third = largest, fourth = largest;
+      for (; k + 4 * L::kWidth <= count; k += 4 * L::kWidth) {
+        largest = ::frskd::maximum(load(tile + k), largest);
+        second = ::frskd::maximum(load(tile + k + L::kWidth), second);
+        third = ::frskd::maximum(load(tile + k + 2 * L::kWidth), third);
+        fourth = ::frskd::maximum(load(tile + k + 3 * L::kWidth), fourth);
+      }
+      largest = ::frskd::maximum(::frskd::maximum(largest, second), ::frskd::maximum(third, fourth));
       for (; k + L::kWidth <= count; k += L::kWidth) largest = ::frskd::maximum(load(tile + k), largest);
       // The last vector overlaps the one before, which no maximum minds.
       if (k < count) largest = ::frskd::maximum(load(tile + count - L::kWidth), largest);
@@ -128,7 +137,7 @@ inline TileSums<A> sum_tile(
   const V lanes[8] = {plain_s, tempered_s, plain_t, tempered_t, crossed, Both ? crossed_back : label_mass,
                       label_s, label_t};
   A sums[8];
-  for (int first = 0; first < 8; first += L::kWidth) store(horizontal_sums(lanes + first), sums + first);
+  store_horizontal_sums<8>(lanes, sums);
   return {
       sums[0],
       sums[1],

@@ -25,6 +25,6 @@ struct MutualLogits {
 struct MutualLogitsKernels {
   void (*forward)(const MutualLogits&, Element, ParallelFor, int threads);
 };
-FRSKD_DECLARE_KERNELS(MutualLogitsKernels)
+FRSKD_DECLARE_WIDE_KERNELS(MutualLogitsKernels)
 
 }  // namespace frskd

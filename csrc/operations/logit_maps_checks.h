@@ -69,7 +69,9 @@ inline Kind check(const LogitMapsPixelsBackward& call, Device device) {
   const LogitMapsInputs& inputs = call.inputs;
   const Kind kind = check(inputs, call.settings, device);
   check_pixels(call.grads, "grads", kind, inputs, call.settings);
-  STD_TORCH_CHECK(inputs.teacher.has_value() || !call.kd_to_teacher, "kd_to_teacher is true without a teacher, but one was wanted.");
+  STD_TORCH_CHECK(
+      inputs.teacher.has_value() || !call.kd_to_teacher,
+      "kd_to_teacher is true without a teacher, but one was wanted.");
   check_gradient(call.student_gradient, "student_gradient", kind, inputs.student, true);
   check_gradient(call.teacher_gradient, "teacher_gradient", kind, inputs.student, inputs.teacher.has_value());
   return kind;

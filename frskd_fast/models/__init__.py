@@ -1,7 +1,8 @@
 """Backbones and self-teachers: `model(x, preact=False) -> (features, logits)`, finest feature map first.
 
 `create_model` makes one by its name; `adapt_backbone` turns other networks into backbones; `with_auxiliary_heads` gives
-them the auxiliary classifiers of HSAKD.
+them the auxiliary classifiers of HSAKD. Segmentation networks, `EfficientDetSeg` and `SegmentationNetwork`, return
+`(student_feats, teacher_feats, student_maps, teacher_maps)`.
 """
 
 from .adapters import (
@@ -37,6 +38,7 @@ from .resnet import ResNet, cifarresnet18, resnet18, resnet34, resnet50
 from .segmentation import SegmentationNetwork
 from .self_teacher import BiFPN, BiFPNc
 from .shufflenet import ShuffleNetV1, ShuffleNetV2, shufflenetv1, shufflenetv2
+from .small_segmentation import resnet10_seg
 from .tails import tail
 from .teachers import load_teacher
 from .vgg import VGG, vgg8, vgg11, vgg13, vgg16, vgg19
@@ -82,6 +84,7 @@ __all__ = [
     "remaining_stages",
     "resnet8",
     "resnet8x4",
+    "resnet10_seg",
     "resnet14",
     "resnet18",
     "resnet20",

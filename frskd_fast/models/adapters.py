@@ -484,6 +484,11 @@ def adapt_backbone(
             f"model is a {type(model).__name__}, but a torch.nn.Module was wanted; TimmBackbone.create(name) makes one "
             "from a timm name."
         )
+    if hasattr(model, "student_maps"):
+        raise TypeError(
+            f"model ({type(model).__name__}) is a segmentation network, but one with logits (N, K) was wanted; "
+            "FRSKDSegmentationTask trains segmentation networks."
+        )
     if logits is not None:
         if layers is None or isinstance(model, torch.fx.GraphModule):
             return ExtractorBackbone(model, layers, logits, levels, max_levels=max_levels, image_shape=image_shape)

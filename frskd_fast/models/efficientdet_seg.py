@@ -16,6 +16,7 @@ from frskd_fast.ops._checks import check_positive_integer
 
 from ._checks import check_images
 from .efficientnet import build_stages, names_in_files
+from .recomputed import AffineNormReLU
 from .registry import register_model
 
 LEVELS = range(2, 8)  # P2 to P7: level l has stride 2^l
@@ -26,11 +27,6 @@ STUDENT_LAYERS, TEACHER_LAYERS = 3, 2
 HEAD_WIDTH = 256
 MINIMUM_SIDE = 32
 EPSILON, MOMENTUM = 1e-4, 0.997  # of the BatchNorms outside backbone and pyramids
-
-
-def node(channels: int) -> nn.Sequential:
-    """relu(bn(weight * x + bias)), with a weight and a bias for each channel."""
-    return nn.Sequential(nn.Conv2d(channels, channels, 1, groups=channels), nn.BatchNorm2d(channels), nn.ReLU())
 
 
 def convolution(
@@ -99,9 +95,9 @@ class BiFPNSeg(nn.Module):
         self.original_resizing = original_resizing
         self.levels = range(2, 2 + levels)
         for level in reversed(self.levels):
-            self.add_module(f"conv{level}up", node(channels))
+            self.add_module(f"conv{level}up", AffineNormReLU(channels))
         for level in () if is_last else self.levels[1:]:
-            self.add_module(f"conv{level}dw", node(channels))
+            self.add_module(f"conv{level}dw", AffineNormReLU(channels))
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         up: list[Tensor] = []

@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .fixed_padding import FixedPaddingConv2d
+from .recomputed import convolved_gated_swish, convolved_swish
 
 
 class Scale(NamedTuple):
@@ -41,27 +42,6 @@ def scaled_width(channels: int, factor: float) -> int:
     return rounded if rounded >= 0.9 * wanted else rounded + 8
 
 
-class FixedPaddingConv2d(nn.Conv2d):
-    """A convolution whose zero padding is TensorFlow's "same" for one size of map, and stays that for every other.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, groups: as for `torch.nn.Conv2d`; there is no bias.
-        side: height and width of the map that the padding is made for.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, side: int, groups: int = 1
-    ) -> None:
-        total = max((math.ceil(side / stride) - 1) * stride + kernel_size - side, 0)
-        before, after = total // 2, total - total // 2
-        super().__init__(in_channels, out_channels, kernel_size, stride, min(before, after), groups=groups, bias=False)
-        # What is missing at the bottom and at the right.
-        self.more = after - before
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, self.more, 0, self.more)) if self.more else x)
-
-
 class MBConvBlock(nn.Module):
     """project(squeeze_excite(swish(depthwise(swish(expand(x)))))), each convolution with its BatchNorm; plus x where it fits.
 
@@ -86,11 +66,12 @@ class MBConvBlock(nn.Module):
         self._bn2 = nn.BatchNorm2d(out_channels, eps=EPSILON, momentum=MOMENTUM)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = F.silu(self._bn0(self._expand_conv(x))) if self.expands else x
-        out = F.silu(self._bn1(self._depthwise_conv(out)))
-        squeezed = F.silu(self._se_reduce(out.mean(dim=(2, 3), keepdim=True)))
-        out = out * torch.sigmoid(self._se_expand(squeezed))
-        out = self._bn2(self._project_conv(out))
+        if self.expands:
+            inner = convolved_swish(self._bn0, self._expand_conv(x), self._depthwise_conv)
+        else:
+            inner = self._depthwise_conv(x)
+        gated = convolved_gated_swish(self._bn1, inner, self._se_reduce, self._se_expand, self._project_conv)
+        out: Tensor = self._bn2(gated)
         return out + x if self.residual else out
 
 

@@ -48,9 +48,10 @@ class _HeadObjective(torch.autograd.Function):
         ctx.call = sources, settings, impl
         rows = heads.students[0].shape[0]
         terms = saved.losses.view(4, sources.students, rows)[::2].sum(2)
-        # The cross-entropies count the rows that have a label, the divergences all of them.
+        # The cross-entropies count the rows that have a label, the divergences, which are 0 without teachers, all of them.
         terms[0].mul_(saved.inverse_valid)
-        terms[1].div_(max(rows, 1))
+        if sources.teachers:
+            terms[1].div_(max(rows, 1))
         ctx.mark_non_differentiable(terms)
         return terms.sum(), terms
 

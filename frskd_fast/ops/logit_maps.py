@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks, _table
-from frskd_fast.ops._autograd import once_differentiable
+from frskd_fast.ops._autograd import anchor, once_differentiable
 from frskd_fast.ops.labels import LABEL_DTYPES, kept
 from frskd_fast.reference import logit_maps as reference
 from frskd_fast.reference.dtypes import accumulate_dtype
@@ -84,7 +84,7 @@ class _ReducedLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-        maps = Maps(*tensors)
+        maps, anchors = Maps(*tensors[:4]), tensors[4:]
         totals, gradients = sums(maps, call.settings, call.wanted, call.impl)
         ce_student, ce_teacher, kd, weight = totals.unbind()
         pixel_count = maps.student.shape[0] * call.settings.height * call.settings.width
@@ -94,7 +94,7 @@ class _ReducedLosses(torch.autograd.Function):
         else:
             inverse_weight = torch.ones_like(weight)
             parts = ce_student.clone(), ce_teacher.clone(), kd.clone()
-        ctx.save_for_backward(inverse_weight, *gradients)
+        ctx.save_for_backward(inverse_weight, *gradients, *anchors)
         ctx.terms = gradient_terms(maps, call.wanted)
         ctx.kd_scale = 1.0 / max(pixel_count, 1) if call.reduction == "mean" else 1.0
         ctx.dtype = maps.student.dtype
@@ -106,12 +106,12 @@ class _ReducedLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inverse_weight, *gradients = ctx.saved_tensors
         totals: list[Tensor | None] = [None, None]  # of the student, of the teacher
-        for term, gradient in zip(ctx.terms, gradients, strict=True):
+        for term, gradient in zip(ctx.terms, gradients, strict=False):
             scale = grads[term.loss] * (ctx.kd_scale if term.loss == 2 else inverse_weight)
             total = totals[term.of_teacher]
             totals[term.of_teacher] = gradient * scale if total is None else total.addcmul_(gradient, scale)
         student, teacher = (None if total is None else total.to(ctx.dtype) for total in totals)
-        return None, student, teacher, None, None
+        return None, student, teacher, *([None] * (len(ctx.needs_input_grad) - 3))
 
 
 class _PixelLosses(torch.autograd.Function):
@@ -270,5 +270,7 @@ def logit_map_losses(
     if teacher is not None and not wanted.teacher_gradient:
         teacher = teacher.detach()
     tensors = [None if one is None else kept(one) for one in (student, teacher, labels, weights)]
+    if reduction != "none" and grad_enabled:
+        tensors += [anchor(one) for one in tensors[:2] if one is not None and one.requires_grad]
     parts: tuple[Tensor, Tensor, Tensor] = function.apply(call, *tensors)
     return parts

@@ -1,12 +1,10 @@
 """Moments of channels and their transfer (adaptive instance normalisation), with gradients that are written out.
 
-Plain PyTorch on every device. A CPU takes it block by block, because there a temporary as large as a map costs more than the
-arithmetic, and `torch.var` is many times slower than the two sums that it stands for.
+By the kernels of operation ``channel_moments`` where the chosen implementation has them, else in plain PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,118 +12,98 @@ from torch import Tensor
 
 from frskd_fast import _dispatch
 from frskd_fast.ops import _checks
+from frskd_fast.ops import channel_moments as kernels
 from frskd_fast.ops._autograd import once_differentiable
 from frskd_fast.ops.labels import kept
 from frskd_fast.reference import moments as reference
 from frskd_fast.reference.dtypes import accumulate_dtype
 from frskd_fast.reference.moments import ChannelMoments as ChannelMoments
 
-# Elements that a CPU takes at a time: block and scratch memory stay in its cache, and calls are few.
-BLOCK = 2**18
 
-
-def _blocks(x: Tensor) -> Iterator[slice]:
-    """Images of `x` that are taken at a time; all of them where that is not the CPU."""
-    images = x.shape[0]
-    step = max(1, BLOCK // x[0].numel()) if x.device.type == "cpu" and images else max(1, images)
-    return (slice(begin, min(begin + step, images)) for begin in range(0, images, step))
-
-
-def _scratch(x: Tensor) -> Tensor:
-    """Memory for one block in the dtype of the arithmetic, laid out as `x`."""
-    first = next(_blocks(x), slice(0, 0))
-    return torch.empty_like(x[first], dtype=accumulate_dtype(x.dtype))
+def _has_kernels(impl: str) -> bool:
+    return _dispatch.implements("channel_moments", impl)
 
 
 def _per_pixel(channels: Tensor) -> Tensor:
     return channels[:, :, None, None]
 
 
-def _moments(x: Tensor, eps: float, unbiased: bool) -> ChannelMoments:
-    """Means, then the sums of squares around them."""
-    if x.device.type != "cpu":
-        return reference.channel_moments(x, eps, unbiased)
-    scratch = _scratch(x)
-    pixels = x.shape[2] * x.shape[3]
-    mean, variance = (scratch.new_empty(x.shape[:2]) for _ in range(2))
-    for block in _blocks(x):
-        part, centred = x[block], scratch[: block.stop - block.start]
-        torch.sum(part, (2, 3), dtype=mean.dtype, out=mean[block])
-        mean[block].div_(pixels)
-        torch.sub(part, _per_pixel(mean[block]), out=centred)
-        torch.mul(centred, centred, out=centred)
-        torch.sum(centred, (2, 3), out=variance[block])
-    return ChannelMoments(mean, variance.div_(pixels - int(unbiased)).add_(eps).sqrt_())
+def _affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor, impl: str) -> Tensor:
+    """(x - centre) * scale + shift of each channel of each image, in the dtype and layout of `x`."""
+    if _has_kernels(impl):
+        return kernels.affine(x, centre, scale, shift, impl)
+    return torch.addcmul(_per_pixel(shift), x - _per_pixel(centre), _per_pixel(scale)).to(x.dtype)
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x * scale + shift of each channel of each image, in the dtype and layout of `x`."""
-    scale, shift = _per_pixel(scale), _per_pixel(shift)
-    # Where channels lie together, one operation is as fast as a copy; over planes, two are faster than one.
-    together = _dispatch.layout_of(x) == "channels_last" and x.dtype == scale.dtype
-    if together or x.device.type != "cpu":
-        return torch.addcmul(shift, x, scale).to(x.dtype)
-    out = torch.empty_like(x)
-    scratch = _scratch(x) if x.dtype != scale.dtype else None
-    for block in _blocks(x):
-        wide = out[block] if scratch is None else scratch[: block.stop - block.start]
-        torch.mul(x[block], scale[block], out=wide).add_(shift[block])
-        if scratch is not None:
-            out[block].copy_(wide)
-    return out
-
-
-def _sums(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """sum grad and sum grad * x over the pixels, each (N, C)."""
-    scratch = _scratch(x)
-    plain, weighted = (scratch.new_empty(x.shape[:2]) for _ in range(2))
-    for block in _blocks(x):
-        part, product = grad[block], scratch[: block.stop - block.start]
-        torch.sum(part, (2, 3), dtype=plain.dtype, out=plain[block])
-        # One factor is wide first: a product of two halves would be rounded.
-        torch.mul(product.copy_(part) if part.dtype != product.dtype else part, x[block], out=product)
-        torch.sum(product, (2, 3), out=weighted[block])
-    return plain, weighted
+def _sums(grad: Tensor, x: Tensor, centre: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """sum grad and sum grad * (x - centre) over the pixels, each (N, C)."""
+    if _has_kernels(impl):
+        return kernels.sums(grad, x, centre, impl)
+    return grad.sum((2, 3), dtype=centre.dtype), (grad * (x - _per_pixel(centre))).sum((2, 3))
 
 
 class _ChannelMoments(torch.autograd.Function):
     """With D = H*W - 1 or H*W, dx = dmean / (H*W) + dstd * (x - mean) / (D * std)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
-        mean, std = _moments(x, eps, unbiased)
+    def forward(ctx: Any, x: Tensor, eps: float, unbiased: bool, impl: str) -> tuple[Tensor, Tensor]:
+        if _has_kernels(impl):
+            mean, std, _ = kernels.forward(x, None, None, eps, unbiased, impl)
+        else:
+            mean, std = reference.channel_moments(x, eps, unbiased)
         ctx.save_for_backward(x, mean, std)
-        ctx.unbiased = unbiased
+        ctx.settings = unbiased, impl
         return mean, std
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        unbiased, impl = ctx.settings
         x, mean, std = ctx.saved_tensors
         mean_grad, std_grad = grads
         pixels = x.shape[2] * x.shape[3]
-        scale = std_grad / (std * (pixels - int(ctx.unbiased)))
-        return _affine(x, scale, mean_grad / pixels - mean * scale), None, None
+        scale = std_grad / (std * (pixels - int(unbiased)))
+        return _affine(x, mean, scale, mean_grad / pixels, impl), None, None, None
 
 
 class _Transfer(torch.autograd.Function):
-    """y = s * (x - m) / d + n for x of moments m, d: dn = sum dy, ds = sum dy * (x - m) / d; m, d count as given."""
+    """y = s * (x - m) / d + n for x of moments m, d: dn = sum dy, ds = sum dy * (x - m) / d; m, d count as given.
+
+    Without m and d they are taken of x, which then has no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, own_mean: Tensor, own_std: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        scale = reference.scale_between(own_std, std)
-        ctx.save_for_backward(x, own_mean, own_std, scale)
-        return _affine(x, scale, mean - own_mean * scale)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        own_mean: Tensor | None,
+        own_std: Tensor | None,
+        mean: Tensor,
+        std: Tensor,
+        eps: float,
+        unbiased: bool,
+        impl: str,
+    ) -> Tensor:
+        if own_mean is None or own_std is None:
+            own_mean, own_std, out = kernels.forward(x, mean.contiguous(), std.contiguous(), eps, unbiased, impl)
+        else:
+            out = _affine(x, own_mean, reference.scale_between(own_std, std), mean, impl)
+        ctx.save_for_backward(x, own_mean, own_std, std)
+        ctx.impl = impl
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, own_mean, own_std, scale = ctx.saved_tensors
+        x, own_mean, own_std, std = ctx.saved_tensors
         (grad,) = grads
-        content = _affine(grad, scale, torch.zeros_like(scale)) if ctx.needs_input_grad[0] else None
-        plain, weighted = _sums(grad, x)
-        std_grad = (weighted - own_mean * plain) / own_std
-        return content, -scale * plain, -scale * std_grad, plain, std_grad
+        scale = std / own_std
+        zero = torch.zeros_like(scale)
+        content = _affine(grad, zero, scale, zero, ctx.impl) if ctx.needs_input_grad[0] else None
+        plain, weighted = _sums(grad, x, own_mean, ctx.impl)
+        std_grad = weighted / own_std
+        own = (-scale * plain, -scale * std_grad) if any(ctx.needs_input_grad[1:3]) else (None, None)
+        return content, *own, plain, std_grad, None, None, None
 
 
 def checked_map(x: Any, name: str, unbiased: bool) -> Tensor:
@@ -154,16 +132,19 @@ def _checked_channels(value: Any, name: str, content: Tensor) -> Tensor:
     return channels.to(accumulate_dtype(content.dtype))
 
 
-def _is_plain(impl: str, x: Tensor) -> bool:
-    return _dispatch.is_plain(_dispatch.choose_for("moments", impl, x)) or _dispatch.left_to_compiler("moments")
+def _chosen(impl: str, x: Tensor) -> str:
+    """The implementation, plain PyTorch where a graph is traced."""
+    name = _dispatch.choose_for("moments", impl, x)
+    return _dispatch.PLAIN if _dispatch.left_to_compiler("moments") else name
 
 
 def channel_moments(x: Any, eps: float, unbiased: bool, impl: str, name: str = "x") -> ChannelMoments:
     """Checks, choice of implementation and autograd; (N, C, H, W) -> 2 x (N, C). Errors call the map `name`."""
     x, eps = kept(checked_map(x, name, unbiased)), _checks.positive_number(eps, "eps")
-    if _is_plain(impl, x):
+    chosen = _chosen(impl, x)
+    if _dispatch.is_plain(chosen):
         return reference.channel_moments(x, eps, unbiased)
-    return ChannelMoments(*_ChannelMoments.apply(x, eps, unbiased))
+    return ChannelMoments(*_ChannelMoments.apply(x, eps, unbiased, chosen))
 
 
 def adain(
@@ -172,11 +153,12 @@ def adain(
     """Checks, choice of implementation and autograd; (N, C, H, W) and 2 x (N, C) -> (N, C, H, W)."""
     content = kept(checked_map(content, "content", unbiased))
     mean, std = _checked_channels(mean, "mean", content), _checked_channels(std, "std", content)
-    if moments is None:
-        moments = channel_moments(content, eps, unbiased, impl, "content")
-    else:
+    eps, chosen = _checks.positive_number(eps, "eps"), _chosen(impl, content)
+    if moments is not None:
         moments = ChannelMoments(*(kept(_checked_channels(value, "moments", content)) for value in moments))
-    if _is_plain(impl, content):
+    elif content.requires_grad or not _has_kernels(chosen):
+        moments = channel_moments(content, eps, unbiased, chosen, "content")
+    if moments is not None and _dispatch.is_plain(chosen):
         return reference.transfer(content, moments, mean, std)
-    transferred: Tensor = _Transfer.apply(content, *moments, mean, std)
+    transferred: Tensor = _Transfer.apply(content, *(moments or (None, None)), mean, std, eps, unbiased, chosen)
     return transferred

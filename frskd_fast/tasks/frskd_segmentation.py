@@ -6,21 +6,20 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frskd_fast.losses import SegmentationLoss
-from frskd_fast.models import create_model
+from frskd_fast.models import SegmentationNetwork, create_model
 from frskd_fast.models.dry_pass import dry_pass
 from frskd_fast.ops import _checks
 
 from .base import Student, Task, called, laid_out, one_dtype
 from .networks import check_module, like
 
-T = TypeVar("T")
 RAMPS = ("anneal", "constant")
 
 
@@ -58,8 +57,9 @@ class FRSKDSegmentationTask(Task):
 
     Args:
         backbone: a segmentation network, `network(images) -> (student_feats, teacher_feats, student_maps, teacher_maps)` with
-            `num_classes` and `student_maps(images)`, such as `frskd_fast.models.EfficientDetSeg`, or the name of one for
-            `create_model`. It is used, not copied.
+            `num_classes` and `student_maps(images)`, such as `frskd_fast.models.EfficientDetSeg`; or any network that
+            gives feature maps, which `frskd_fast.models.SegmentationNetwork` makes into one; or a name for `create_model`. It
+            is used, not copied.
         num_classes: number of classes K; None takes the backbone's own.
         alpha, beta, temperature, ignore_index: as in `SegmentationLoss`.
         warmup_epochs: W, how many epochs are without distillation.
@@ -144,15 +144,16 @@ class FRSKDSegmentationTask(Task):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def start_epoch(self, epoch: int, epochs: int | None = None) -> None:
-        """Set r.
+        """Set r, where there is anything that it weights.
 
         Raises:
             ValueError: where r grows until the last epoch and `epochs` is not known (None, or -1 as trainers write it).
         """
-        self.ramp.fill_(self._ramp_of(epoch, None if epochs is None or epochs < 0 else epochs))
+        if self.loss.alpha != 0.0:
+            self.ramp.fill_(self._ramp_of(epoch, None if epochs is None or epochs < 0 else epochs))
 
     def _ramp_of(self, epoch: int, epochs: int | None) -> float:
-        if epochs is not None and epochs <= self.warmup_epochs and self.loss.alpha != 0.0:
+        if epochs is not None and epochs <= self.warmup_epochs:
             warnings.warn(
                 f"warmup_epochs is {self.warmup_epochs}, but the run has {epochs} epochs, so that nothing is distilled; give a "
                 "smaller number.",
@@ -217,14 +218,16 @@ class FRSKDSegmentationTask(Task):
 
     def maps(self, images: Tensor) -> dict[str, list[Tensor]]:
         """Feature maps of the student, and of the self-teacher where there is one."""
-        return self._of_both(*all_outputs_of(self.backbone, laid_out(images, self.channels_last))[:2])
+        student_feats, teacher_feats, *_ = all_outputs_of(self.backbone, laid_out(images, self.channels_last))
+        return {"student": student_feats, **({} if self.loss.alpha == 0.0 else {"self-teacher": teacher_feats})}
 
     def predicted_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Class scores (N, K, h, w) of the student, and of the self-teacher where there is one."""
-        return self._of_both(*all_outputs_of(self.backbone, laid_out(images, self.channels_last))[2:])
-
-    def _of_both(self, student: T, teacher: T) -> dict[str, T]:
-        return {"student": student} if self.loss.alpha == 0.0 else {"student": student, "self-teacher": teacher}
+        """Class scores of the student, and of the self-teacher where there is one."""
+        images = laid_out(images, self.channels_last)
+        if self.loss.alpha == 0.0:
+            return {"student": student_maps_of(self.backbone, images)}
+        *_, maps, teacher_maps = all_outputs_of(self.backbone, images)
+        return {"student": maps, "self-teacher": teacher_maps}
 
     def student(self) -> SegmentationStudent:
         """The student alone, `student(images) -> scores` at the size of the images, as `Task.student`."""
@@ -271,10 +274,13 @@ def _segmentation_network(backbone: nn.Module | str, num_classes: int | None) ->
                 "num_classes out, or build the network for as many."
             )
         return backbone
-    raise TypeError(
-        f"backbone ({type(backbone).__name__}) has no student_maps(images), but a segmentation network was wanted, such as "
-        "frskd_fast.models.EfficientDetSeg."
-    )
+    num_classes = own if num_classes is None else num_classes
+    if num_classes is None:
+        raise ValueError(
+            f"num_classes is None, and backbone ({type(backbone).__name__}) does not say how many classes there are; give "
+            "num_classes."
+        )
+    return like(backbone, SegmentationNetwork(backbone, num_classes))
 
 
 def _not_reached(network: nn.Module, outputs: Callable[[Tensor], list[Tensor]]) -> list[str]:

@@ -53,9 +53,9 @@ def write_masks(
             f"The student in the checkpoint ({exported.backbone}) says one class for each image, so there are no masks to "
             "write; frskd-fast predict --config RECIPE writes the classes of a data set's images."
         )
-    files = _listed(Path(images))
     if Path(out).exists():
         raise PredictionError(f"--out is {out}, which is there already; give a folder that is not.")
+    files = _listed(Path(images))
     folder = MaskFolder(out, exported.num_classes)
     student = exported.student.to(device)
     folder.begin()

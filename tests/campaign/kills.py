@@ -135,7 +135,7 @@ def trial(seed: int, name: str, beside: Path) -> Outcome:
     for _ in range(draw.choice((1, 2))):
         running = process(words_of(name, folder, settings), group=True)
         began(running, folder)
-        moment, number = draw.uniform(0, seconds), draw.choice((signal.SIGKILL, signal.SIGTERM))
+        moment, number = draw.uniform(0, 0.8 * seconds), draw.choice((signal.SIGKILL, signal.SIGTERM))
         time.sleep(moment)
         if running.poll() is None:
             kills += 1

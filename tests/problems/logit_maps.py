@@ -12,6 +12,7 @@ from numerics import assert_close
 from torch import Tensor
 
 from frskd_fast import functional
+from problems._logit_maps_compiled import COMPILED as COMPILED
 from problems._logit_maps_entry_points import ENTRY_POINTS as ENTRY_POINTS
 from problems._memory import poisoned_memory
 
