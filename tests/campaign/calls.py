@@ -176,7 +176,7 @@ def terms(call: Call, name: str) -> float:
     scale = temperature / min(max(float(lengths.min()), 0.01), 1.0)
     if known:  # differences of logits cancel in the gradient of the divergence's target
         finite = (value.double().nan_to_num(0.0, 0.0, 0.0) for value in inputs.values() if _is_floating(value))
-        scale = max(scale, *(float(value.abs().max()) for value in finite))
+        scale = max([scale, *(float(value.abs().max()) for value in finite)])
     return 4 * scale
 
 
