@@ -11,12 +11,13 @@ PIP_ARGS ?=
 BENCH_ARGS ?=
 RECIPE ?= digits
 TRAIN_ARGS ?=
+CAMPAIGN_ARGS ?=
 RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip --disable-pip-version-check install $(PIP_ARGS)
 PIP = $(INSTALL) --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: bench test demo train docs lint build sanitize cuda-build gpu-check clean
+.PHONY: bench test campaign demo train docs lint build sanitize cuda-build gpu-check clean
 
 bench: build
 	$(RUN) bench/run.py $(BENCH_ARGS)
@@ -26,6 +27,12 @@ bench: build
 TEST_ARGS ?= --numprocesses auto --dist loadfile --max-worker-restart 0
 test: build
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TEST_ARGS)
+
+# Looks for broken promises at random; docs/reliability.md has the table of the last run.
+MINUTES ?= 30
+SEED ?= 0
+campaign: build
+	OMP_NUM_THREADS=1 $(RUN) scripts/campaign.py --minutes $(MINUTES) --seed $(SEED) $(CAMPAIGN_ARGS)
 
 demo: build
 	$(RUN) examples/digits.py

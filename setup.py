@@ -7,6 +7,7 @@ versions. docs/environment.md lists the environment variables.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -27,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("FRSKD_FAST_BUILD", "auto")
+RECORD = "_build.json"  # in the package, where it was built without kernels; frskd_fast/_extension.py reads it
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 # The oldest PyTorch whose stable ABI the sources use, in the form the headers compare with: 2.11.
 OLDEST_TORCH = (2, 11)
@@ -241,8 +243,8 @@ class BuildKernels(build_ext):
         return fullname.replace(".", "/") + ".so"
 
     def get_outputs(self) -> list[str]:
-        folder = Path(self.build_lib)
-        return [str(path) for path in sorted((folder / "frskd_fast").glob("_C*.so"))]
+        folder = Path(self.build_lib) / "frskd_fast"
+        return [str(path) for path in sorted([*folder.glob("_C*.so"), *folder.glob(RECORD)])]
 
     def run(self) -> None:
         try:
@@ -251,6 +253,18 @@ class BuildKernels(build_ext):
             if MODE != "auto":
                 self.fail(str(reason))
             say(f"building without compiled kernels: {reason}.")
+            self.record(str(reason))
+
+    def target(self) -> Path:
+        """The package's folder that the libraries go to."""
+        return ROOT / "frskd_fast" if self.inplace else Path(self.build_lib).resolve() / "frskd_fast"
+
+    def record(self, reason: str, asked: bool = False) -> None:
+        """Leave in the package why it has no kernels: pip shows nobody what a build prints."""
+        self.target().mkdir(parents=True, exist_ok=True)
+        (self.target() / RECORD).write_text(
+            json.dumps({"without_kernels": reason, "asked": asked}) + "\n", encoding="utf-8"
+        )
 
     def fail(self, reason: str) -> NoReturn:
         raise SystemExit(f"frskd_fast: FRSKD_FAST_BUILD={MODE} cannot be met: {reason}.")
@@ -258,12 +272,13 @@ class BuildKernels(build_ext):
     def build(self) -> None:
         if MODE not in MODES:
             self.fail(f"it is not one of {', '.join(MODES)}")
-        target = ROOT / "frskd_fast" if self.inplace else Path(self.build_lib).resolve() / "frskd_fast"
+        target = self.target()
         # Kernels of an earlier build must not stand in for those that this one fails to build.
-        for stale in target.glob("_C*.so"):
+        for stale in [*target.glob("_C*.so"), *target.glob(RECORD)]:
             stale.unlink()
         if MODE == "none":
             say("building without compiled kernels, as FRSKD_FAST_BUILD=none asks.")
+            self.record("FRSKD_FAST_BUILD=none asked for that", asked=True)
             return
         if sys.platform == "win32":
             raise CannotBuild("the kernels use GCC's and Clang's vector types, which the Windows compiler lacks")

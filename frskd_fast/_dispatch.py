@@ -195,6 +195,14 @@ def choose(
     name = check_name(requested, "the argument impl")
     if name == "auto":
         name = _forced.names[-1]
+    if torch._C._are_functorch_transforms_active():
+        # Of torch.func, which takes no autograd.Function such as those of the kernels.
+        if name not in ("auto", PLAIN):
+            raise RuntimeError(
+                f"impl={name!r} was asked for, but transforms of torch.func (grad, vmap, jvp, ...) go through plain PyTorch "
+                "only; use impl='reference' or leave impl='auto'."
+            )
+        return PLAIN
     if name != "auto":
         reason = problem(name, device_type, dtype)
         if reason is None and not (is_plain(name) or _serves(operation, name)):
@@ -214,6 +222,8 @@ def choose(
         for candidate in line.implementations:
             if _serves(operation, candidate) and problem(candidate, device_type, dtype) is None:
                 return candidate
+        if "cpu" in line.implementations and device_type == "cpu" and dtype in _KERNEL_DTYPES:
+            _extension.warn_of_missing_kernels()
         break
     return PLAIN
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,11 +17,39 @@ _REBUILD = (
 )
 
 
+# Behind the reason that setup.py has recorded, which says what is missing.
+_AGAIN = "then run `pip install --no-build-isolation .` again"
+
+
+@functools.cache
+def _build_record() -> dict[str, Any]:
+    """What setup.py left in a package without kernels: the reason, as a clause, and whether that was asked for."""
+    try:
+        record = json.loads((_HERE / "_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+@functools.cache
+def warn_of_missing_kernels() -> None:
+    """Warn, once in a process, of operations in plain PyTorch where a build could not make kernels and nobody saw it."""
+    record = _build_record()
+    if record and not record.get("asked"):
+        warnings.warn(
+            "frskd_fast computes in plain PyTorch, which is slower, because its kernels were not built: "
+            f"{record.get('without_kernels')}; {_AGAIN}. FRSKD_FAST_IMPL=reference asks for plain PyTorch, without a warning.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _load(stem: str) -> str | None:
     """Load ``frskd_fast/<stem>.*``; None on success, otherwise the reason as a sentence."""
     candidates = sorted(path for path in _HERE.glob(f"{stem}.*") if path.suffix in {".so", ".pyd", ".dylib"})
     if not candidates:
-        return f"the compiled library {stem} was not built: {_REBUILD}"
+        reason = _build_record().get("without_kernels")
+        return f"the compiled library {stem} was not built: {_REBUILD if reason is None else f'{reason}; {_AGAIN}'}"
     try:
         torch.ops.load_library(str(candidates[0]))
     except OSError as error:

@@ -173,6 +173,14 @@ def test_limits() -> None:
     torch.testing.assert_close(style.grad, torch.full_like(style, 1.0))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_deviation_that_overflows_is_not_hidden(impl: str) -> None:
+    """Divided by an infinite one, a content would become the constant it is moved to."""
+    content = 1e30 * torch.arange(8.0).reshape(1, 2, 2, 2)
+    assert channel_moments(content, impl=impl).std.isinf().all()
+    assert adain(content, torch.ones(1, 2), torch.ones(1, 2), impl=impl).isnan().all()
+
+
 def outputs(stages: int = 2) -> dict[str, Any]:
     def maps(side: int) -> list[Tensor]:
         return [torch.randn(4, 3 + stage, side, side, dtype=torch.float64) for stage in range(stages)]

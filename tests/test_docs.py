@@ -15,7 +15,7 @@ from frskd_fast.models import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *PAGES]
 # Behind the name of a file stands what the file holds; tests/test_walkthroughs.py runs these blocks.
 PYTHON_BLOCK = re.compile(r"^(`[\w/]+\.py`:\n\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # `csrc/cpu/<op>_*.h`, `tests/numerics.py`, `bench/results/`

@@ -449,14 +449,25 @@ def test_nan_fills_its_channel_through_batch_statistics(layout: str, impl: str) 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("weighting", ["relu", "softmax"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_weight_that_is_nan_gives_nan(place: int, weighting: str, impl: str) -> None:
-    for other in (-1.0, 1.0):
+def test_a_weight_that_is_not_finite_gives_nan(place: int, value: float, weighting: str, impl: str) -> None:
+    for other in (-1.0, 1.0, float("inf")):
         weight = torch.tensor([other, other])
-        weight[place] = float("nan")
+        weight[place] = value
         inputs = [torch.ones(1, 2, 2, 2)] * 2
         out = functional.weighted_fusion(inputs, weight, weighting=weighting, impl=impl)
         assert out.isnan().all(), other
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_variance_that_overflows_shows_in_the_running_one(impl: str) -> None:
+    batch_norm = nn.BatchNorm2d(1)
+    x = 1e21 * torch.tensor([-1.0, 0.5, 1.0, 2.0]).reshape(1, 1, 2, 2)
+    out = functional.weighted_fusion([x], weighting="sum", pre="none", batch_norms=[batch_norm], impl=impl)
+    exact = torch.batch_norm(x.double(), None, None, None, None, True, 0.0, 1e-5, False)
+    assert batch_norm.running_var.isinf().all()
+    assert torch.equal(out, torch.zeros_like(out)) or torch.allclose(out.double(), exact, rtol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -439,3 +439,14 @@ def test_inputs_that_do_not_fit_are_refused(kind: type[HintLoss]) -> None:
 def test_wrong_settings_are_refused(build: Callable[[], Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         build()
+
+
+@pytest.mark.parametrize("loss", [FitNetLoss, OverhaulLoss])
+def test_one_value_per_channel_is_refused_in_a_sentence(loss: type) -> None:
+    criterion, logits = loss([4], [6]), torch.zeros(1, 3)
+    maps = [torch.ones(1, 4, 1, 1)], [torch.ones(1, 6, 1, 1)]
+    with pytest.raises(
+        ValueError, match=r"student_feats\[0\] has shape \(1, 4, 1, 1\), .* use a larger batch, or eval\(\)\."
+    ):
+        criterion(logits, logits, *maps)
+    assert criterion.eval()(logits, logits, *maps).isfinite()

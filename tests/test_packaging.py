@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import itertools
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -87,7 +92,24 @@ def test_installed_wheel_works_without_compiled_kernels(pure_wheel: tuple[Path, 
     done = _run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "'logits': 'reference'" in done.stdout
-    assert "impl='cpu' was asked for, but the compiled library _C was not built: install a C++ compiler" in done.stdout
+    assert (
+        "impl='cpu' was asked for, but the compiled library _C was not built: no C++ compiler was found" in done.stdout
+    )
+    (warning,) = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    assert "its kernels were not built: no C++ compiler was found" in warning
+    told = _run(sys.executable, "-m", "frskd_fast.env_report", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "implementation cpu: not available: the compiled library _C was not built: no C++ compiler" in told.stdout
+
+
+def test_a_build_that_was_asked_for_no_kernels_says_so_and_gives_no_warning(tmp_path: Path) -> None:
+    source = _source(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    assert _run(*command, cwd=source, FRSKD_FAST_BUILD="none").returncode == 0
+    program = "import torch, frskd_fast.env_report as e; print(e.report()); z = torch.zeros(2, 3)\n"
+    program += "frskd_fast = e.frskd_fast; frskd_fast.functional.kd_loss(z, z)"
+    done = _run(sys.executable, "-W", "error", "-c", program, cwd=tmp_path, PYTHONPATH=str(source))
+    assert done.returncode == 0, done.stderr
+    assert "the compiled library _C was not built: FRSKD_FAST_BUILD=none asked for that; then run" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -122,6 +144,24 @@ def test_source_distribution_holds_everything_a_build_needs(tmp_path: Path) -> N
     }
     assert wanted <= held, sorted(wanted - held)
     assert "pyproject.toml" in held and "setup.py" in held
+
+
+def test_everything_that_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    declared = {re.split(r"[^\w.-]", entry)[0].lower().replace("_", "-") for entry in listed}
+    imported: dict[str, str] = {}
+    for file in [*(ROOT / "frskd_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            imported |= {name.split(".")[0]: file.name for name in names}
+    distributions = importlib.metadata.packages_distributions()
+    for name, file in imported.items():
+        candidates = {one.lower().replace("_", "-") for one in distributions.get(name, ())}
+        if candidates and name != "frskd_fast":
+            assert candidates & declared, f"{file} imports {name}, which no list of pyproject.toml has"
+    assert {"yaml", "torch", "numpy"} <= imported.keys()
 
 
 def test_kernels_is_never_a_top_level_package(tmp_path: Path) -> None:

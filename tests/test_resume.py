@@ -138,6 +138,29 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(
     assert steps(folder) == steps(reference) and same_weights(weights(folder), weights(reference))
 
 
+def test_panels_that_a_kill_prevented_are_drawn_at_the_next_start(
+    reference: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished then, and what is drawn is whole or not there."""
+    pytest.importorskip("matplotlib")
+    words = small_run(begun, panels__enabled="true")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt  # as any end between the bytes of the file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert main(words) != 0
+    assert not list(begun.glob("*.png"))
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out and "they are drawn now" in out
+    assert {path.name for path in begun.glob("*.png")} == {"attention.png", "curves.png"}
+    assert steps(begun) == steps(reference) and epochs(begun) == epochs(reference)
+    assert main(words) == 0
+    assert "they are drawn now" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_sanity_check_end"])
 def test_a_second_interrupt_or_one_before_training_stops_at_once(
     tmp_path: Path, hook: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -202,7 +202,10 @@ void forward_typed(const ChannelMoments& call, ParallelFor run) {
       std[k] = square_root(sums[k] / static_cast<A>(call.divisor) + static_cast<A>(call.epsilon));
     }
     if (out == nullptr) return;
-    for (int64 k = 0; k < set.channels; ++k) scale[k] = (static_cast<const A*>(call.scale) + first)[k] / std[k];
+    // A deviation that overflowed makes NaN, not the constant that dividing by it would.
+    for (int64 k = 0; k < set.channels; ++k) {
+      scale[k] = (static_cast<const A*>(call.scale) + first)[k] / std[k] + A(0) * std[k];
+    }
     write_affine(call, set, x, out, middle, scale, static_cast<const A*>(call.shift) + first);
   });
 }

@@ -140,8 +140,13 @@ class HintLoss(DistillationLoss):
     def _adapted(self, students: Sequence[Tensor]) -> list[Tensor]:
         """BatchNorm(conv1x1(f)) of each level, in the adapters' dtype or autocast's."""
         adapted = []
-        for adapter, feature in zip(self.linear, students, strict=True):
+        for level, (adapter, feature) in enumerate(zip(self.linear, students, strict=True)):
             weight = cast(nn.Sequential, adapter)[0].weight
+            if self.training and feature.shape[0] * feature.shape[2] * feature.shape[3] == 1:
+                raise ValueError(
+                    f"student_feats[{level}] has shape {tuple(feature.shape)}, but the adapter's BatchNorm in training mode "
+                    "wants more than one value per channel; use a larger batch, or eval()."
+                )
             with wide_range(feature.device.type):
                 adapted.append(adapter(feature.to(cast(Tensor, weight).dtype)))
         return adapted

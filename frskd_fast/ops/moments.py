@@ -87,7 +87,7 @@ class _Transfer(torch.autograd.Function):
         if own_mean is None or own_std is None:
             own_mean, own_std, out = kernels.forward(x, mean.contiguous(), std.contiguous(), eps, unbiased, impl)
         else:
-            out = _affine(x, own_mean, std / own_std, mean, impl)
+            out = _affine(x, own_mean, reference.scale_between(own_std, std), mean, impl)
         ctx.save_for_backward(x, own_mean, own_std, std)
         ctx.impl = impl
         return out

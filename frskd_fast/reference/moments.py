@@ -23,9 +23,14 @@ def channel_moments(x: Tensor, eps: float, unbiased: bool) -> ChannelMoments:
     return ChannelMoments(mean, (variance + eps).sqrt())
 
 
+def scale_between(own_std: Tensor, std: Tensor) -> Tensor:
+    """std / own_std; NaN where the content's deviation has overflowed, by which a quotient of 0 would hide that."""
+    return std / own_std + 0.0 * own_std
+
+
 def transfer(content: Tensor, moments: ChannelMoments, mean: Tensor, std: Tensor) -> Tensor:
     """std * (content - its mean) / its std + mean, in the dtype of the content."""
-    scale = std / moments.std
+    scale = scale_between(moments.std, std)
     shift = mean - moments.mean * scale
     wide = content.to(accumulate_dtype(content.dtype))
     return torch.addcmul(shift[:, :, None, None], wide, scale[:, :, None, None]).to(content.dtype)

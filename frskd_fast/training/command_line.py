@@ -270,6 +270,7 @@ class CommandLine(LightningCLI):
             if found is not None:
                 check_same_run(self.folder, settings)
                 if self.is_finished(found, settings):
+                    self.draw_missing(**{**kwargs, "ckpt_path": str(found.path)})
                     return
                 kwargs["ckpt_path"] = str(found.path)
                 say(
@@ -326,6 +327,14 @@ class CommandLine(LightningCLI):
             )
         say(f"The run in {self.folder} is finished: {done.epochs} epochs, {done.steps} steps. {longer}")
         return True
+
+    def draw_missing(self, **kwargs: Any) -> None:
+        """Draw the panels of a finished run that was ended while drawing them; they show images of the validation set."""
+        for panels in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(panels, Panels) and panels.missing(self.trainer, self.model):
+                say("Its panels are not all there; they are drawn now.")
+                self.begin(self.trainer.validate, **kwargs, verbose=False)
+                panels.on_fit_end(self.trainer, self.model)
 
     def train(self, **kwargs: Any) -> None:
         """Fit until the end, or until a signal, which is said and becomes the exit status."""

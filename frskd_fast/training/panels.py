@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from frskd_fast.functional import attention_map
 from frskd_fast.tasks import Task
 
+from .checkpoints import write_atomically
 from .errors import Refusal
 from .evaluation import resized
 from .masks import MOST_CLASSES, palette
@@ -100,7 +102,7 @@ def draw_curves(folder: str | os.PathLike[str]) -> Path | None:
     for axes in (losses, scores):
         axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     path = Path(folder) / CURVES
-    figure.savefig(path, dpi=110)
+    _write(figure, path)
     plots.close(figure)
     return path
 
@@ -166,9 +168,16 @@ def draw_attention(
     for axis in axes.flat:
         axis.set_axis_off()
     path = Path(path)
-    figure.savefig(path, dpi=110)
+    _write(figure, path)
     plots.close(figure)
     return path
+
+
+def _write(figure: Any, path: Path) -> None:
+    """Save a figure as a PNG file that is there as a whole or not at all."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    write_atomically(path, drawn.getbuffer())
 
 
 def coloured(masks: Tensor) -> Any:
@@ -226,6 +235,13 @@ class Panels(Callback):
             first = [labels.index(label) for label in sorted(set(labels))]
             rows = (first + [row for row in range(len(labels)) if row not in first])[: self.images]
             self.kept = images[rows].clone(), targets[rows].clone()
+
+    def missing(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether a finished run of one process lacks a panel, because it was ended while drawing."""
+        if not self.enabled or trainer.world_size > 1 or pyplot() is None:
+            return False
+        wanted = (CURVES, MAPS if pl_module.task.predicts == "maps" else ATTENTION)  # type: ignore[union-attr]
+        return not all(Path(trainer.default_root_dir, name).is_file() for name in wanted)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ def shrunk(tensor: Tensor) -> Tensor:
 class Hostile:
     """Draws arguments that are right most of the time and wrong in one or two ways otherwise."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | str) -> None:
         self.random = random.Random(seed)
         self.right = 0.93  # how often one argument is right
 
