@@ -98,6 +98,19 @@ def test_problem(problem: Problem) -> None:
     problem.run("cpu", "cpu")
 
 
+def test_moments_lie_in_memory_as_they_like() -> None:
+    content = torch.randn(2, 3, 4, 5)
+    numbers = [torch.rand(2, 3) + 0.5 for _ in range(4)]
+
+    def gradients(turn: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        mean, std, own_mean, own_std = (turn(number).requires_grad_() for number in numbers)
+        own = functional.ChannelMoments(own_mean, own_std)
+        out = adain(content, mean, std, moments=own, impl="cpu")
+        return torch.autograd.grad(out.square().sum(), (mean, std, own_mean, own_std))
+
+    torch.testing.assert_close(gradients(lambda x: x.t().contiguous().t()), gradients(torch.clone))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(layout: torch.memory_format) -> None:
     style, content = (torch.randn(7, 130, 9, 9).to(memory_format=layout).requires_grad_() for _ in range(2))

@@ -151,6 +151,58 @@ def test_changed_parts_are_called(name: str, change: Callable[[nn.Module], None]
     assert called
 
 
+def convolution_of(name: str, module: Any) -> nn.Conv2d:
+    convolution: nn.Conv2d = module[0] if name == "affine" else module.convolution
+    return convolution
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("swish", {"dilation": (2, 2), "padding": (4, 4)}),
+        ("swish", {"padding_mode": "reflect"}),
+        ("swish", {"padding": "valid"}),
+        ("gated", {"padding": (1, 1), "padding_mode": "circular"}),
+        ("affine", {"padding": (1, 1)}),
+        ("affine", {"stride": (2, 2)}),
+    ],
+)
+def test_convolutions_of_other_settings_are_the_plain_ones(name: str, change: dict[str, Any]) -> None:
+    module = made(name)
+    old = convolution_of(name, module)
+    settings: dict[str, Any] = {key: getattr(old, key) for key in ("stride", "padding", "groups")} | change
+    new = nn.Conv2d(old.in_channels, old.out_channels, old.kernel_size, bias=old.bias is not None, **settings)
+    parent: Any = module
+    if name == "affine":
+        parent[0] = new.double()
+    else:
+        parent.convolution = new.double()
+    plain = copy.deepcopy(module)
+    batch_norm_of(plain).register_forward_hook(lambda *_: None)
+    x = torch.randn(2, CHANNELS, 9, 9, dtype=torch.float64)
+    ours, wanted = run(module, x), run(plain, x)
+    for key in wanted.keys() - {"kept"}:
+        torch.testing.assert_close(ours[key], wanted[key], rtol=1e-9, atol=1e-11, msg=key)
+
+
+def test_a_squeeze_that_is_no_linear_layer_is_called() -> None:
+    module: Any = made("gated")
+    module.reduce = nn.Conv2d(CHANNELS, 2, 1, groups=2).double()
+    called: list[int] = []
+    module.reduce.forward = counted(module.reduce.forward, called)
+    run(module, torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64))
+    assert called
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_network_in_half_precision_runs_the_modules(name: str) -> None:
+    module = made(name).bfloat16()
+    called: list[int] = []
+    batch_norm_of(module).forward = counted(batch_norm_of(module).forward, called)
+    run(module, torch.randn(2, CHANNELS, 4, 4).bfloat16())
+    assert called
+
+
 def test_a_single_value_a_channel_is_refused_by_batch_norm_itself() -> None:
     for name in MODULES:
         with pytest.raises(ValueError, match="more than 1 value per channel"):

@@ -24,7 +24,7 @@ PER_CHANNEL = (1, -1, 1, 1)
 
 
 def _trains(batch_norm: nn.Module, x: Tensor) -> bool:
-    """Whether `batch_norm` takes the statistics of the batch, of maps in its own dtype, and a gradient is wanted."""
+    """Whether `batch_norm` takes the statistics of the batch, in its own dtype and in full precision, and a gradient is wanted."""
     if torch.compiler.is_compiling() or _dispatch.is_plain(_dispatch.forced()) or not foldable(batch_norm):
         return False
     assert isinstance(batch_norm, nn.BatchNorm2d)
@@ -32,13 +32,25 @@ def _trains(batch_norm: nn.Module, x: Tensor) -> bool:
     real = type(x) is Tensor and x.device.type == "cpu"  # nothing has been measured elsewhere
     if not (takes_batch and real and batch_norm.momentum is not None and torch.is_grad_enabled()):
         return False
-    return x.dtype == batch_norm.weight.dtype and x.numel() > x.shape[1]
+    full = x.dtype in (torch.float32, torch.float64)
+    return full and x.dtype == batch_norm.weight.dtype and x.numel() > x.shape[1]
 
 
-def _is_as_built(convolution: nn.Module, bias: bool = True) -> bool:
+def _is_as_built(convolution: nn.Module, bias: bool = False) -> bool:
+    """Whether it is a convolution as `Convolution` has the numbers of, with a bias or without one."""
     if type(convolution) not in (nn.Conv2d, FixedPaddingConv2d) or has_hooks(convolution):
         return False
-    return (convolution.bias is not None) == bias
+    assert isinstance(convolution, nn.Conv2d)
+    pads_zeros = convolution.padding_mode == "zeros" and isinstance(convolution.padding, tuple)
+    return pads_zeros and convolution.dilation == (1, 1) and (convolution.bias is not None) == bias
+
+
+def _is_pixelwise(convolution: nn.Module) -> bool:
+    """Whether it is a 1x1 convolution with a bias, each of whose outputs is of one pixel."""
+    if not _is_as_built(convolution, bias=True):
+        return False
+    assert isinstance(convolution, nn.Conv2d)
+    return convolution.kernel_size == convolution.stride == (1, 1) and convolution.padding == (0, 0)
 
 
 def _numbers_of(convolution: nn.Conv2d) -> Convolution:
@@ -240,7 +252,7 @@ class _AffineNormReLU(torch.autograd.Function):
 
 def convolved_swish(batch_norm: nn.Module, x: Tensor, convolution: nn.Conv2d) -> Tensor:
     """convolution(swish(batch_norm(x)))."""
-    if not (_trains(batch_norm, x) and _is_as_built(convolution, bias=False)):
+    if not (_trains(batch_norm, x) and _is_as_built(convolution)):
         return cast(Tensor, convolution(F.silu(batch_norm(x))))
     out: Tensor = _ConvolvedSwish.apply(x, *_tracked(batch_norm), convolution.weight, _numbers_of(convolution))
     return out
@@ -250,7 +262,8 @@ def convolved_gated_swish(
     batch_norm: nn.Module, x: Tensor, reduce: nn.Conv2d, expand: nn.Conv2d, convolution: nn.Conv2d
 ) -> Tensor:
     """convolution(s * sigmoid(expand(swish(reduce(mean over pixels of s))))) with s = swish(batch_norm(x))."""
-    as_built = _is_as_built(reduce) and _is_as_built(expand) and _is_as_built(convolution, bias=False)
+    linear = all(_is_pixelwise(layer) and layer.groups == 1 for layer in (reduce, expand))
+    as_built = linear and _is_as_built(convolution)
     if not (as_built and _trains(batch_norm, x)):
         swish = F.silu(batch_norm(x))
         squeezed = F.silu(reduce(swish.mean(dim=(2, 3), keepdim=True)))
@@ -268,7 +281,8 @@ class AffineNormReLU(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         convolution, batch_norm, activation = self
-        plain = type(activation) is nn.ReLU and not has_hooks(activation) and _is_as_built(convolution)
+        plain = type(activation) is nn.ReLU and not has_hooks(activation) and _is_pixelwise(convolution)
+        plain = plain and convolution.in_channels == convolution.out_channels == convolution.groups
         if not (plain and _trains(batch_norm, x)):
             return cast(Tensor, super().forward(x))
         out: Tensor = _AffineNormReLU.apply(x, convolution.weight, convolution.bias, *_tracked(batch_norm))

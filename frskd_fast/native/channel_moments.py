@@ -12,15 +12,26 @@ DEVICES = ("cpu",)
 _ops = torch.ops.frskd_fast_native
 
 
+def _pixels_together(x: Tensor) -> bool:
+    """Whether the pixels of a channel lie together."""
+    row, pixel = x.stride()[2:]
+    height, width = x.shape[2:]
+    return (pixel == 1 or width == 1) and (row == width or height == 1)
+
+
 def _together(x: Tensor) -> Tensor:
     """``x``, or a copy of it where neither the pixels of a channel lie together nor the channels of a pixel."""
     _, channel, row, pixel = x.stride()
     height, width = x.shape[2:]
-    if (pixel == 1 or width == 1) and (row == width or height == 1):
-        return x
-    if channel == 1 and (height == 1 or width == 1 or row == width * pixel):
-        return x
-    return x.contiguous()
+    channels = (channel == 1 or x.shape[1] == 1) and (height == 1 or width == 1 or row == width * pixel)
+    return x if _pixels_together(x) or channels else x.contiguous()
+
+
+def _out(x: Tensor) -> Tensor:
+    """An empty map in which the same lies together as in ``x``; ``empty_like`` says that of no pixels without a stride."""
+    if _pixels_together(x):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _like(x: Tensor, out: Tensor) -> Tensor:
@@ -35,7 +46,7 @@ def forward(
     """Moments of ``x``, each (N, C), and ``x`` with the given moments, which is empty without them."""
     together = _together(x)
     own_mean, own_std = (torch.empty(x.shape[:2], dtype=accumulate_dtype(x.dtype)) for _ in range(2))
-    out = None if mean is None else torch.empty_like(together)
+    out = None if mean is None else _out(together)
     _ops.channel_moments_forward.default(together, mean, std, eps, unbiased, own_mean, own_std, out)
     return own_mean, own_std, x.new_empty(0) if out is None else _like(x, out)
 
@@ -43,7 +54,7 @@ def forward(
 def affine(x: Tensor, centre: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - centre) * scale + shift of each channel of each image, in the dtype and layout of ``x``."""
     together = _together(x)
-    out = torch.empty_like(together)
+    out = _out(together)
     numbers = (number.contiguous() for number in (centre, scale, shift))
     _ops.channel_moments_affine.default(together, *numbers, out)
     return _like(x, out)
@@ -53,7 +64,8 @@ def sums(grad: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the pixels of grad and of grad * (x - centre), each (N, C)."""
     x = _together(x)
     if grad.stride() != x.stride():
-        grad = torch.empty_like(x).copy_(grad)
+        grad = _out(x).copy_(grad)
+    centre = centre.contiguous()
     plain, weighted = torch.empty_like(centre), torch.empty_like(centre)
     _ops.channel_moments_sums.default(grad, x, centre, plain, weighted)
     return plain, weighted

@@ -20,6 +20,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
         : len(x), : x.shape[1]
     ],
     "expanded": lambda x: x[:1].expand(x.shape),
+    "one pixel expanded": lambda x: x[..., :1, :1].contiguous().expand(x.shape),
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "rows apart": lambda x: torch.cat((x, x), 3)[..., : x.shape[3]],
 }
