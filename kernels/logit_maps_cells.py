@@ -29,6 +29,12 @@ def cell_slope(cell, begin, coarse, fine, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
+def rise_between(low, high):
+    """By how much a logit rises from one neighbour to the next; 0 from -inf, which stays so all the way."""
+    return tl.where((low == float("-inf")) & (high < float("inf")), 0.0, high - low)
+
+
+@triton.jit
 def row_of_cells(
     top,  # pointer to the low-resolution row above
     bottom,  # to the one below
@@ -42,10 +48,10 @@ def row_of_cells(
     Where there is no class they are so low that it has no probability, and finite, so that 0 times them is 0.
     """
     above = tl.load(top + place)
-    left = above + vertical * (tl.load(bottom + place) - above)
+    left = above + vertical * rise_between(above, tl.load(bottom + place))
     above = tl.load(top + place + following)
-    right = above + vertical * (tl.load(bottom + place + following) - above)
-    return tl.where(inside, left, -1e38), tl.where(inside, right - left, 0.0)
+    right = above + vertical * rise_between(above, tl.load(bottom + place + following))
+    return tl.where(inside, left, -1e38), tl.where(inside, rise_between(left, right), 0.0)
 
 
 @triton.jit

@@ -88,6 +88,12 @@ def _folded(values, CELLS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _product(share, z):
+    """share * z, 0 where a class has no share, also where its logit is -inf or NaN."""
+    return tl.where(share == 0.0, 0.0, share * z)
+
+
+@triton.jit
 def _labels(
     label,  # (cells,)
     weight,  # (cells,)
@@ -252,7 +258,8 @@ def gradient_kernel(
                 for x in range(first_x, tl.minimum(first_x + 8, most)):
                     place = begin + x
                     inside = place < end
-                    across = tl.where(inside, start + step * x, 0.0)
+                    # Between the ends also where there is no pixel: 0 times an infinite rise would be NaN.
+                    across = tl.where(inside, start + step * x, 0.5)
                     z, tempered, plain, _, total, scale_tempered, scale = _softmax(
                         student_left, student_rise, across, statistics + first_place + place, statistics_stride,
                         inside, inverse_temperature, SINGLE, POWER,
@@ -270,7 +277,7 @@ def gradient_kernel(
                         )
                         if LOSSES:
                             counted += weight
-                            student_label += _folded(target * z, CELLS, BLOCK)
+                            student_label += _folded(_product(target, z), CELLS, BLOCK)
                             if PRODUCTS:
                                 student_product *= tl.where(kept, total, 1.0)
                             else:
@@ -289,10 +296,10 @@ def gradient_kernel(
                         probability = tempered_t * tl.where(inside, scale_tempered_t, 0.0)[:, None]
                         ratio = (z_t - z) * inverse_temperature
                         if LOSSES:
-                            divergence += _folded(probability * ratio, CELLS, BLOCK)
+                            divergence += _folded(_product(probability, ratio), CELLS, BLOCK)
                             quotient *= tl.where(inside, total_tempered_t * scale_tempered, 1.0)
                             if HAS_TARGETS:
-                                teacher_label += _folded(target * z_t, CELLS, BLOCK)
+                                teacher_label += _folded(_product(target, z_t), CELLS, BLOCK)
                                 if PRODUCTS:
                                     teacher_product *= tl.where(kept, total_t, 1.0)
                                 else:
@@ -304,12 +311,12 @@ def gradient_kernel(
                         if KD_TEACHER:
                             # log p - log q less its mean under p, where what is common to the pixel's classes cancels
                             if SINGLE:
-                                mean = tl.sum(probability * ratio, axis=1)
+                                mean = tl.sum(_product(probability, ratio), axis=1)
                             else:
                                 mean = tl.load(
                                     statistics + first_place + place + 6 * statistics_stride, mask=inside, other=0.0
                                 )
-                            kd_teacher = probability * (ratio - mean[:, None])
+                            kd_teacher = _product(probability, ratio - mean[:, None])
                     if HAS_UPSTREAM:
                         if CE_STUDENT:
                             ce_student *= tl.load(upstream[0] + first_place + place, mask=kept, other=0.0)[:, None]
