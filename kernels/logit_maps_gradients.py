@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logit_maps_cells import cell_begin, cell_slope, dense_sum, label_and_weight, row_of_cells
+from .logit_maps_cells import between, cell_begin, cell_slope, dense_sum, label_and_weight, row_of_cells
 from .logits_math import exponentials
 
 
@@ -46,7 +46,7 @@ def _store(
 @triton.jit
 def _softmax(
     left,  # (cells, classes) logits at the cells' left ends
-    rise,  # (cells, classes)
+    right,  # (cells, classes) those at the right ends
     across,  # (cells,) position in the cell
     statistics,  # pointers to the pixels' maxima, (cells,); behind them 1 / sum exp(z - maximum), and the same tempered
     statistics_stride,
@@ -59,7 +59,7 @@ def _softmax(
 
     Sums over several tiles are not computed here: their inverses are read.
     """
-    z = left + across[:, None] * rise
+    z = between(left, right, across[:, None])
     if SINGLE:
         z -= tl.max(z, axis=1)[:, None]
     else:
@@ -242,11 +242,11 @@ def gradient_kernel(
         vertical_start, vertical_step = cell_slope(row, first_y, height, full_height, ACCUMULATE)
         for y in range(first_y, cell_begin(row + 1, height, full_height)):
             vertical = vertical_start + vertical_step * (y - first_y).to(ACCUMULATE)
-            student_left, student_rise = row_of_cells(above, below, corner, following, is_class, vertical)
+            student_left, student_right = row_of_cells(above, below, corner, following, is_class, vertical)
             teacher_left = none
-            teacher_rise = none
+            teacher_right = none
             if HAS_TEACHER:
-                teacher_left, teacher_rise = row_of_cells(
+                teacher_left, teacher_right = row_of_cells(
                     above + stride, below + stride, corner, following, is_class, vertical
                 )
             first_place = (sample * full_height + y) * full_width
@@ -258,10 +258,10 @@ def gradient_kernel(
                 for x in range(first_x, tl.minimum(first_x + 8, most)):
                     place = begin + x
                     inside = place < end
-                    # Between the ends also where there is no pixel: 0 times an infinite rise would be NaN.
+                    # Between the ends also where there is no pixel: 0 times -inf would be NaN.
                     across = tl.where(inside, start + step * x, 0.5)
                     z, tempered, plain, _, total, scale_tempered, scale = _softmax(
-                        student_left, student_rise, across, statistics + first_place + place, statistics_stride,
+                        student_left, student_right, across, statistics + first_place + place, statistics_stride,
                         inside, inverse_temperature, SINGLE, POWER,
                     )  # fmt: skip
                     kept = inside
@@ -290,7 +290,7 @@ def gradient_kernel(
                         ce_student = plain * (mass * scale)[:, None] - target
                     if HAS_TEACHER:
                         z_t, tempered_t, plain_t, total_tempered_t, total_t, scale_tempered_t, scale_t = _softmax(
-                            teacher_left, teacher_rise, across, statistics + first_place + place + 3 * statistics_stride,
+                            teacher_left, teacher_right, across, statistics + first_place + place + 3 * statistics_stride,
                             statistics_stride, inside, inverse_temperature, SINGLE, POWER,
                         )  # fmt: skip
                         probability = tempered_t * tl.where(inside, scale_tempered_t, 0.0)[:, None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logit_maps_cells import cell_begin, cell_slope, dense_sum, label_and_weight, rise_between, row_of_cells
+from .logit_maps_cells import between, cell_begin, cell_slope, dense_sum, label_and_weight, row_of_cells
 from .logits_math import exponentials
 
 
@@ -24,11 +24,11 @@ def _label_logit(
     across,  # (cells, pixels)
 ):
     """The interpolated logit of each pixel's label."""
-    upper = tl.load(top + place, mask=mask, other=0.0)
-    left = upper + vertical * rise_between(upper, tl.load(bottom + place, mask=mask, other=0.0))
-    upper = tl.load(top + place + following, mask=mask, other=0.0)
-    right = upper + vertical * rise_between(upper, tl.load(bottom + place + following, mask=mask, other=0.0))
-    return left + across * rise_between(left, right)
+    left = between(tl.load(top + place, mask=mask, other=0.0), tl.load(bottom + place, mask=mask, other=0.0), vertical)
+    top += following
+    bottom += following
+    right = between(tl.load(top + place, mask=mask, other=0.0), tl.load(bottom + place, mask=mask, other=0.0), vertical)
+    return between(left, right, across)
 
 
 @triton.jit(
@@ -127,8 +127,8 @@ def statistics_kernel(
                 here = first_class + column
                 is_class = (here < classes)[None, :]
                 here_corner = corner + here[None, :]
-                left, rise = row_of_cells(above, below, here_corner, following, is_class, vertical)
-                z_student = left[:, None, :] + across[:, :, None] * rise[:, None, :]
+                left, right = row_of_cells(above, below, here_corner, following, is_class, vertical)
+                z_student = between(left[:, None, :], right[:, None, :], across[:, :, None])
                 maximum = tl.maximum(student_max, tl.max(z_student, axis=2))
                 student_shift = student_max - maximum
                 student_max = maximum
@@ -140,10 +140,10 @@ def statistics_kernel(
                 teacher_shift = student_shift
                 z_teacher = z_student
                 if HAS_TEACHER:
-                    left, rise = row_of_cells(
+                    left, right = row_of_cells(
                         above + stride, below + stride, here_corner, following, is_class, vertical
                     )
-                    z_teacher = left[:, None, :] + across[:, :, None] * rise[:, None, :]
+                    z_teacher = between(left[:, None, :], right[:, None, :], across[:, :, None])
                     maximum = tl.maximum(teacher_max, tl.max(z_teacher, axis=2))
                     teacher_shift = teacher_max - maximum
                     teacher_max = maximum
