@@ -29,6 +29,12 @@ def cell_slope(cell, begin, coarse, fine, ACCUMULATE: tl.constexpr):
 
 
 @triton.jit
+def between(low, high, position):
+    """Interpolates with weights, not with a difference, so that a class that is -inf in both neighbours stays so."""
+    return (1.0 - position) * low + position * high
+
+
+@triton.jit
 def row_of_cells(
     top,  # pointer to the low-resolution row above
     bottom,  # to the one below
@@ -37,15 +43,13 @@ def row_of_cells(
     inside,  # (1, classes) whether there is such a class
     vertical,  # position of the pixels between the two rows
 ):
-    """The logits of a fine row at the left end of each cell, and by how much they rise to its right end.
+    """The logits of a fine row at the left end of each cell, and at its right end.
 
     Where there is no class they are so low that it has no probability, and finite, so that 0 times them is 0.
     """
-    above = tl.load(top + place)
-    left = above + vertical * (tl.load(bottom + place) - above)
-    above = tl.load(top + place + following)
-    right = above + vertical * (tl.load(bottom + place + following) - above)
-    return tl.where(inside, left, -1e38), tl.where(inside, right - left, 0.0)
+    left = between(tl.load(top + place), tl.load(bottom + place), vertical)
+    right = between(tl.load(top + place + following), tl.load(bottom + place + following), vertical)
+    return tl.where(inside, left, -1e38), tl.where(inside, right, -1e38)
 
 
 @triton.jit

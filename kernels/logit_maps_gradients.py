@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logit_maps_cells import cell_begin, cell_slope, dense_sum, label_and_weight, row_of_cells
+from .logit_maps_cells import between, cell_begin, cell_slope, dense_sum, label_and_weight, row_of_cells
 from .logits_math import exponentials
 
 
@@ -46,7 +46,7 @@ def _store(
 @triton.jit
 def _softmax(
     left,  # (cells, classes) logits at the cells' left ends
-    rise,  # (cells, classes)
+    right,  # (cells, classes) those at the right ends
     across,  # (cells,) position in the cell
     statistics,  # pointers to the pixels' maxima, (cells,); behind them 1 / sum exp(z - maximum), and the same tempered
     statistics_stride,
@@ -59,7 +59,7 @@ def _softmax(
 
     Sums over several tiles are not computed here: their inverses are read.
     """
-    z = left + across[:, None] * rise
+    z = between(left, right, across[:, None])
     if SINGLE:
         z -= tl.max(z, axis=1)[:, None]
     else:
@@ -85,6 +85,12 @@ def _softmax(
 def _folded(values, CELLS: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of four neighbouring classes, (cells, classes / 4): a thread has them, and few registers then keep a total."""
     return tl.sum(tl.reshape(values, [CELLS, BLOCK // 4, 4]), axis=2)
+
+
+@triton.jit
+def _product(share, z):
+    """share * z, 0 where a class has no share, also where its logit is -inf or NaN."""
+    return tl.where(share == 0.0, 0.0, share * z)
 
 
 @triton.jit
@@ -236,11 +242,11 @@ def gradient_kernel(
         vertical_start, vertical_step = cell_slope(row, first_y, height, full_height, ACCUMULATE)
         for y in range(first_y, cell_begin(row + 1, height, full_height)):
             vertical = vertical_start + vertical_step * (y - first_y).to(ACCUMULATE)
-            student_left, student_rise = row_of_cells(above, below, corner, following, is_class, vertical)
+            student_left, student_right = row_of_cells(above, below, corner, following, is_class, vertical)
             teacher_left = none
-            teacher_rise = none
+            teacher_right = none
             if HAS_TEACHER:
-                teacher_left, teacher_rise = row_of_cells(
+                teacher_left, teacher_right = row_of_cells(
                     above + stride, below + stride, corner, following, is_class, vertical
                 )
             first_place = (sample * full_height + y) * full_width
@@ -252,9 +258,10 @@ def gradient_kernel(
                 for x in range(first_x, tl.minimum(first_x + 8, most)):
                     place = begin + x
                     inside = place < end
-                    across = tl.where(inside, start + step * x, 0.0)
+                    # Between the ends also where there is no pixel: 0 times -inf would be NaN.
+                    across = tl.where(inside, start + step * x, 0.5)
                     z, tempered, plain, _, total, scale_tempered, scale = _softmax(
-                        student_left, student_rise, across, statistics + first_place + place, statistics_stride,
+                        student_left, student_right, across, statistics + first_place + place, statistics_stride,
                         inside, inverse_temperature, SINGLE, POWER,
                     )  # fmt: skip
                     kept = inside
@@ -270,7 +277,7 @@ def gradient_kernel(
                         )
                         if LOSSES:
                             counted += weight
-                            student_label += _folded(target * z, CELLS, BLOCK)
+                            student_label += _folded(_product(target, z), CELLS, BLOCK)
                             if PRODUCTS:
                                 student_product *= tl.where(kept, total, 1.0)
                             else:
@@ -283,16 +290,16 @@ def gradient_kernel(
                         ce_student = plain * (mass * scale)[:, None] - target
                     if HAS_TEACHER:
                         z_t, tempered_t, plain_t, total_tempered_t, total_t, scale_tempered_t, scale_t = _softmax(
-                            teacher_left, teacher_rise, across, statistics + first_place + place + 3 * statistics_stride,
+                            teacher_left, teacher_right, across, statistics + first_place + place + 3 * statistics_stride,
                             statistics_stride, inside, inverse_temperature, SINGLE, POWER,
                         )  # fmt: skip
                         probability = tempered_t * tl.where(inside, scale_tempered_t, 0.0)[:, None]
                         ratio = (z_t - z) * inverse_temperature
                         if LOSSES:
-                            divergence += _folded(probability * ratio, CELLS, BLOCK)
+                            divergence += _folded(_product(probability, ratio), CELLS, BLOCK)
                             quotient *= tl.where(inside, total_tempered_t * scale_tempered, 1.0)
                             if HAS_TARGETS:
-                                teacher_label += _folded(target * z_t, CELLS, BLOCK)
+                                teacher_label += _folded(_product(target, z_t), CELLS, BLOCK)
                                 if PRODUCTS:
                                     teacher_product *= tl.where(kept, total_t, 1.0)
                                 else:
@@ -304,12 +311,12 @@ def gradient_kernel(
                         if KD_TEACHER:
                             # log p - log q less its mean under p, where what is common to the pixel's classes cancels
                             if SINGLE:
-                                mean = tl.sum(probability * ratio, axis=1)
+                                mean = tl.sum(_product(probability, ratio), axis=1)
                             else:
                                 mean = tl.load(
                                     statistics + first_place + place + 6 * statistics_stride, mask=inside, other=0.0
                                 )
-                            kd_teacher = probability * (ratio - mean[:, None])
+                            kd_teacher = _product(probability, ratio - mean[:, None])
                     if HAS_UPSTREAM:
                         if CE_STUDENT:
                             ce_student *= tl.load(upstream[0] + first_place + place, mask=kept, other=0.0)[:, None]

@@ -9,14 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logit_maps_cells import cell_begin, cell_slope, dense_sum, label_and_weight, row_of_cells
+from .logit_maps_cells import between, cell_begin, cell_slope, dense_sum, label_and_weight, row_of_cells
 from .logits_math import exponentials
-
-
-@triton.jit
-def _shift(old_maximum, new_maximum):
-    """Change of the centre, to be added to relative logits; 0 where there was no class before."""
-    return tl.where(old_maximum == float("-inf"), 0.0, old_maximum - new_maximum)
 
 
 @triton.jit
@@ -30,11 +24,11 @@ def _label_logit(
     across,  # (cells, pixels)
 ):
     """The interpolated logit of each pixel's label."""
-    upper = tl.load(top + place, mask=mask, other=0.0)
-    left = upper + vertical * (tl.load(bottom + place, mask=mask, other=0.0) - upper)
-    upper = tl.load(top + place + following, mask=mask, other=0.0)
-    right = upper + vertical * (tl.load(bottom + place + following, mask=mask, other=0.0) - upper)
-    return left + across * (right - left)
+    left = between(tl.load(top + place, mask=mask, other=0.0), tl.load(bottom + place, mask=mask, other=0.0), vertical)
+    top += following
+    bottom += following
+    right = between(tl.load(top + place, mask=mask, other=0.0), tl.load(bottom + place, mask=mask, other=0.0), vertical)
+    return between(left, right, across)
 
 
 @triton.jit(
@@ -116,7 +110,8 @@ def statistics_kernel(
             inside = begin + pixel < end
             across = tl.where(inside, start[:, None] + step[:, None] * pixel, 0.0)
             place = (sample * full_height + y) * full_width + begin + pixel
-            student_max = none + float("-inf")
+            # Finite, so that classes that are all -inf are no NaN beside it.
+            student_max = none - 3e38
             teacher_max = student_max
             student_sum = none
             student_sum_tempered = none
@@ -132,10 +127,10 @@ def statistics_kernel(
                 here = first_class + column
                 is_class = (here < classes)[None, :]
                 here_corner = corner + here[None, :]
-                left, rise = row_of_cells(above, below, here_corner, following, is_class, vertical)
-                z_student = left[:, None, :] + across[:, :, None] * rise[:, None, :]
+                left, right = row_of_cells(above, below, here_corner, following, is_class, vertical)
+                z_student = between(left[:, None, :], right[:, None, :], across[:, :, None])
                 maximum = tl.maximum(student_max, tl.max(z_student, axis=2))
-                student_shift = _shift(student_max, maximum)
+                student_shift = student_max - maximum
                 student_max = maximum
                 z_student -= maximum[:, :, None]
                 tempered, plain = exponentials(z_student, inverse_temperature, POWER)
@@ -145,18 +140,20 @@ def statistics_kernel(
                 teacher_shift = student_shift
                 z_teacher = z_student
                 if HAS_TEACHER:
-                    left, rise = row_of_cells(
+                    left, right = row_of_cells(
                         above + stride, below + stride, here_corner, following, is_class, vertical
                     )
-                    z_teacher = left[:, None, :] + across[:, :, None] * rise[:, None, :]
+                    z_teacher = between(left[:, None, :], right[:, None, :], across[:, :, None])
                     maximum = tl.maximum(teacher_max, tl.max(z_teacher, axis=2))
-                    teacher_shift = _shift(teacher_max, maximum)
+                    teacher_shift = teacher_max - maximum
                     teacher_max = maximum
                     z_teacher -= maximum[:, :, None]
                     tempered, plain = exponentials(z_teacher, inverse_temperature, POWER)
                     rescale_tempered, rescale = exponentials(teacher_shift, inverse_temperature, POWER)
                     cross += teacher_sum_tempered * (teacher_shift - student_shift)
-                    cross = cross * rescale_tempered + tl.sum(tempered * (z_teacher - z_student), axis=2)
+                    # No class without a probability counts, also where both logits are -inf.
+                    difference = tl.where(tempered == 0.0, 0.0, z_teacher - z_student)
+                    cross = cross * rescale_tempered + tl.sum(tempered * difference, axis=2)
                     teacher_sum_tempered = teacher_sum_tempered * rescale_tempered + tl.sum(tempered, axis=2)
                     teacher_sum = teacher_sum * rescale + tl.sum(plain, axis=2)
                 if SMOOTH and HAS_TARGETS:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -100,6 +103,29 @@ def test_an_empty_batch_has_losses_and_gradients_of_zero(reduction: str, impl: s
     assert total == 0.0 and student.grad.shape == teacher.grad.shape == student.shape
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of memory is Linux's")
+def test_a_size_that_memory_does_not_hold_is_refused_in_a_sentence() -> None:
+    maps = torch.zeros(1, 3, 1, 1)
+    with pytest.raises(RuntimeError, match="width is 1073741824, but a number from 1 to 16777216 was wanted"):
+        functional.upsampled_kd_loss(maps, maps, size=(1, 2**30), impl="cpu")
+    script = """
+        import resource, torch
+        from frskd_fast import functional
+        maps = torch.zeros(1, 99, 1, 1)
+        functional.upsampled_kd_loss(maps, maps, size=(1, 2), impl="cpu")
+        for line in open("/proc/self/status"):
+            if line.startswith("VmSize:"):
+                limit = 1024 * int(line.split()[1]) + 2**30
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            functional.upsampled_kd_loss(maps, maps, size=(1, 2**24), impl="cpu")
+        except RuntimeError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert "No memory is left for" in done.stdout, (done.returncode, done.stderr)
+
+
 def test_without_valid_pixels_only_the_divergence_counts(impl: str) -> None:
     student, teacher = torch.randn(2, 1, 3, 2, 2).unbind()
     parts = functional.upsampled_kd_loss(student, teacher, torch.full((1, 5, 5), 255), label_smoothing=0.1, impl=impl)
@@ -127,6 +153,8 @@ def test_extreme_logits_stay_finite_and_nan_stays_nan(reduction: str, impl: str)
     assert parts.ce_teacher.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", ORIGINALS, indirect=True)
 def test_masked_classes_have_no_probability(impl: str) -> None:
     student, teacher = torch.randn(2, 1, 4, 3, 3).unbind()
     student[:, 2], teacher[:, 2] = -1e30, -1e30
@@ -136,6 +164,39 @@ def test_masked_classes_have_no_probability(impl: str) -> None:
     compact = torch.tensor([0, 1, 0, 2])[labels]
     wanted = functional.upsampled_kd_loss(student[:, kept], teacher[:, kept], compact, impl="reference")
     torch.testing.assert_close(parts, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", ORIGINALS, indirect=True)
+@pytest.mark.parametrize("classes", [4, 70])  # in one tile of the Triton kernels, and in several
+def test_a_class_of_minus_infinity_is_none_between_neighbours(classes: int, impl: str) -> None:
+    maps = torch.randn(2, 1, classes, 2, 2)
+    kept = [k for k in range(classes) if k != 2]
+    maps[:, :, 2] = -torch.inf
+    labels = torch.tensor([0, 1, 3, 1]).repeat(1, 4, 1)
+    compact = torch.tensor([0, 1, 0, 2])[labels]
+    student, teacher = maps.unbind()
+    parts = functional.upsampled_kd_loss(student, teacher, labels, temperature=2.0, reduction="none", impl=impl)
+    wanted = functional.upsampled_kd_loss(
+        student[:, kept], teacher[:, kept], compact, temperature=2.0, reduction="none", impl="reference"
+    )
+    inner = slice(1, 3)  # at the edges the neighbour that does not exist has a weight of 0
+    for ours, theirs in zip(parts, wanted, strict=True):
+        torch.testing.assert_close(ours[:, inner, inner], theirs[:, inner, inner], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", ORIGINALS, indirect=True)
+def test_logits_of_ignored_pixels_do_not_count(impl: str) -> None:
+    student = torch.randn(1, 3, 2, 4, requires_grad=True)
+    with torch.no_grad():
+        student[..., 2:] = torch.nan
+    labels = torch.full((1, 4, 8), 255)
+    labels[..., :2] = 1
+    parts = functional.upsampled_kd_loss(student, None, labels, impl=impl)
+    wanted = functional.upsampled_kd_loss(student, None, labels, impl="reference")
+    assert wanted.ce_student.isfinite()
+    torch.testing.assert_close(parts.ce_student, wanted.ce_student)
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
@@ -179,17 +240,49 @@ def test_nothing_of_full_size_with_all_classes_is_in_memory() -> None:
         student.grad = teacher.grad = None
 
 
-def test_evaluation_keeps_nothing(impl: str) -> None:
-    student, teacher, labels = (
-        torch.randn(1, 3, 2, 2, requires_grad=True),
-        torch.randn(1, 3, 2, 2),
-        torch.zeros(1, 4, 4),
-    )
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", ORIGINALS, indirect=True)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_terms_that_nothing_depends_on_do_not_spoil_gradients(reduction: str, impl: str) -> None:
+    student, teacher = torch.randn(2, 1, 3, 2, 2).unbind()
+    student.requires_grad_()
+    teacher[0, 1, 0, 0] = torch.inf
+    labels = torch.randint(3, (1, 4, 4))
+
+    def gradient(impl: str) -> Tensor:
+        ce = functional.upsampled_kd_loss(student, teacher, labels, reduction=reduction, impl=impl).ce_student
+        return torch.autograd.grad(ce.sum(), student)[0]
+
+    wanted = gradient("reference")
+    assert wanted.isfinite().all()
+    torch.testing.assert_close(gradient(impl), wanted)
+
+
+@pytest.mark.parametrize("impl", ["cpu"], indirect=True)
+def test_gradients_are_computed_only_where_they_are_wanted(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = torch.randn(2, 1, 3, 2, 2)
+    labels = torch.zeros(1, 4, 4).long()
+    computed: list[int] = []
+    sums = logit_maps.sums
+
+    def counted(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        totals, gradients = sums(*arguments)
+        computed.append(len(gradients))
+        return totals, gradients
+
+    monkeypatch.setattr(logit_maps, "sums", counted)
+
+    def losses(student: bool, teacher: bool) -> Any:
+        networks = (maps[0].clone().requires_grad_(student), maps[1].clone().requires_grad_(teacher))
+        return functional.upsampled_kd_loss(*networks, labels, impl=impl)
+
     with torch.no_grad():
-        parts = functional.upsampled_kd_loss(student, teacher, labels.long(), impl=impl)
-    wanted = functional.upsampled_kd_loss(student, teacher, labels.byte(), impl=impl)
+        parts = losses(True, True)
+    wanted = losses(True, True)
     assert not parts.kd.requires_grad and wanted.kd.requires_grad
     torch.testing.assert_close(parts, tuple(part.detach() for part in wanted))
+    losses(True, False), losses(False, True), losses(False, False)
+    assert computed == [0, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("present", ["both", "no teacher", "no targets"])

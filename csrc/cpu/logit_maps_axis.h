@@ -9,7 +9,25 @@
 #endif
 
 namespace frskd {
+
+// Raises; defined in a file that is compiled once, because kernels may not use the standard library.
+[[noreturn]] void out_of_memory(std::int64_t bytes);
+
 namespace {
+
+// Scratch memory whose size the caller's arguments choose, so that where there is none it raises.
+template <typename A>
+struct Memory {
+  explicit Memory(int64 count) {
+    const int64 bytes = (static_cast<int64>(sizeof(A)) * count / kCacheLine + 1) * kCacheLine;
+    data = static_cast<A*>(aligned_alloc(kCacheLine, bytes));
+    if (data == nullptr) out_of_memory(bytes);
+  }
+  ~Memory() { free(data); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  A* data;
+};
 
 template <typename A>
 using Vector = typename Lanes<A>::Vector;
@@ -43,10 +61,10 @@ struct Axis {
   }
 
   const int64 cells;
-  Scratch<int64> first;  // (cells + 1,): first output of each cell, then the number of outputs
-  Scratch<Index> cell;   // of each output, as the following
-  Scratch<A> near;       // weight of its cell's lower neighbour
-  Scratch<A> far;        // and of the upper one
+  Memory<int64> first;  // (cells + 1,): first output of each cell, then the number of outputs
+  Memory<Index> cell;   // of each output, as the following
+  Memory<A> near;       // weight of its cell's lower neighbour
+  Memory<A> far;        // and of the upper one
 };
 
 // Lane i of the result is value[index[i]].

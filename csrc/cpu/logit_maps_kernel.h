@@ -100,11 +100,11 @@ struct MapsWorkspace {
   A* logit_row(int64 network, int64 parity) const { return logits.data + (2 * network + parity) * row_size; }
 
   const int64 row_size;
-  Scratch<A> line;
-  Scratch<A> logits;     // networks x (upper, lower) x blocks x (class, lane)
-  Scratch<A> gradients;  // the same for each gradient map; zeros between tiles
-  Scratch<A> exponentials;
-  Scratch<A> turned, places;
+  Memory<A> line;
+  Memory<A> logits;     // networks x (upper, lower) x blocks x (class, lane)
+  Memory<A> gradients;  // the same for each gradient map; zeros between tiles
+  Memory<A> exponentials;
+  Memory<A> turned, places;
   A* gradient_rows[kGradientMaps][2];
 };
 
@@ -291,8 +291,8 @@ void logit_maps(const LogitMaps& call, Element element, ParallelFor run, int) {
     using A = decltype(sum);
     const MapsPlan<A> plan(call);
     const int64 items = call.batch * plan.bands;
-    const Scratch<Totals<A>> totals(items);
-    const Scratch<A> borders(plan.border_of(items, 0));
+    const Memory<Totals<A>> totals(items);
+    const Memory<A> borders(plan.border_of(items, 0));
     // Each logit of each pixel costs about as much as forty loads.
     const int64 cost = 40 * plan.networks * plan.rule.classes * call.height / plan.bands * call.width;
     parallel(run, items, grain_for(cost), [&](int64 begin, int64 end) {

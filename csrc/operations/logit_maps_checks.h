@@ -6,13 +6,16 @@
 
 namespace frskd {
 
+// Of height and width each; the kernels have tables of a row's and of a column's pixels.
+constexpr std::int64_t kLongestSide = std::int64_t{1} << 24;
+
 inline Kind check(const LogitMapsInputs& inputs, const LogitMapsSettings& settings, Device device) {
   const Tensor& student = inputs.student;
   const Kind kind = kind_of(student, "student", device);
   check_map(student, "student", kind);
   if (inputs.teacher.has_value()) check_like(*inputs.teacher, "teacher", kind, kind.dtype, student);
-  check_between(settings.height, "height", student.size(2), kLimit);
-  check_between(settings.width, "width", student.size(3), kLimit);
+  check_between(settings.height, "height", student.size(2), kLongestSide);
+  check_between(settings.width, "width", student.size(3), kLongestSide);
   if (inputs.targets.has_value()) {
     const Tensor& targets = *inputs.targets;
     check_device(targets, "targets", kind);

@@ -24,7 +24,7 @@ PER_CHANNEL = (1, -1, 1, 1)
 
 
 def _trains(batch_norm: nn.Module, x: Tensor) -> bool:
-    """Whether `batch_norm` takes the statistics of the batch, in its own dtype and in full precision, and a gradient is wanted."""
+    """Whether `batch_norm` takes the statistics of the batch, in its own full precision, and a gradient is wanted."""
     if torch.compiler.is_compiling() or _dispatch.is_plain(_dispatch.forced()) or not foldable(batch_norm):
         return False
     assert isinstance(batch_norm, nn.BatchNorm2d)

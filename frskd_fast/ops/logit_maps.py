@@ -98,16 +98,20 @@ class _ReducedLosses(torch.autograd.Function):
         ctx.terms = gradient_terms(maps, call.wanted)
         ctx.kd_scale = 1.0 / max(pixel_count, 1) if call.reduction == "mean" else 1.0
         ctx.dtype = maps.student.dtype
+        ctx.set_materialize_grads(False)  # the gradient of a term that nothing depends on may be NaN, and 0 times it
         _mark_absent(ctx, parts, maps)
         return parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         inverse_weight, *gradients = ctx.saved_tensors
         totals: list[Tensor | None] = [None, None]  # of the student, of the teacher
         for term, gradient in zip(ctx.terms, gradients, strict=False):
-            scale = grads[term.loss] * (ctx.kd_scale if term.loss == 2 else inverse_weight)
+            grad = grads[term.loss]
+            if grad is None:
+                continue
+            scale = grad * (ctx.kd_scale if term.loss == 2 else inverse_weight)
             total = totals[term.of_teacher]
             totals[term.of_teacher] = gradient * scale if total is None else total.addcmul_(gradient, scale)
         student, teacher = (None if total is None else total.to(ctx.dtype) for total in totals)
@@ -123,17 +127,26 @@ class _PixelLosses(torch.autograd.Function):
         parts = pixels(maps, call.settings, call.impl)
         ctx.save_for_backward(*tensors)
         ctx.call = call
+        ctx.set_materialize_grads(False)
         _mark_absent(ctx, parts, maps)
         return parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call: _Call = ctx.call
-        gradients = pixels_backward(grads, Maps(*ctx.saved_tensors), call.settings, call.wanted, call.impl)
-        rest = iter(gradients)
-        student = next(rest) if call.wanted.student_gradient else None
-        teacher = next(rest) if call.wanted.teacher_gradient else None
+        maps, wanted = Maps(*ctx.saved_tensors), call.wanted
+        # Terms that nothing depends on are left out where they are a network's or the labels' only ones.
+        if grads[1] is None and grads[2] is None:
+            maps, wanted = maps._replace(teacher=None), WantedGradients(wanted.student_gradient, False, False)
+        if grads[0] is None and grads[1] is None:
+            maps = maps._replace(targets=None)
+        shape = maps.student.shape[0], call.settings.height, call.settings.width
+        dtype = accumulate_dtype(maps.student.dtype)
+        upstream = [maps.student.new_zeros(shape, dtype=dtype) if grad is None else grad for grad in grads]
+        rest = iter(pixels_backward(upstream, maps, call.settings, wanted, call.impl))
+        student = next(rest) if wanted.student_gradient else None
+        teacher = next(rest) if wanted.teacher_gradient else None
         return None, student, teacher, None, None
 
 
