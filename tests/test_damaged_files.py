@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -96,10 +97,18 @@ def test_a_file_in_the_place_of_the_runs_folder(tmp_path: Path, below: str, caps
     assert file.read_text() == "mine"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")
-def test_a_folder_in_which_nothing_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
-    assert "Nothing can be written in" in refused(capsys, words(tmp_path / "x", run_dir=tmp_path / "closed" / "run"))
+def test_a_folder_in_which_nothing_can_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated, because the superuser may write anywhere."""
+
+    def forbidden(path: Any, *arguments: Any, **settings: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("frskd_fast.training.beginning.write_atomically", forbidden)
+    monkeypatch.setattr("frskd_fast.training.lock.RunLock._taken", forbidden)
+    said = refused(capsys, words(tmp_path / "x", run_dir=tmp_path / "closed" / "run"))
+    assert "config.yaml could not be written (Permission denied). Give --run_dir another folder." in said
 
 
 def _change(**entries: Any) -> Callable[[Path, Path], Any]:

@@ -377,3 +377,18 @@ def test_bad_input_is_refused_in_a_sentence(
         with pytest.raises((TypeError, ValueError), match=message) as caught:
             functional.upsampled_kd_loss(student, teacher, targets, impl=impl, **{**reduction, **options})
         assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_teachers_cross_entropy_alone_knows_nothing_of_the_student(reduction: str) -> None:
+    student = torch.randn(1, 3, 2, 2).index_fill(1, torch.tensor(2), float("nan")).requires_grad_()
+    teacher = torch.randn(1, 3, 2, 2, requires_grad=True)
+    labels = torch.randint(3, (1, 4, 4))
+    parts = functional.upsampled_kd_loss(
+        student, teacher, labels, reduction=reduction, detach_teacher=False, impl="cpu"
+    )
+    parts.ce_teacher.sum().backward()
+    alone = teacher.detach().requires_grad_()
+    functional.upsampled_kd_loss(alone, None, labels, reduction=reduction, impl="cpu").ce_student.sum().backward()
+    assert student.grad is None and teacher.grad is not None
+    torch.testing.assert_close(teacher.grad, alone.grad)

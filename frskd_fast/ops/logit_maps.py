@@ -136,7 +136,12 @@ class _PixelLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call: _Call = ctx.call
         maps, wanted = Maps(*ctx.saved_tensors), call.wanted
-        # Terms that nothing depends on are left out where they are a network's or the labels' only ones.
+        # Terms that nothing depends on are left out: NaN of theirs would spoil the others' gradients, times 0, too.
+        teacher_alone = maps.teacher is not None and grads[0] is None and grads[2] is None
+        if teacher_alone:
+            assert maps.teacher is not None
+            maps = maps._replace(student=maps.teacher)
+            grads, wanted = (grads[1], None, None), WantedGradients(wanted.teacher_gradient, False, False)
         if grads[1] is None and grads[2] is None:
             maps, wanted = maps._replace(teacher=None), WantedGradients(wanted.student_gradient, False, False)
         if grads[0] is None and grads[1] is None:
@@ -147,6 +152,8 @@ class _PixelLosses(torch.autograd.Function):
         rest = iter(pixels_backward(upstream, maps, call.settings, wanted, call.impl))
         student = next(rest) if wanted.student_gradient else None
         teacher = next(rest) if wanted.teacher_gradient else None
+        if teacher_alone:
+            student, teacher = None, student
         return None, student, teacher, None, None
 
 

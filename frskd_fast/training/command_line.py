@@ -244,14 +244,7 @@ class CommandLine(LightningCLI):
         """The lock of the run's folder, which one of several processes holds for them all."""
         if self.trainer.global_rank != 0:
             return None
-        try:
-            lock = RunLock(self.folder)
-        except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
-            raise Refusal(
-                f"Nothing can be written in {self.folder.parent} ({error.strerror}); give --run_dir another folder."
-            ) from error
+        lock = RunLock(self.folder)
         if lock.taken_over is not None:
             say(f"{lock.taken_over}, which trained in {self.folder} last, did not come to its end.")
         return lock
@@ -357,9 +350,12 @@ class CommandLine(LightningCLI):
             except OSError as error:
                 if error.errno not in UNWRITABLE:
                     raise
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                advice = (
+                    "Make room on the disk; the same command tries again." if full else "Give --run_dir another folder."
+                )
                 raise Refusal(
-                    f"{error.filename or folder} could not be written ({error.strerror}). Make room on the disk; the same "
-                    "command tries again."
+                    f"{error.filename or folder} could not be written ({error.strerror}). {advice}"
                 ) from error
             finally:
                 if not self.beginning.over and trainer.global_rank == 0:

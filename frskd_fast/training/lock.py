@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -32,7 +33,7 @@ class RunLock:
     """Holds the lock of a run's folder: a file beside it, which the system unlocks when its process ends, however it ends.
 
     It lies beside the folder because `--fresh` renames that. It holds the process and the host for the message. Where no
-    file can be written there, or the system has no locks, there is none.
+    file can be made there, or the file system has no locks, there is none.
 
     Args:
         folder: of the run; need not exist yet.
@@ -57,11 +58,12 @@ class RunLock:
             return
         try:
             self._descriptor = self._taken(folder)
-            self.taken_over = _holder(self._descriptor)
+        except OSError:
+            return
+        self.taken_over = _holder(self._descriptor)
+        with contextlib.suppress(OSError):  # on a full disk it is a lock all the same
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        except OSError:  # the folder beside cannot be written, the disk is full, or its file system has no locks
-            self.release()
 
     def _taken(self, folder: Path) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
