@@ -7,8 +7,32 @@ cells 0 and w are the borders, where the position is clamped. A fine pixel x is 
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def exponentials(
+    z,  # logits relative to a point near the row's maximum
+    inverse_temperature,
+    POWER: tl.constexpr,
+):
+    """exp(z / T) and exp(z), as powers of two: GPUs have these, and tl.exp would spend instructions on subnormal results."""
+    tempered = tl.exp2(z * (inverse_temperature * LOG2_E))
+    if POWER == 1:
+        plain = tempered
+    elif POWER == 2:
+        plain = tempered * tempered
+    elif POWER == 4:
+        plain = tempered * tempered
+        plain = plain * plain
+    else:
+        plain = tl.exp2(z * LOG2_E)
+    return tempered, plain
 
 
 @triton.jit

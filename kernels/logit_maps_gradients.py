@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .logit_maps_cells import between, cell_begin, cell_slope, dense_sum, label_and_weight, row_of_cells
-from .logits_math import exponentials
+from .logit_maps_cells import between, cell_begin, cell_slope, dense_sum, exponentials, label_and_weight, row_of_cells
 
 
 @triton.jit

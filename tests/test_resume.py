@@ -22,6 +22,7 @@ pytest.importorskip("sklearn")
 from training_utils import PLAIN, SCHEDULES, epochs, process, same_weights, small_run, steps, weights
 
 from frskd_fast.training import checkpoints
+from frskd_fast.training import lock as lock_file
 from frskd_fast.training.checkpoints import find_checkpoint, problem_with, write_atomically
 from frskd_fast.training.cli import main
 from frskd_fast.training.lock import RunLock
@@ -369,15 +370,21 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path: Path, capsys: pytest.
 
 def test_a_worker_that_is_left_over_holds_no_lock(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "run")
-    read, write = os.pipe()
+    (to_end, end), (has_begun, begin) = os.pipe(), os.pipe()
     worker = os.fork()
     if worker == 0:
-        os.read(read, 1)
+        os.write(begin, b".")
+        os.read(to_end, 1)
         os._exit(0)
+    os.read(has_begun, 1)
+    assert lock._descriptor is not None
+    lock_file._held.discard(lock._descriptor)
     os.close(lock._descriptor)  # as its process ends, without release()
     RunLock(tmp_path / "run").release()
-    os.write(write, b".")
+    os.write(end, b".")
     os.waitpid(worker, 0)
+    for descriptor in (to_end, end, has_begun, begin):
+        os.close(descriptor)
 
 
 def test_where_no_lock_can_be_written_a_run_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
