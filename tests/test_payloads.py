@@ -18,6 +18,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from training_utils import PLAIN, small_run
 
 from frskd_fast.models import CheckpointError, load_teacher, wrn16x2
@@ -123,6 +124,18 @@ def test_load_from_checkpoint_takes_names_from_the_caller(working: Path) -> None
     for given in ({"backbone": "evil.Net"}, {"trust": True}):
         assert DistillationModule.load_from_checkpoint(path, **given).hparams.backbone == "evil.Net"
     assert harmed(working)
+
+
+@pytest.mark.parametrize("key", [*CHECKPOINT_PAST_HPARAMS_KEYS, DistillationModule.CHECKPOINT_HYPER_PARAMS_TYPE])
+def test_settings_under_the_keys_of_old_checkpoints_import_nothing(working: Path, key: str) -> None:
+    path = saved(working / "last.ckpt")
+    content = torch.load(path, weights_only=True)
+    assert key not in content
+    content[key] = {"backbone": content["hyper_parameters"].pop("backbone").replace("wrn16x2", "evil.Net")}
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=f"has settings under '{key}', .* trust=True"):
+        DistillationModule.load_from_checkpoint(path)
+    assert not harmed(working)
 
 
 def test_the_name_in_an_exported_file_is_not_imported(working: Path) -> None:
