@@ -21,9 +21,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from training_utils import PLAIN, small_run
 
-from frskd_fast.models import CheckpointError, load_teacher, wrn16x2
+from frskd_fast.models import CheckpointError, FFLResNet, load_teacher, wrn16x2
+from frskd_fast.training.class_paths import PARTS, unknown_names
 from frskd_fast.training.cli import main
+from frskd_fast.training.export import load_student
 from frskd_fast.training.module import DistillationModule
+from frskd_fast.training.recipe_files import recipe, recipe_names
 
 EVIL = """\
 from pathlib import Path
@@ -60,9 +63,9 @@ def harmed(working: Path) -> bool:
     return (working / "harm.txt").exists()
 
 
-def saved(path: Path, **settings: Any) -> Path:
+def saved(path: Path, network: str = "wrn16x2", arguments: dict[str, Any] | None = None, **settings: Any) -> Path:
     """A checkpoint of the trainer that names what evil.py has."""
-    module = DistillationModule(10, PLAIN, "wrn16x2")
+    module = DistillationModule(10, PLAIN, network, arguments)
     trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(path, weights_only=True)
@@ -111,6 +114,20 @@ def test_a_checkpoint_does_not_decide_what_is_imported(
     if what in ("backbone", "task"):
         assert main(["export", "--checkpoint", str(path), "--out", "student.safetensors", "--trust"]) == 0
         assert harmed(working)
+
+
+def test_recipes_need_no_trust() -> None:
+    for name in recipe_names():
+        settings = recipe(name)
+        parts = [settings.get(part) for part in PARTS]
+        assert (name, list(unknown_names([settings.get("model"), parts]))) == (name, [])
+
+
+def test_a_network_of_the_package_needs_no_trust(working: Path) -> None:
+    path = saved(working / "last.ckpt", "frskd_fast.models.FFLResNet", {"depth": 8})
+    module = DistillationModule.load_from_checkpoint(path)
+    networks = (module.backbone, load_student(path).student.backbone, load_teacher(path))
+    assert {type(network) for network in networks} == {FFLResNet}
 
 
 def test_load_from_checkpoint_takes_names_from_the_caller(working: Path) -> None:

@@ -14,7 +14,7 @@ from .adapters import TimmBackbone
 from .auxiliary import with_auxiliary_heads
 from .checkpoints import LAST, PREVIOUS, CheckpointError, classes_in, load_file, load_weights, without_heads
 from .projection import ProjectionHead
-from .registry import create_model, created
+from .registry import create_model, created, is_own_network
 
 TIMM = "timm:"
 
@@ -84,8 +84,8 @@ def described(
 
 
 def needs_trust(name: str) -> bool:
-    """Whether to make the network called `name` calls what an import path leads to, or asks a hub for it."""
-    return ":" in name.removeprefix(TIMM) if name.startswith(TIMM) else "." in name
+    """Whether to make the network called `name` calls what an import path outside of this package leads to, or asks a hub."""
+    return ":" in name.removeprefix(TIMM) if name.startswith(TIMM) else "." in name and not is_own_network(name)
 
 
 def _names_weights(argument: str) -> bool:
