@@ -19,9 +19,12 @@ pytest.importorskip("sklearn")
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+from torch.distributed.checkpoint import metadata as kinds
 from training_utils import PLAIN, small_run
 
 from frskd_fast.models import CheckpointError, FFLResNet, load_teacher, wrn16x2
+from frskd_fast.models.checkpoints import load_file
+from frskd_fast.models.registry import imported
 from frskd_fast.training.class_paths import PARTS, unknown_names
 from frskd_fast.training.cli import main
 from frskd_fast.training.export import load_student
@@ -190,3 +193,17 @@ def test_shards_run_nothing(working: Path, place: str, capsys: pytest.CaptureFix
         with pytest.raises(CheckpointError):
             load_teacher(folder)
     assert not harmed(working)
+
+
+@pytest.mark.parametrize(
+    "name", ["pathlib PosixPath", "torch Size", "torch.serialization _get_layout", f"{kinds.__name__} Metadata"]
+)
+def test_the_list_of_shards_sets_attributes_of_nothing_it_names(tmp_path: Path, name: str) -> None:
+    """Neither of classes and functions of the running process by a state, nor by one for slots."""
+    place = ".".join(name.split())
+    named = Path if "Path" in place else imported(place)
+    for state in (b"}\x8c\x07harmfulK\x01s", b"(N}\x8c\x07harmfulK\x01st"):
+        (tmp_path / ".metadata").write_bytes(b"\x80\x04c%b\n%bb." % (name.replace(" ", "\n").encode(), state))
+        with pytest.raises(CheckpointError, match="sets attributes of what is no part of the list of shards"):
+            load_file(tmp_path)
+        assert not hasattr(named, "harmful")
