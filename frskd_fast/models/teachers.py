@@ -119,9 +119,10 @@ def load_teacher(
     | the folder of a run of `frskd-fast fit` | those of its `last.ckpt`, which says which network it holds |
     | `"timm:NAME"` | timm's network with timm's weights, which timm may download |
 
-    Files of `frskd-fast fit` and `frskd-fast export` say themselves which network they hold; where that is an import path,
-    give the same `name`, as no file makes code run by itself. For weights that were fine-tuned with timm, give their file and
-    `name="timm:NAME"`. Files are read with `weights_only=True`, and of a folder of shards the tensors alone.
+    Files of `frskd-fast fit` and `frskd-fast export` say themselves which network they hold; where that is the import path of
+    a network of your own, give the same `name`, as no file makes code run by itself. For weights that were fine-tuned with
+    timm, give their file and `name="timm:NAME"`. Files are read with `weights_only=True`, and of a folder of shards the
+    tensors alone.
 
     Args:
         source: see the table.
