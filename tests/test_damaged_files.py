@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import subprocess
@@ -20,8 +21,12 @@ pytest.importorskip("sklearn")
 
 from training_utils import PLAIN, TESTS, small_run
 
+from frskd_fast.models import CheckpointError
+from frskd_fast.models.checkpoints import STATE, load_file
 from frskd_fast.training import panels
+from frskd_fast.training.checkpoints import find_checkpoint, problem_with
 from frskd_fast.training.cli import main
+from frskd_fast.training.export import ExportError, check_export
 
 WITHOUT_EXTRA = """\
 import sys
@@ -111,6 +116,44 @@ def test_a_folder_in_which_nothing_can_be_written(
     assert "config.yaml could not be written (Permission denied). Give --run_dir another folder." in said
 
 
+def _refusal(error: type[Exception], call: Callable[[Path], Any], path: Path) -> str:
+    try:
+        call(path)
+    except error as refusal:
+        return str(refusal)
+    return ""
+
+
+def test_flipped_bits_in_the_directory_of_an_archive(tmp_path: Path) -> None:
+    """Each is said or does no harm: an entry may seem compressed, encrypted, or of another name."""
+    path = tmp_path / "file.pt2"
+    torch.save({STATE: {}, "state_dict": {"weight": torch.ones(3)}}, path)
+    whole = path.read_bytes()
+    said: dict[str, list[str]] = {"problem_with": [], "load_file": [], "check_export": []}
+    first = whole.index(b"PK\1\2")
+    places = [*range(first, whole.index(b"PK\1\2", first + 4)), *range(whole.index(b"PK\6\6"), len(whole))]
+    for place, bit in itertools.product(places, range(8)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << bit
+        path.write_bytes(flipped)
+        said["problem_with"].append(problem_with(path) or "")
+        said["load_file"].append(_refusal(CheckpointError, load_file, path))
+        said["check_export"].append(_refusal(ExportError, check_export, path))
+    for what in ("problem_with", "check_export"):
+        for kind in ("is encrypted", "Error -3 while decompressing", "BadZipFile"):
+            assert any(kind in sentence for sentence in said[what]), (what, kind)
+    assert any("is damaged: it is torn" in sentence for sentence in said["load_file"])
+
+
+def test_a_run_with_a_flipped_bit_goes_on_from_the_checkpoint_before(interrupted: Path, tmp_path: Path) -> None:
+    content = (interrupted / "last.ckpt").read_bytes()
+    (tmp_path / "previous.ckpt").write_bytes(content)
+    flags = content.index(b"PK\1\2") + 8
+    (tmp_path / "last.ckpt").write_bytes(content[:flags] + bytes([content[flags] ^ 1]) + content[flags + 1 :])
+    found = find_checkpoint(tmp_path)
+    assert found is not None and found.path.name == "previous.ckpt" and "is encrypted" in found.passed_over[0]
+
+
 def _change(**entries: Any) -> Callable[[Path, Path], Any]:
     def write(run: Path, path: Path) -> None:
         content = {**torch.load(run / "last.ckpt", weights_only=True), **entries}
@@ -123,8 +166,8 @@ OTHERS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "dictionary": (lambda run, path: torch.save({"a": torch.zeros(2)}, path), "it has no 'pytorch-lightning_version'"),
     "list": (lambda run, path: torch.save([1], path), "it has no 'pytorch-lightning_version'"),
     "tensor": (lambda run, path: torch.save(torch.zeros(2), path), "it has no 'pytorch-lightning_version'"),
-    "torn": (lambda run, path: path.write_bytes((run / "last.ckpt").read_bytes()[:5000]), "it is torn or no checkpoint"),
-    "text": (lambda run, path: path.write_text("hello"), "it is torn or no checkpoint"),
+    "torn": (lambda run, path: path.write_bytes((run / "last.ckpt").read_bytes()[:5000]), "it is torn or no file of PyTorch"),
+    "text": (lambda run, path: path.write_text("hello"), "it is torn or no file of PyTorch"),
     "nothing": (lambda run, path: path.touch(), "it is empty"),
     "missing": (lambda run, path: None, "it does not exist"),
     "folder": (lambda run, path: path.mkdir(), "it is a folder without .metadata"),

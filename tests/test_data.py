@@ -66,6 +66,7 @@ from frskd_fast.training.data.augmentation import (
     resize_and_centre_crop,
     resized_crop_window,
 )
+from frskd_fast.training.data.cifar_pickle import STAND_INS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # for bench
@@ -648,12 +649,30 @@ def test_cifar_does_not_let_a_pickle_lead_numpy_to_foreign_memory(tmp_path: Path
         _cifar_with(tmp_path, b"\x80\x02}U\x04data" + array + b"s.").make_reader("train")
 
 
+@pytest.mark.parametrize("name", ["numpy.core.multiarray._reconstruct", "numpy.dtype"])
+def test_cifar_lets_no_pickle_set_attributes_of_what_it_names(tmp_path: Path, name: str) -> None:
+    module, _, function = name.rpartition(".")
+    content = b"\x80\x02c%b\n%b\n(N}\x8c\x07harmfulK\x01stb." % (module.encode(), function.encode())
+    with pytest.raises(DataFileError, match="sets the state of something else than an array or a dtype"):
+        _cifar_with(tmp_path, content).make_reader("train")
+    assert not hasattr(STAND_INS[module, function], "harmful")
+
+
 def test_cifar_makes_no_array_that_the_file_does_not_hold(tmp_path: Path) -> None:
     number = _numpy("numpy.dtype", b"U\x02u1I0\nI1\n")
     shape = b"(I1000000000\nI3072\nt"
     claimed = _numpy("numpy.core.numeric._frombuffer", b"U\x08AAAAAAAA", number, shape, b"U\x01C")
     with pytest.raises(DataFileError, match=r"an array of shape \(1000000000, 3072\) with 8 bytes"):
         _cifar_with(tmp_path, b"\x80\x02}U\x04data" + claimed + b"s.").make_reader("train")
+    text = b"(T\x01\x00\x00\x00xI1000000000\nt"  # whose product would be a text of so many letters
+    for shape, said in (
+        (text, "no tuple of whole numbers"),
+        (b"(I-2\nI-4\nt", "no tuple of"),
+        (b"(I1\nI2\nI4\nt", "3 dim"),
+    ):
+        claimed = _numpy("numpy.core.numeric._frombuffer", b"U\x08AAAAAAAA", number, shape, b"U\x01C")
+        with pytest.raises(DataFileError, match=f"an array .*{said}"):
+            _cifar_with(tmp_path, b"\x80\x02}U\x04data" + claimed + b"s.").make_reader("train")
     for bomb in (b"c__builtin__\nbytes\n(I1000000000000\ntR.", b"cnumpy\nndarray\n((I1000000000000\nttR."):
         with pytest.raises(DataFileError, match="could not be read as a pickle of CIFAR"):
             _cifar_with(tmp_path, bomb).make_reader("train")

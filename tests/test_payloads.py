@@ -18,11 +18,18 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("sklearn")
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+from torch.distributed.checkpoint import metadata as kinds
 from training_utils import PLAIN, small_run
 
-from frskd_fast.models import CheckpointError, load_teacher, wrn16x2
+from frskd_fast.models import CheckpointError, FFLResNet, load_teacher, wrn16x2
+from frskd_fast.models.checkpoints import load_file
+from frskd_fast.models.registry import imported
+from frskd_fast.training.class_paths import PARTS, unknown_names
 from frskd_fast.training.cli import main
+from frskd_fast.training.export import load_student
 from frskd_fast.training.module import DistillationModule
+from frskd_fast.training.recipe_files import recipe, recipe_names
 
 EVIL = """\
 from pathlib import Path
@@ -59,9 +66,9 @@ def harmed(working: Path) -> bool:
     return (working / "harm.txt").exists()
 
 
-def saved(path: Path, **settings: Any) -> Path:
+def saved(path: Path, network: str = "wrn16x2", arguments: dict[str, Any] | None = None, **settings: Any) -> Path:
     """A checkpoint of the trainer that names what evil.py has."""
-    module = DistillationModule(10, PLAIN, "wrn16x2")
+    module = DistillationModule(10, PLAIN, network, arguments)
     trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(path, weights_only=True)
@@ -112,6 +119,20 @@ def test_a_checkpoint_does_not_decide_what_is_imported(
         assert harmed(working)
 
 
+def test_recipes_need_no_trust() -> None:
+    for name in recipe_names():
+        settings = recipe(name)
+        parts = [settings.get(part) for part in PARTS]
+        assert (name, list(unknown_names([settings.get("model"), parts]))) == (name, [])
+
+
+def test_a_network_of_the_package_needs_no_trust(working: Path) -> None:
+    path = saved(working / "last.ckpt", "frskd_fast.models.FFLResNet", {"depth": 8})
+    module = DistillationModule.load_from_checkpoint(path)
+    networks = (module.backbone, load_student(path).student.backbone, load_teacher(path))
+    assert {type(network) for network in networks} == {FFLResNet}
+
+
 def test_load_from_checkpoint_takes_names_from_the_caller(working: Path) -> None:
     path = saved(working / "last.ckpt", backbone="evil.Net")
     with pytest.raises(CheckpointError, match=r"names evil\.Net, which .* trust=True"):
@@ -123,6 +144,18 @@ def test_load_from_checkpoint_takes_names_from_the_caller(working: Path) -> None
     for given in ({"backbone": "evil.Net"}, {"trust": True}):
         assert DistillationModule.load_from_checkpoint(path, **given).hparams.backbone == "evil.Net"
     assert harmed(working)
+
+
+@pytest.mark.parametrize("key", [*CHECKPOINT_PAST_HPARAMS_KEYS, DistillationModule.CHECKPOINT_HYPER_PARAMS_TYPE])
+def test_settings_under_the_keys_of_old_checkpoints_import_nothing(working: Path, key: str) -> None:
+    path = saved(working / "last.ckpt")
+    content = torch.load(path, weights_only=True)
+    assert key not in content
+    content[key] = {"backbone": content["hyper_parameters"].pop("backbone").replace("wrn16x2", "evil.Net")}
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=f"has settings under '{key}', .* trust=True"):
+        DistillationModule.load_from_checkpoint(path)
+    assert not harmed(working)
 
 
 def test_the_name_in_an_exported_file_is_not_imported(working: Path) -> None:
@@ -160,3 +193,17 @@ def test_shards_run_nothing(working: Path, place: str, capsys: pytest.CaptureFix
         with pytest.raises(CheckpointError):
             load_teacher(folder)
     assert not harmed(working)
+
+
+@pytest.mark.parametrize(
+    "name", ["pathlib PosixPath", "torch Size", "torch.serialization _get_layout", f"{kinds.__name__} Metadata"]
+)
+def test_the_list_of_shards_sets_attributes_of_nothing_it_names(tmp_path: Path, name: str) -> None:
+    """Neither of classes and functions of the running process by a state, nor by one for slots."""
+    place = ".".join(name.split())
+    named = Path if "Path" in place else imported(place)
+    for state in (b"}\x8c\x07harmfulK\x01s", b"(N}\x8c\x07harmfulK\x01st"):
+        (tmp_path / ".metadata").write_bytes(b"\x80\x04c%b\n%bb." % (name.replace(" ", "\n").encode(), state))
+        with pytest.raises(CheckpointError, match="sets attributes of what is no part of the list of shards"):
+            load_file(tmp_path)
+        assert not hasattr(named, "harmful")

@@ -56,12 +56,26 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"The checkpoint {path} holds a {type(content).__name__}, but a state dict was wanted.")
     # torch.load does not compare the CRC-32 of the entries. Other programs may have switched them off.
-    damaged = zipfile.ZipFile(path).testzip() if STATE in content and zipfile.is_zipfile(path) else None
-    if damaged is not None:
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged: its entry {damaged} has changed since it was written."
-        )
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\3\4"  # PyTorch's older format is none
+    damage = damage_in_archive(path) if STATE in content and is_archive else None
+    if damage is not None:
+        raise CheckpointError(f"The checkpoint {path} is damaged: {damage}.")
     return dict(content)
+
+
+def damage_in_archive(path: str | os.PathLike[str]) -> str | None:
+    """What is wrong with a zip archive, as half a sentence, or None. Reads all of it and compares the CRC-32 of its entries."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.testzip()
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # after a flipped bit of the directory nearly any: an entry seems compressed, or encrypted
+        return f"it is torn or no file of PyTorch ({brief(error)})"
+    return None if entry is None else f"its entry {entry} has changed since it was written"
 
 
 def checksum_of(tensors: Mapping[str, Tensor]) -> str:

@@ -143,3 +143,20 @@ def imported(path: str, argument: str = "", wanted: str = "a function or class")
             f"{argument}{path!r} cannot be imported ({error}); give the path of {wanted} in a package that Python finds "
             "(its folder may have to be in PYTHONPATH)."
         ) from error
+
+
+def is_own_network(path: str) -> bool:
+    """Whether this is the import path of a network of this package, which takes plain values and downloads nothing.
+
+    Example:
+        >>> is_own_network("frskd_fast.models.FFLResNet"), is_own_network("frskd_fast.models.load_teacher")
+        (True, False)
+    """
+    if not path.startswith(f"{__package__}."):
+        return False
+    try:
+        found: Any = imported(path)
+    except ImportError:
+        return False
+    # Not what its module has imported from elsewhere.
+    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(f"{__package__}.")

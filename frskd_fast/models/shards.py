@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as kinds
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import load
 
 METADATA = ".metadata"
@@ -33,7 +34,25 @@ KNOWN = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+# Instances that are given a state.
+WITH_STATE = (
+    *(getattr(kinds, name) for name in _OF_METADATA if dataclasses.is_dataclass(getattr(kinds, name))),
+    _StorageInfo,
+)
+PythonUnpickler: Any = pickle._Unpickler  # the one in Python, whose opcodes can be given other methods
+
+
+class _Unpickler(PythonUnpickler):  # type: ignore[misc]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(PythonUnpickler.dispatch)
+
+    def load_build(self) -> None:
+        # The state of a class or function would be the attributes of what this process works with.
+        if type(self.stack[-2]) not in WITH_STATE:
+            raise pickle.UnpicklingError(f"its {METADATA} sets attributes of what is no part of the list of shards")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in KNOWN:
             return Path if name.endswith("Path") else super().find_class(module, name)

@@ -14,7 +14,7 @@ from .adapters import TimmBackbone
 from .auxiliary import with_auxiliary_heads
 from .checkpoints import LAST, PREVIOUS, CheckpointError, classes_in, load_file, load_weights, without_heads
 from .projection import ProjectionHead
-from .registry import create_model, created
+from .registry import create_model, created, is_own_network
 
 TIMM = "timm:"
 
@@ -84,8 +84,8 @@ def described(
 
 
 def needs_trust(name: str) -> bool:
-    """Whether to make the network called `name` calls what an import path leads to, or asks a hub for it."""
-    return ":" in name.removeprefix(TIMM) if name.startswith(TIMM) else "." in name
+    """Whether to make the network called `name` calls what an import path outside of this package leads to, or asks a hub."""
+    return ":" in name.removeprefix(TIMM) if name.startswith(TIMM) else "." in name and not is_own_network(name)
 
 
 def _names_weights(argument: str) -> bool:
@@ -119,9 +119,10 @@ def load_teacher(
     | the folder of a run of `frskd-fast fit` | those of its `last.ckpt`, which says which network it holds |
     | `"timm:NAME"` | timm's network with timm's weights, which timm may download |
 
-    Files of `frskd-fast fit` and `frskd-fast export` say themselves which network they hold; where that is an import path,
-    give the same `name`, as no file makes code run by itself. For weights that were fine-tuned with timm, give their file and
-    `name="timm:NAME"`. Files are read with `weights_only=True`, and of a folder of shards the tensors alone.
+    Files of `frskd-fast fit` and `frskd-fast export` say themselves which network they hold; where that is the import path of
+    a network of your own, give the same `name`, as no file makes code run by itself. For weights that were fine-tuned with
+    timm, give their file and `name="timm:NAME"`. Files are read with `weights_only=True`, and of a folder of shards the
+    tensors alone.
 
     Args:
         source: see the table.

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from frskd_fast.models.checkpoints import LAST, PREVIOUS, SHARDED, brief
+from frskd_fast.models.checkpoints import LAST, PREVIOUS, SHARDED, brief, damage_in_archive
 
 from .errors import Refusal
 from .finite import FiniteGuard
@@ -103,15 +103,11 @@ def problem_with(path: str | os.PathLike[str]) -> str | None:
         return "it does not exist"
     if path.stat().st_size == 0:
         return "it is empty"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # Every entry's CRC-32, which torch.load does not compare.
-            damaged = archive.testzip()
-            names = [name.rsplit("/", 1)[-1] for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        return f"it is torn or no checkpoint ({error})"
-    if damaged is not None:
-        return f"its entry {damaged} is damaged"
+    damage = damage_in_archive(path)
+    if damage is not None:
+        return damage
+    with zipfile.ZipFile(path) as archive:
+        names = [name.rsplit("/", 1)[-1] for name in archive.namelist()]
     return None if "data.pkl" in names else "it is no checkpoint of PyTorch"
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from frskd_fast.models.registry import imported
+from frskd_fast.models.registry import imported, is_own_network
 from frskd_fast.models.teachers import TIMM
 
 from .recipe_files import HANDED_TO_TASK
@@ -15,7 +15,8 @@ Settings = str | Mapping[str, Any]
 # The parts of a training that are chosen by class, besides the data; with the argument that the trainer gives.
 PARTS = {"task": "backbone", "optimizer": "params", "lr_scheduler": "optimizer"}
 
-# What settings in a file may name without being trusted: classes and functions that were made to be built from settings.
+# What settings in a file may name without being trusted, besides networks of this package: classes and functions that were
+# made to be built from settings.
 KNOWN = ("frskd_fast.tasks", "frskd_fast.losses", "frskd_fast.training.schedules", "torch.optim")
 
 
@@ -82,6 +83,8 @@ def unknown_names(settings: Any) -> Iterator[str]:
 
 
 def _is_known(path: str) -> bool:
+    if is_own_network(path):
+        return True
     module, _, _ = path.rpartition(".")
     if not any(module == known or module.startswith(f"{known}.") for known in KNOWN):
         return False

@@ -127,7 +127,15 @@ class DistillationModule(LightningModule):
                     f"The checkpoint is {checkpoint_path!r}, but what it names can be looked at in a file alone; give its "
                     "path, or trust=True."
                 )
-            settings = load_file(checkpoint_path).get("hyper_parameters") or {}
+            content = load_file(checkpoint_path)
+            # Lightning merges these with the settings.
+            old = [key for key in ("hparams", "module_arguments", "hparams_type") if key in content]
+            if old:
+                raise CheckpointError(
+                    f"The checkpoint {checkpoint_path} has settings under {old[0]!r}, where this library writes none; give "
+                    "trust=True if you trust the file."
+                )
+            settings = content.get("hyper_parameters") or {}
             names = list(unknown_names({key: value for key, value in settings.items() if key not in keywords}))
             if names:
                 raise CheckpointError(

@@ -48,6 +48,11 @@ class _Array:
         if not isinstance(self.dtype, _DType) or not isinstance(self.content, bytes | bytearray):
             raise pickle.UnpicklingError("it has an array without bytes or without a dtype")
         dtype = self.dtype.checked()
+        # Of a text the product would be as long as the file says.
+        if type(self.shape) is not tuple or not all(type(side) is int and side >= 0 for side in self.shape):
+            raise pickle.UnpicklingError("it has an array whose shape is no tuple of whole numbers")
+        if len(self.shape) > 2:
+            raise pickle.UnpicklingError(f"it has an array of {len(self.shape)} dimensions")
         if dtype.itemsize * math.prod(self.shape) != len(self.content):
             raise pickle.UnpicklingError(f"it has an array of shape {self.shape} with {len(self.content)} bytes")
         flat = numpy.frombuffer(self.content, dtype)
@@ -111,6 +116,12 @@ class _RestrictedUnpickler(PythonUnpickler):  # type: ignore[misc]
     def load_setitems(self) -> None:
         self.add_items(self.pop_mark())
 
+    def load_build(self) -> None:
+        # Of any other object, a function above all, the state would be its attributes.
+        if type(self.stack[-2]) not in (_DType, _Array):
+            raise pickle.UnpicklingError("it sets the state of something else than an array or a dtype")
+        super().load_build()
+
     def load_bytearray8(self) -> None:
         # As long as the file has bytes for it, not as it says.
         self.append(bytearray(self.read(*struct.unpack("<Q", self.read(8)))))
@@ -121,6 +132,7 @@ class _RestrictedUnpickler(PythonUnpickler):  # type: ignore[misc]
     dispatch[pickle.DICT[0]] = load_dict
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     dispatch[pickle.EMPTY_SET[0]] = load_set
     dispatch[pickle.FROZENSET[0]] = load_set
