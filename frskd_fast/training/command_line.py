@@ -329,12 +329,18 @@ class CommandLine(LightningCLI):
         return True
 
     def draw_missing(self, **kwargs: Any) -> None:
-        """Draw the panels of a finished run that was ended while drawing them; they show images of the validation set."""
+        """Draw the panels of a finished run that was ended before they were drawn; they show images of the validation set.
+
+        The run stays finished when that fails: its data may be elsewhere by now.
+        """
         for panels in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(panels, Panels) and panels.missing(self.trainer, self.model):
-                say("Its panels are not all there; they are drawn now.")
-                self.begin(self.trainer.validate, **kwargs, verbose=False)
-                panels.on_fit_end(self.trainer, self.model)
+            if isinstance(panels, Panels) and panels.missing(self.trainer):
+                say("It was ended before its panels were drawn; they are drawn now.")
+                try:
+                    self.begin(self.trainer.validate, **kwargs, verbose=False)
+                    panels.on_fit_end(self.trainer, self.model)
+                except Exception as error:
+                    say(f"Its panels cannot be drawn ({brief(error)}); the next start tries again.")
 
     def train(self, **kwargs: Any) -> None:
         """Fit until the end, or until a signal, which is said and becomes the exit status."""
