@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 # What constructors and readers raise of wrong settings.
 MISTAKES = (ValueError, TypeError, ImportError, FileNotFoundError, MisconfigurationException)
+# What restoring raises of a checkpoint of other settings. Errors of memory, devices and processes are classes below these.
+UNFIT = (RuntimeError, KeyError, IndexError, AttributeError, ValueError, TypeError)
 LARGEST_SEED = 2**32 - 1  # of NumPy's generator
 # What a disk says on which nothing can be written.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -396,7 +398,7 @@ class CommandLine(LightningCLI):
         except Exception as error:
             if self.beginning.over:
                 raise
-            if any(frame.name.startswith("restore") for frame in traceback.extract_tb(error.__traceback__)):
+            if _is_unfit(error):
                 raise Refusal(
                     f"The checkpoint {kwargs['ckpt_path']} does not fit the settings of this run ({brief(error)}). Give those "
                     "that it was trained with; --model.weights takes the weights alone."
@@ -429,6 +431,13 @@ class CommandLine(LightningCLI):
             raise Refusal(f"{self.folder} holds no checkpoint; train first, or give --ckpt_path a file.")
         say(f"Weights: {found.path}, after {found.progress.epochs} epochs.")
         return {**kwargs, "ckpt_path": str(found.path)}
+
+
+def _is_unfit(error: Exception) -> bool:
+    """Whether an error says that a checkpoint does not fit: one of restoring, and not that memory ran out meanwhile."""
+    frames = traceback.extract_tb(error.__traceback__)
+    restoring = any(frame.name.startswith("restore") and "checkpoint_connector" in frame.filename for frame in frames)
+    return restoring and type(error) in UNFIT and "allocate memory" not in str(error)
 
 
 def _plain(settings: Any) -> Any:
