@@ -179,11 +179,11 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     made = sum(row.total() for row in of_calls.values())
-    runs, killed = (sum(row[column] for row in of_kills.values()) for column in ("runs", "kills"))
+    killed = sum(row["kills"] for row in of_kills.values())
     about = (
         f"`scripts/campaign.py --minutes {given.minutes:g} --seed {given.seed}`, PyTorch {torch.__version__}, "
-        f"{platform.machine()}, implementation `{given.impl}`: {made:,} calls, {runs} runs with {killed} kills "
-        f"({len(of_kills)} recipes), {len(findings)} findings."
+        f"{platform.machine()}, implementation `{given.impl}`: {made:,} calls, {killed} kills, "
+        f"{len(findings)} findings."
     )
     text = report(of_calls, of_kills, about)
     print(text)
