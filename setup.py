@@ -43,7 +43,11 @@ X86_VARIANTS = {
 
 
 class CannotBuild(Exception):
-    """A sentence saying what is missing and what to do about it."""
+    """Why there can be no kernels, and what to do before the next build, as two clauses."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}; {advice}")
+        self.reason, self.advice = reason, advice
 
 
 def say(text: str) -> None:
@@ -77,9 +81,9 @@ def find_torch() -> Torch:
             continue
         found = Torch(root, version[1], cuda[1] if cuda else None)
         if tuple(int(part) for part in re.findall(r"\d+", found.version)[:2]) < OLDEST_TORCH:
-            raise CannotBuild(f"PyTorch {found.version} is older than 2.11; upgrade it to get the compiled kernels")
+            raise CannotBuild(f"PyTorch {found.version} is older than 2.11", "upgrade it to get the compiled kernels")
         return found
-    raise CannotBuild("PyTorch is not installed in this environment; install it first to get the compiled kernels")
+    raise CannotBuild("the build found no PyTorch", "install PyTorch in this environment")
 
 
 def find_compiler() -> list[str]:
@@ -87,7 +91,7 @@ def find_compiler() -> list[str]:
     for candidate in (command, ["g++"], ["clang++"]):
         if shutil.which(candidate[0]):
             return candidate
-    raise CannotBuild("no C++ compiler was found (set CXX or install g++); the package works without compiled kernels")
+    raise CannotBuild("no C++ compiler was found", "install g++ or set CXX to a compiler")
 
 
 def find_nvcc() -> Path:
@@ -99,7 +103,7 @@ def find_nvcc() -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise CannotBuild("nvcc was not found (set CUDA_HOME or put it on PATH); CUDA kernels need the CUDA toolkit")
+    raise CannotBuild("nvcc was not found", "install the CUDA toolkit, and set CUDA_HOME or put nvcc on PATH")
 
 
 def architectures() -> list[str]:
@@ -108,7 +112,7 @@ def architectures() -> list[str]:
     for entry in re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).strip()):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if match is None:
-            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST holds {entry!r}, but entries like '9.0' or '9.0+PTX' were wanted")
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST holds {entry!r}", "give it entries like '9.0' or '9.0+PTX'")
         number = f"{match[1]}{match[2]}{match[3]}"
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[4]:
@@ -171,11 +175,20 @@ def cuda_steps(torch: Torch, folder: Path) -> list[Step]:
     return [Step(s, folder / f"cuda_{s.stem}.o", [str(nvcc), *flags, "-c", str(s)]) for s in sources]
 
 
+def failed(what: str, output: str) -> CannotBuild:
+    """The error of a command: all that it printed is shown, and its last errors are recorded."""
+    print(output, file=sys.stderr, flush=True)
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()] or lines
+    said = " / ".join(line[-300:] for line in errors[-3:]) or "it printed nothing"
+    return CannotBuild(f"{what} ({said})", "mend that or set CXX to another compiler")
+
+
 def output_of(command: list[str]) -> str:
     """What the command prints; a failure is a reason to go on without kernels."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise CannotBuild(f"{shlex.join(command)} fails:\n{done.stdout}{done.stderr}")
+        raise failed(f"{shlex.join(command)} fails", done.stdout + done.stderr)
     return done.stdout
 
 
@@ -183,7 +196,7 @@ def run_step(step: Step) -> None:
     say(f"compiling {step.source.relative_to(ROOT)}")
     done = subprocess.run([*step.command, "-o", str(step.output)], capture_output=True, text=True)
     if done.returncode:
-        raise CannotBuild(f"{step.source.name} does not compile:\n{done.stdout}{done.stderr}")
+        raise failed(f"{step.source.name} does not compile", done.stdout + done.stderr)
 
 
 def compile_all(steps: list[Step], folder: Path) -> None:
@@ -201,8 +214,11 @@ def compile_all(steps: list[Step], folder: Path) -> None:
         lines += [f"build {output}: compile {source}", f"  line = {shlex.join(step.command).replace('$', '$$')}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
     say(f"compiling {len(steps)} files with ninja, {jobs} at a time")
-    if subprocess.run([ninja, "-C", str(folder), "-j", str(jobs), "--quiet"]).returncode:
-        raise CannotBuild("the kernels do not compile; the compiler's messages are above")
+    command = [ninja, "-C", str(folder), "-j", str(jobs), "--quiet"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise failed("the kernels do not compile", done.stdout)
+    print(done.stdout, end="", file=sys.stderr, flush=True)  # warnings
 
 
 def nvcc_link_flags(flags: list[str]) -> list[str]:
@@ -217,7 +233,7 @@ def link(objects: list[Path], output: Path, flags: list[str], nvcc: Path | None 
     command = [*compiler, "-shared", *map(str, objects), "-o", str(output), *flags]
     done = subprocess.run([*command, *shlex.split(os.environ.get("LDFLAGS", ""))], capture_output=True, text=True)
     if done.returncode:
-        raise CannotBuild(f"{output.name} does not link:\n{done.stdout}{done.stderr}")
+        raise failed(f"{output.name} does not link", done.stdout + done.stderr)
 
 
 def torch_library_flags(torch: Torch, names: list[str], folder: Path) -> list[str]:
@@ -253,18 +269,17 @@ class BuildKernels(build_ext):
             if MODE != "auto":
                 self.fail(str(reason))
             say(f"building without compiled kernels: {reason}.")
-            self.record(str(reason))
+            self.record(reason)
 
     def target(self) -> Path:
         """The package's folder that the libraries go to."""
         return ROOT / "frskd_fast" if self.inplace else Path(self.build_lib).resolve() / "frskd_fast"
 
-    def record(self, reason: str, asked: bool = False) -> None:
+    def record(self, why: CannotBuild, asked: bool = False) -> None:
         """Leave in the package why it has no kernels: pip shows nobody what a build prints."""
         self.target().mkdir(parents=True, exist_ok=True)
-        (self.target() / RECORD).write_text(
-            json.dumps({"without_kernels": reason, "asked": asked}) + "\n", encoding="utf-8"
-        )
+        record = {"without_kernels": why.reason, "advice": why.advice, "asked": asked}
+        (self.target() / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     def fail(self, reason: str) -> NoReturn:
         raise SystemExit(f"frskd_fast: FRSKD_FAST_BUILD={MODE} cannot be met: {reason}.")
@@ -278,10 +293,13 @@ class BuildKernels(build_ext):
             stale.unlink()
         if MODE == "none":
             say("building without compiled kernels, as FRSKD_FAST_BUILD=none asks.")
-            self.record("FRSKD_FAST_BUILD=none asked for that", asked=True)
+            self.record(CannotBuild("FRSKD_FAST_BUILD=none asked for that", "unset it"), asked=True)
             return
         if sys.platform == "win32":
-            raise CannotBuild("the kernels use GCC's and Clang's vector types, which the Windows compiler lacks")
+            raise CannotBuild(
+                "the kernels use GCC's and Clang's vector types, which the Windows compiler lacks",
+                "build them under WSL",
+            )
         torch = find_torch()
         with_cuda = self.decide_cuda(torch)
         # Beside the sources for an editable install, so that the next build compiles only what changed.

@@ -11,19 +11,15 @@ from typing import Any
 import torch
 
 _HERE = Path(__file__).resolve().parent
+_AGAIN = "run `pip install --no-build-isolation .` again"
 _REBUILD = (
-    "install a C++ compiler (and nvcc for CUDA) and run `pip install --no-build-isolation .` again; "
-    "`python -m frskd_fast.env_report` shows what was found"
+    f"install a C++ compiler (and nvcc for CUDA) and {_AGAIN}; `python -m frskd_fast.env_report` shows what was found"
 )
-
-
-# Behind the reason that setup.py has recorded, which says what is missing.
-_AGAIN = "then run `pip install --no-build-isolation .` again"
 
 
 @functools.cache
 def _build_record() -> dict[str, Any]:
-    """What setup.py left in a package without kernels: the reason, as a clause, and whether that was asked for."""
+    """What setup.py left in a package without kernels: the reason and advice, as clauses, and whether that was asked for."""
     try:
         record = json.loads((_HERE / "_build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -31,29 +27,41 @@ def _build_record() -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def _not_built() -> str | None:
+    """The reason that setup.py has recorded, and what to do; None where it has recorded none."""
+    record = _build_record()
+    if "without_kernels" not in record:
+        return None
+    return f"{record['without_kernels']}; {record.get('advice', 'mend that')}, then {_AGAIN}"
+
+
 @functools.cache
 def warn_of_missing_kernels() -> None:
     """Warn, once in a process, of operations in plain PyTorch where a build could not make kernels and nobody saw it."""
-    record = _build_record()
-    if record and not record.get("asked"):
+    reason = _not_built()
+    if reason is not None and not _build_record().get("asked"):
         warnings.warn(
             "frskd_fast computes in plain PyTorch, which is slower, because its kernels were not built: "
-            f"{record.get('without_kernels')}; {_AGAIN}. FRSKD_FAST_IMPL=reference asks for plain PyTorch, without a warning.",
+            f"{reason}. FRSKD_FAST_IMPL=reference asks for plain PyTorch, without a warning.",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 def _load(stem: str) -> str | None:
-    """Load ``frskd_fast/<stem>.*``; None on success, otherwise the reason as a sentence."""
+    """Load ``frskd_fast/<stem>.*``; None on success, otherwise the reason as a sentence.
+
+    A library that is there and does not load is warned of, because nobody asked for that.
+    """
     candidates = sorted(path for path in _HERE.glob(f"{stem}.*") if path.suffix in {".so", ".pyd", ".dylib"})
     if not candidates:
-        reason = _build_record().get("without_kernels")
-        return f"the compiled library {stem} was not built: {_REBUILD if reason is None else f'{reason}; {_AGAIN}'}"
+        return f"the compiled library {stem} was not built: {_not_built() or _REBUILD}"
     try:
         torch.ops.load_library(str(candidates[0]))
     except OSError as error:
-        return f"the compiled library {candidates[0].name} does not load ({error}): {_REBUILD}"
+        problem = f"the compiled library {candidates[0].name} does not load ({error}): {_AGAIN}, with this PyTorch"
+        warnings.warn(f"frskd_fast computes without it, which may be slower: {problem}.", RuntimeWarning, stacklevel=2)
+        return problem
     return None
 
 

@@ -178,9 +178,12 @@ def main(arguments: list[str] | None = None) -> int:
         findings += more
     import torch
 
+    made = sum(row.total() for row in of_calls.values())
+    killed = sum(row["kills"] for row in of_kills.values())
     about = (
         f"`scripts/campaign.py --minutes {given.minutes:g} --seed {given.seed}`, PyTorch {torch.__version__}, "
-        f"{platform.machine()}, implementation `{given.impl}`: {len(findings)} findings."
+        f"{platform.machine()}, implementation `{given.impl}`: {made:,} calls, {killed} kills, "
+        f"{len(findings)} findings."
     )
     text = report(of_calls, of_kills, about)
     print(text)

@@ -85,4 +85,10 @@ def test_a_killed_run_of_a_recipe_ends_as_one_that_nobody_killed(tmp_path: Path)
     assert not outcome.finding
     table = tmp_path / "killed-2" / "steps.csv"
     table.write_text(table.read_text(encoding="utf-8").replace("1", "2"), encoding="utf-8")
-    assert list(kills.differences(tmp_path / "whole-2", tmp_path / "killed-2")) == ["steps.csv"]
+    checkpoint = torch.load(tmp_path / "killed-2" / "last.ckpt", weights_only=True)
+    checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] *= 2
+    torch.save(checkpoint, tmp_path / "killed-2" / "last.ckpt")
+    assert list(kills.differences(tmp_path / "whole-2", tmp_path / "killed-2")) == [
+        "steps.csv",
+        "last.ckpt['optimizer_states'][0]['param_groups'][0]['lr']",
+    ]

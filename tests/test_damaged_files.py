@@ -27,6 +27,7 @@ from frskd_fast.training import panels
 from frskd_fast.training.checkpoints import find_checkpoint, problem_with
 from frskd_fast.training.cli import main
 from frskd_fast.training.export import ExportError, check_export
+from frskd_fast.training.module import DistillationModule
 
 WITHOUT_EXTRA = """\
 import sys
@@ -189,6 +190,20 @@ def test_ckpt_path_of_something_else(
     assert sentence in said and str(path) in said and not (tmp_path / "run").exists()
     if what not in ("weights alone", "another optimizer"):  # which do not matter here
         assert sentence in refused(capsys, ["validate", *words(tmp_path / "run", ckpt_path=path)[1:]])
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_memory_that_runs_out_while_restoring_is_no_misfit(
+    interrupted: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(DistillationModule, "load_state_dict", full)
+    with pytest.raises(type(error)):
+        main(words(tmp_path / "run", ckpt_path=interrupted / "last.ckpt"))
 
 
 @pytest.mark.parametrize(

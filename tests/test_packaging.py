@@ -7,6 +7,7 @@ import importlib.metadata
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -109,7 +110,33 @@ def test_a_build_that_was_asked_for_no_kernels_says_so_and_gives_no_warning(tmp_
     program += "frskd_fast = e.frskd_fast; frskd_fast.functional.kd_loss(z, z)"
     done = _run(sys.executable, "-W", "error", "-c", program, cwd=tmp_path, PYTHONPATH=str(source))
     assert done.returncode == 0, done.stderr
-    assert "the compiled library _C was not built: FRSKD_FAST_BUILD=none asked for that; then run" in done.stdout
+    assert (
+        "library _C was not built: FRSKD_FAST_BUILD=none asked for that; unset it, then run `pip install" in done.stdout
+    )
+
+
+def test_kernels_that_do_not_compile_are_explained_by_the_compiler(tmp_path: Path) -> None:
+    source = _source(tmp_path)
+    shutil.rmtree(source / "csrc" / "cpu")
+    (source / "csrc" / "cpu").mkdir()
+    (source / "csrc" / "cpu" / "broken.cpp").write_text("#error no such luck\n")
+    done = _run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=source, FRSKD_FAST_BUILD="auto")
+    if "no C++ compiler was found" in done.stderr:
+        pytest.skip("no C++ compiler")
+    assert done.returncode == 0 and "not compile (" in done.stderr
+    told = _run(sys.executable, "-m", "frskd_fast.env_report", cwd=tmp_path, PYTHONPATH=str(source))
+    (said,) = [line for line in told.stdout.splitlines() if line.strip().startswith("implementation cpu: ")]
+    assert "no such luck" in said and "; mend that or set CXX to another compiler, then run `pip install" in said
+
+
+def test_a_library_that_does_not_load_is_warned_of(tmp_path: Path) -> None:
+    source = _source(tmp_path)
+    (source / "frskd_fast" / "_C.so").write_bytes(b"no library")
+    program = "import torch, frskd_fast; frskd_fast.functional.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3))"
+    done = _run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(source))
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    assert "the compiled library _C.so does not load (" in warning and "again, with this PyTorch" in warning
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 
 from training_utils import PLAIN, SCHEDULES, epochs, process, same_weights, small_run, steps, weights
 
-from frskd_fast.training import checkpoints
+from frskd_fast.training import checkpoints, panels
 from frskd_fast.training import lock as lock_file
 from frskd_fast.training.checkpoints import find_checkpoint, problem_with, write_atomically
 from frskd_fast.training.cli import main
@@ -139,25 +139,34 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_goes_on(
     assert steps(folder) == steps(reference) and same_weights(weights(folder), weights(reference))
 
 
+@pytest.mark.parametrize("validation", [1, 0])
 def test_panels_that_a_kill_prevented_are_drawn_at_the_next_start(
-    reference: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, validation: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is finished then, and what is drawn is whole or not there."""
+    """The run is finished then, even where they cannot be drawn, and what is drawn is whole or not there."""
     pytest.importorskip("matplotlib")
-    words = small_run(begun, panels__enabled="true")
+    folder = tmp_path / "run"
+    words = small_run(folder, panels__enabled="true", trainer__max_epochs=1, trainer__limit_val_batches=validation)
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt  # as any end between the bytes of the file
+    def drawing(error: BaseException) -> tuple[int, str]:
+        def fails(*_: Any) -> None:
+            raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        assert main(words) != 0
-    assert not list(begun.glob("*.png"))
+        with monkeypatch.context() as patch:
+            patch.setattr(panels, "_write", fails)
+            return main(words), capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        drawing(KeyboardInterrupt())
+    assert not list(folder.glob("*.png"))
+    status, out = drawing(FileNotFoundError("no such images"))
+    assert status == 0 and "Its panels cannot be drawn (FileNotFoundError: no such images)" in out
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "is finished" in out and "they are drawn now" in out
-    assert {path.name for path in begun.glob("*.png")} == {"attention.png", "curves.png"}
-    assert steps(begun) == steps(reference) and epochs(begun) == epochs(reference)
+    assert "is finished" in out and "they are drawn now" in out and "cannot be drawn" not in out
+    drawn = {path.name for path in folder.glob("*.png")}
+    assert drawn == ({"attention.png", "curves.png"} if validation else {"curves.png"})
+    (folder / "curves.png").unlink()  # by somebody who does not want it
     assert main(words) == 0
     assert "they are drawn now" not in capsys.readouterr().out
 

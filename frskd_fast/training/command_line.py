@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 # What constructors and readers raise of wrong settings.
 MISTAKES = (ValueError, TypeError, ImportError, FileNotFoundError, MisconfigurationException)
+# What restoring raises of a checkpoint of other settings. Errors of memory, devices and processes are classes below these.
+UNFIT = (RuntimeError, KeyError, IndexError, AttributeError, ValueError, TypeError)
 LARGEST_SEED = 2**32 - 1  # of NumPy's generator
 # What a disk says on which nothing can be written.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -322,12 +324,18 @@ class CommandLine(LightningCLI):
         return True
 
     def draw_missing(self, **kwargs: Any) -> None:
-        """Draw the panels of a finished run that was ended while drawing them; they show images of the validation set."""
+        """Draw the panels of a finished run that was ended before they were drawn; they show images of the validation set.
+
+        The run stays finished when that fails: its data may be elsewhere by now.
+        """
         for panels in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(panels, Panels) and panels.missing(self.trainer, self.model):
-                say("Its panels are not all there; they are drawn now.")
-                self.begin(self.trainer.validate, **kwargs, verbose=False)
-                panels.on_fit_end(self.trainer, self.model)
+            if isinstance(panels, Panels) and panels.missing(self.trainer):
+                say("It was ended before its panels were drawn; they are drawn now.")
+                try:
+                    self.begin(self.trainer.validate, **kwargs, verbose=False)
+                    panels.on_fit_end(self.trainer, self.model)
+                except Exception as error:
+                    say(f"Its panels cannot be drawn ({brief(error)}); the next start tries again.")
 
     def train(self, **kwargs: Any) -> None:
         """Fit until the end, or until a signal, which is said and becomes the exit status."""
@@ -386,7 +394,7 @@ class CommandLine(LightningCLI):
         except Exception as error:
             if self.beginning.over:
                 raise
-            if any(frame.name.startswith("restore") for frame in traceback.extract_tb(error.__traceback__)):
+            if _is_unfit(error):
                 raise Refusal(
                     f"The checkpoint {kwargs['ckpt_path']} does not fit the settings of this run ({brief(error)}). Give those "
                     "that it was trained with; --model.weights takes the weights alone."
@@ -419,6 +427,13 @@ class CommandLine(LightningCLI):
             raise Refusal(f"{self.folder} holds no checkpoint; train first, or give --ckpt_path a file.")
         say(f"Weights: {found.path}, after {found.progress.epochs} epochs.")
         return {**kwargs, "ckpt_path": str(found.path)}
+
+
+def _is_unfit(error: Exception) -> bool:
+    """Whether an error says that a checkpoint does not fit: one of restoring, and not that memory ran out meanwhile."""
+    frames = traceback.extract_tb(error.__traceback__)
+    restoring = any(frame.name.startswith("restore") and "checkpoint_connector" in frame.filename for frame in frames)
+    return restoring and type(error) in UNFIT and "allocate memory" not in str(error)
 
 
 def _plain(settings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -22,6 +23,8 @@ from .records import EPOCHS
 from .tables import read_table
 
 CURVES, ATTENTION, MAPS = "curves.png", "attention.png", "maps.png"
+# An empty file in a run's folder from the end of its training until its panels are drawn.
+TO_DRAW = ".panels"
 FEW = 20  # points of a curve up to which each is marked
 # Columns of epochs.csv as the legends name them.
 LABELS = {
@@ -236,15 +239,22 @@ class Panels(Callback):
             rows = (first + [row for row in range(len(labels)) if row not in first])[: self.images]
             self.kept = images[rows].clone(), targets[rows].clone()
 
-    def missing(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether a finished run of one process lacks a panel, because it was ended while drawing."""
-        if not self.enabled or trainer.world_size > 1 or pyplot() is None:
-            return False
-        wanted = (CURVES, MAPS if pl_module.task.predicts == "maps" else ATTENTION)  # type: ignore[union-attr]
-        return not all(Path(trainer.default_root_dir, name).is_file() for name in wanted)
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.draws(trainer) and pyplot() is not None:
+            with contextlib.suppress(OSError):
+                Path(trainer.default_root_dir, TO_DRAW).touch()
+
+    def draws(self, trainer: Trainer) -> bool:
+        """Whether this process draws at all."""
+        return self.enabled and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def missing(self, trainer: Trainer) -> bool:
+        """Whether a finished run of one process was ended before its panels were drawn."""
+        there = Path(trainer.default_root_dir, TO_DRAW).is_file()
+        return there and self.draws(trainer) and trainer.world_size == 1 and pyplot() is not None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.draws(trainer):
             return
         folder = Path(trainer.default_root_dir)
         if pyplot() is None:
@@ -262,3 +272,4 @@ class Panels(Callback):
         for path in drawn:
             if path is not None:
                 print(f"Panel: {path}")
+        (folder / TO_DRAW).unlink(missing_ok=True)

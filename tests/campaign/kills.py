@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training_utils import SCHEDULES, epochs, process, same_weights, steps, weights
+import torch
+from torch import Tensor
+from training_utils import MEASURED, SCHEDULES, epochs, process, steps
 
 from frskd_fast.models.registry import imported
 from frskd_fast.training.recipe_files import NEEDED, recipe, recipe_names
@@ -159,5 +161,22 @@ def differences(one: Path, other: Path) -> Iterator[str]:
         yield "steps.csv"
     if epochs(one) != epochs(other):
         yield "epochs.csv"
-    if not same_weights(weights(one), weights(other)):
-        yield "last.ckpt"
+    yield from unequal(*(torch.load(run / "last.ckpt", weights_only=True) for run in (one, other)), "last.ckpt")
+
+
+def unequal(one: Any, other: Any, where: str) -> Iterator[str]:
+    """The places at which two checkpoints differ, in a tensor's bits or in anything that no clock measured."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted({**one, **other}.keys() - MEASURED, key=str):
+            if key not in one or key not in other:
+                yield f"{where}[{key!r}]"
+            else:
+                yield from unequal(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            yield from unequal(*pair, f"{where}[{number}]")
+    elif isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            yield where
+    elif type(one) is not type(other) or one != other:
+        yield where
