@@ -270,6 +270,8 @@ def _train(rank: int, count: int, folder: str) -> None:
             gradients = {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
             saved.append({"loss": loss.detach(), **gradients})
     torch.save(saved, f"{folder}/{count}-{rank}.pt")
+    # The reducer must not be the group's last owner: it would join gloo's threads while it holds the GIL that they may want.
+    del model, loss
     if count > 1:
         dist.destroy_process_group()
 
