@@ -28,7 +28,7 @@ SOURCE = re.compile(r"<!-- bench:source (\S+) -->")
 README_ROWS = (
     ("FRSKD loss", "loss", "", "fp32", "channels_last"),
     ("FRSKD loss", "loss", "", "bf16", "channels_last"),
-    ("two cross-entropies and KD of logits", "logits", "4096x1000", "fp32", "rows"),
+    ("losses of class maps, 4x21x128x128", "logit_maps", "4x21x128x128", "fp32", "nchw"),
     ("loss", "methods", "HSAKD N=64", "fp32", "rows"),
     ("loss", "methods", "SSKD D=128 N=64", "fp32", "rows"),
     ("training step", "step", "", "fp32", "channels_last"),
